@@ -1,0 +1,165 @@
+"""A small builder of ONNX graphs whose weights stream into one external data file as they are added."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+OPSET = 21
+MICROSOFT = "com.microsoft"
+_ALIGNMENT = 4096  # lets the runtime map a weight straight from the file
+_INLINE_BYTES = 1024
+_TYPES = {
+    np.dtype(np.float32): TensorProto.FLOAT,
+    np.dtype(np.float16): TensorProto.FLOAT16,
+    np.dtype(ml_dtypes.bfloat16): TensorProto.BFLOAT16,
+    np.dtype(np.int64): TensorProto.INT64,
+    np.dtype(np.int32): TensorProto.INT32,
+}
+Dim = int | str
+
+
+class Graph:
+    """Nodes, weights and the declared inputs and outputs of one `.onnx` file.
+
+    Weights keep their dtype; 16-bit ones get a `Cast` to float32, which the runtime folds when it loads the graph.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.name, self.folder = name, folder
+        self.nodes: list[onnx.NodeProto] = []
+        self.weights: list[onnx.TensorProto] = []
+        self.inputs: list[dict[str, Any]] = []
+        self.outputs: list[dict[str, Any]] = []
+        self._constants: dict[tuple[Any, ...], str] = {}
+        self._count = 0
+        self._data = (folder / self.data_name).open("wb")
+
+    @property
+    def file_name(self) -> str:
+        return f"{self.name}.onnx"
+
+    @property
+    def data_name(self) -> str:
+        return f"{self.name}.onnx.data"
+
+    def input(self, name: str, dtype: str, shape: Sequence[Dim]) -> str:
+        self.inputs.append({"name": name, "dtype": dtype, "shape": list(shape)})
+        return name
+
+    def output(self, value: str, name: str, dtype: str, shape: Sequence[Dim]) -> None:
+        """Declares `value` as output `name`."""
+        if value != name:
+            self.nodes.append(helper.make_node("Identity", [value], [name]))
+        self.outputs.append({"name": name, "dtype": dtype, "shape": list(shape)})
+
+    def op(self, kind: str, inputs: Sequence[str], outputs: int | Sequence[str] = 1, domain: str = "", **attributes: Any) -> Any:
+        """Adds a node; gives the name of its output, or the list of names when there are several."""
+        names = [self._fresh(kind) for _ in range(outputs)] if isinstance(outputs, int) else list(outputs)
+        self.nodes.append(helper.make_node(kind, list(inputs), names, domain=domain, name=self._fresh("n"), **attributes))
+        return names[0] if len(names) == 1 else names
+
+    def constant(self, value: Any, dtype: type = np.int64) -> str:
+        """A small constant; equal ones are shared."""
+        array = np.asarray(value, dtype)
+        key = (array.tobytes(), array.shape, array.dtype.str)
+        if key not in self._constants:
+            self._constants[key] = self.raw(array)
+        return self._constants[key]
+
+    def weight(self, array: np.ndarray) -> str:
+        """A weight as float32 value, stored in its own dtype."""
+        name = self.raw(array)
+        return name if array.dtype == np.float32 else self.op("Cast", [name], to=TensorProto.FLOAT)
+
+    def raw(self, array: np.ndarray) -> str:
+        """An initialiser in its own dtype."""
+        array = np.ascontiguousarray(array).reshape(array.shape)
+        tensor = TensorProto(name=self._fresh("w"), data_type=_TYPES[array.dtype], dims=array.shape)
+        if array.nbytes <= _INLINE_BYTES:
+            tensor.raw_data = array.tobytes()
+        else:
+            offset = self.append(array)
+            tensor.data_location = TensorProto.EXTERNAL
+            for key, value in (("location", self.data_name), ("offset", offset), ("length", array.nbytes)):
+                tensor.external_data.add(key=key, value=str(value))
+        self.weights.append(tensor)
+        return tensor.name
+
+    def append(self, array: np.ndarray) -> int:
+        """Writes bytes to the data file without declaring them; gives their offset."""
+        self._data.write(b"\0" * (-self._data.tell() % _ALIGNMENT))
+        offset = self._data.tell()
+        self._data.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        return offset
+
+    def save(self) -> None:
+        """Writes the `.onnx` file beside its data."""
+        self._data.close()
+        inputs, outputs = ([_value(v) for v in side] for side in (self.inputs, self.outputs))
+        graph = helper.make_graph(self.nodes, self.name, inputs, outputs, self.weights)
+        imports = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
+        model = helper.make_model(graph, opset_imports=imports, ir_version=10, producer_name="blip2_export")
+        (self.folder / self.file_name).write_bytes(model.SerializeToString())
+
+    def describe(self) -> dict[str, Any]:
+        """The graph's entry in `bundle.json`."""
+        return {"file": self.file_name, "precision": "float32", "inputs": self.inputs, "outputs": self.outputs}
+
+    def _fresh(self, stem: str) -> str:
+        self._count += 1
+        return f"{stem}_{self._count}"
+
+    # Layers shared by all networks
+
+    def linear(self, x: str, weight: np.ndarray, bias: np.ndarray | None) -> str:
+        """`x · weightᵀ + bias`, the weight in PyTorch's [out, in] layout."""
+        y = self.op("FusedMatMul", [x, self.weight(weight)], domain=MICROSOFT, transB=1)
+        return y if bias is None else self.op("Add", [y, self.weight(bias)])
+
+    def layer_norm(self, x: str, weight: np.ndarray | None, bias: np.ndarray | None, epsilon: float, width: int) -> str:
+        scale = self.constant(np.ones(width), np.float32) if weight is None else self.weight(weight)
+        inputs = [x, scale] if bias is None else [x, scale, self.weight(bias)]
+        return self.op("LayerNormalization", inputs, axis=-1, epsilon=float(epsilon))
+
+    def activation(self, x: str, name: str) -> str:
+        """The activation that `transformers` calls `name`."""
+        if name == "gelu":
+            return self.op("Gelu", [x])
+        if name in ("gelu_new", "gelu_pytorch_tanh"):
+            return self.op("Gelu", [x], approximate="tanh")
+        if name == "quick_gelu":
+            return self.op("QuickGelu", [x], domain=MICROSOFT, alpha=1.702)
+        if name == "relu":
+            return self.op("Relu", [x])
+        raise UnsupportedError(f"activation `{name}` is not supported; gelu, gelu_new, quick_gelu and relu are")
+
+    def repeat_batch(self, value: np.ndarray, like: str) -> str:
+        """A constant [1, a, b] repeated to the batch size of `like`."""
+        batch = self.op("Shape", [like], start=0, end=1)
+        shape = self.op("Concat", [batch, self.constant(value.shape[1:])], axis=0)
+        return self.op("Expand", [self.weight(value), shape])
+
+
+class UnsupportedError(ValueError):
+    """The checkpoint asks for something that no graph here computes."""
+
+
+def _value(described: dict[str, Any]) -> onnx.ValueInfoProto:
+    types = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64, "int32": TensorProto.INT32}
+    return helper.make_tensor_value_info(described["name"], types[described["dtype"]], described["shape"])
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,162 @@
+"""One optimisation loop for every phase: logs each loss, saves a checkpoint regularly and goes on from it after a kill."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """AdamW with linear warm-up and cosine decay to `floor` × the peak learning rate."""
+
+    steps: int
+    learning_rate: float
+    warmup: int = 500
+    floor: float = 0.02
+    weight_decay: float = 0.05
+    beta2: float = 0.98
+    clip: float = 1.0
+
+    def factor(self, step: int) -> float:
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        share = min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
+        return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A named phase of training and where its files go."""
+
+    name: str
+    work: Path
+    schedule: Schedule
+    log_every: int = 50
+    save_seconds: float = 120.0
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.work / f"{self.name}.pt"
+
+    @property
+    def log(self) -> Path:
+        return self.work / f"{self.name}.jsonl"
+
+
+class StepBatches(Dataset[Any]):
+    """Batch number `step` is a pure function of `step`, so a resumed run sees what an unbroken one would have seen."""
+
+    def __init__(self, make: Callable[[int], Any], steps: int) -> None:
+        self.make, self.steps = make, steps
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> Any:
+        return self.make(step)
+
+
+def fit(
+    phase: Phase,
+    model: nn.Module,
+    make_batch: Callable[[int], Any],
+    losses: Callable[[Any], dict[str, Tensor]],
+    *,
+    workers: int = 1,
+    evaluate: Callable[[], dict[str, float]] | None = None,
+    evaluate_every: int = 2000,
+) -> None:
+    """Trains the parameters of `model` that require gradients. The loss is the sum of what `losses` returns.
+
+    Keys that start with `_` are only logged. Calls `evaluate` now and then and logs what it returns.
+    """
+    phase.work.mkdir(parents=True, exist_ok=True)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimiser = torch.optim.AdamW(_groups(trained, phase.schedule), lr=phase.schedule.learning_rate, betas=(0.9, phase.schedule.beta2))
+    start = _resume(phase, trained, optimiser)
+    if start >= phase.schedule.steps:
+        return
+    indices = range(start, phase.schedule.steps)
+    loader = DataLoader(StepBatches(make_batch, phase.schedule.steps), batch_size=None, sampler=indices, num_workers=workers)
+    progress, saved = _Progress(phase, start), time.monotonic()
+    model.train()
+    for step, batch in zip(indices, loader, strict=True):
+        for group in optimiser.param_groups:
+            group["lr"] = phase.schedule.learning_rate * phase.schedule.factor(step)
+        parts = losses(batch)
+        total = torch.stack([v for k, v in parts.items() if not k.startswith("_")]).sum()
+        if not torch.isfinite(total):
+            raise FloatingPointError(f"{phase.name}: the loss is {float(total)} at step {step}; lower the learning rate")
+        optimiser.zero_grad(set_to_none=True)
+        total.backward()
+        nn.utils.clip_grad_norm_(trained.values(), phase.schedule.clip)
+        optimiser.step()
+        progress.add(step, {k: float(v.detach()) for k, v in parts.items()})
+        done = step + 1
+        if time.monotonic() - saved > phase.save_seconds or done == phase.schedule.steps:
+            _save(phase, done, trained, optimiser)
+            saved = time.monotonic()
+        if evaluate and (done % evaluate_every == 0 or done == phase.schedule.steps):
+            model.eval()
+            with torch.no_grad():
+                progress.write({"step": done, "evaluation": evaluate()})
+            model.train()
+
+
+def _groups(trained: dict[str, nn.Parameter], schedule: Schedule) -> list[dict[str, Any]]:
+    decayed = [p for p in trained.values() if p.ndim >= 2]
+    plain = [p for p in trained.values() if p.ndim < 2]
+    return [{"params": decayed, "weight_decay": schedule.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def _save(phase: Phase, step: int, trained: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer) -> None:
+    aside = phase.checkpoint.with_suffix(".tmp")
+    torch.save({"step": step, "model": {n: p.detach() for n, p in trained.items()}, "optimiser": optimiser.state_dict()}, aside)
+    os.replace(aside, phase.checkpoint)
+
+
+def _resume(phase: Phase, trained: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer) -> int:
+    if not phase.checkpoint.exists():
+        return 0
+    state = torch.load(phase.checkpoint, weights_only=True)
+    if state["model"].keys() != trained.keys():
+        raise ValueError(f"{phase.checkpoint} belongs to another model; remove it or choose another --work folder")
+    with torch.no_grad():
+        for name, value in state["model"].items():
+            trained[name].copy_(value)
+    optimiser.load_state_dict(state["optimiser"])
+    print(f"{phase.name}: going on from step {state['step']}", file=sys.stderr)
+    return int(state["step"])
+
+
+class _Progress:
+    def __init__(self, phase: Phase, start: int) -> None:
+        self.phase, self.sums, self.count = phase, dict[str, float](), 0
+        self.since, self.start = time.monotonic(), start
+
+    def add(self, step: int, parts: dict[str, float]) -> None:
+        for k, v in parts.items():
+            self.sums[k] = self.sums.get(k, 0.0) + v
+        self.count += 1
+        if (step + 1) % self.phase.log_every == 0:
+            rate = self.count / (time.monotonic() - self.since)
+            self.write({"step": step + 1, **{k: round(v / self.count, 4) for k, v in self.sums.items()}, "steps_per_second": round(rate, 2)})
+            self.sums, self.count, self.since = {}, 0, time.monotonic()
+
+    def write(self, row: dict[str, Any]) -> None:
+        with self.phase.log.open("a") as log:
+            log.write(json.dumps(row) + "\n")
+        words = " ".join(f"{k} {v}" for k, v in row.items())
+        print(f"{self.phase.name} {words} of {self.phase.schedule.steps}", file=sys.stderr, flush=True)

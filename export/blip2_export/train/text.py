@@ -1,0 +1,213 @@
+"""Tokenizers trained on the scenes' words, and the packing of many texts behind one prefix."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from blip2_export import scenes
+
+N_QUERIES = 32  # also the length of a description in tokens: a soft prompt takes the description's place
+ASK_PROMPT = "Question: {} Answer:"
+REPORT_PROMPT = "Report:"
+PAD, BOS = 1, 2
+_ANSWER_WEIGHT, _PROMPT_WEIGHT = 3.0, 0.1
+
+
+def corpus(n: int, seed: str) -> Iterator[str]:
+    """Captions, questions with answers and reports of `n` scenes."""
+    rng = random.Random(seed)
+    for _ in range(n):
+        scene = scenes.sample_scene(rng)
+        yield scenes.caption(scene, rng) + "\n"
+        yield REPORT_PROMPT + scenes.describe(scene) + "\n"
+        for kind in scenes.QUESTION_KINDS:
+            _, asked, answer = scenes.question(scene, rng, kind)
+            yield f"{ASK_PROMPT.format(asked)} {answer}\n"
+
+
+def train_opt_tokenizer(texts: Iterator[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with OPT's special ids (`<pad>` 1, `</s>` 2, which also starts every text) and `<image>` at the end."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        special_tokens=["<s>", "<pad>", "</s>", "<unk>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        min_frequency=2,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="</s> $A", pair="</s> $A </s> $B", special_tokens=[("</s>", BOS)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="</s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>"],
+        model_max_length=2048,
+    )
+
+
+def train_qformer_tokenizer(texts: Iterator[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
+    """WordPiece as BERT's, lower case, with `[DEC]` as the last id: the token that starts a caption of the Q-Former."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer.train_from_iterator(
+        texts, trainers.WordPieceTrainer(vocab_size=vocab_size - 1, special_tokens=special, show_progress=False)
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(t, tokenizer.token_to_id(t)) for t in ("[CLS]", "[SEP]")],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        bos_token="[DEC]",
+        model_max_length=512,
+    )
+
+
+def tokenizers(work: Path) -> tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast]:
+    """The language model's and the Q-Former's tokenizer, trained at the first call and kept in `work`."""
+    folders = work / "tokenizer", work / "qformer_tokenizer"
+    if not all((f / "tokenizer.json").exists() for f in folders):
+        texts = list(corpus(2000, "tokenizers"))
+        train_opt_tokenizer(iter(texts)).save_pretrained(folders[0])
+        train_qformer_tokenizer(iter(texts)).save_pretrained(folders[1])
+    opt, qformer = (PreTrainedTokenizerFast.from_pretrained(f) for f in folders)
+    return opt, qformer
+
+
+@dataclass(frozen=True)
+class Text:
+    """A prompt, what the model shall say after it, and what sort of text it is."""
+
+    kind: str
+    prompt: str
+    target: str
+
+
+def question_text(scene: scenes.Scene, rng: random.Random, kind: str | None = None) -> Text:
+    kind, asked, answer = scenes.question(scene, rng, kind)
+    return Text(kind, ASK_PROMPT.format(asked), f" {answer}\n")
+
+
+def caption_text(scene: scenes.Scene, rng: random.Random) -> Text:
+    return Text("caption", "", scenes.caption(scene, rng) + "\n")
+
+
+def report_text(scene: scenes.Scene) -> Text:
+    return Text("report", REPORT_PROMPT, scenes.describe(scene) + "\n")
+
+
+@dataclass
+class Packed:
+    """Texts side by side behind one prefix of `N_QUERIES` positions; no text sees another.
+
+    `ids`, `labels`, `weights`, `positions`, `branch`: [batch, length]. `labels` are the next tokens, -100 where none is learned.
+    `kinds[row][branch]` names the text. Branch -1 is padding.
+    """
+
+    ids: Tensor
+    labels: Tensor
+    weights: Tensor
+    positions: Tensor
+    branch: Tensor
+    kinds: list[list[str]]
+
+    def mask(self) -> Tensor:
+        """Additive mask [batch, 1, P + length, P + length]: causal within prefix and branch, every branch sees the prefix."""
+        rows, n = self.ids.shape
+        group = torch.cat([torch.zeros(rows, N_QUERIES, dtype=torch.long), self.branch + 1], 1)
+        group = torch.where(group == 0, 0, group)
+        group[:, N_QUERIES:][self.branch < 0] = -1
+        total = N_QUERIES + n
+        causal = torch.ones(total, total, dtype=torch.bool).tril()
+        seen = (group[:, None, :] == 0) | (group[:, None, :] == group[:, :, None])
+        return torch.where(causal & seen, 0.0, torch.finfo(torch.float32).min)[:, None]
+
+    def all_positions(self) -> Tensor:
+        prefix = torch.arange(N_QUERIES).expand(len(self.ids), -1)
+        return torch.cat([prefix, self.positions], 1)
+
+
+class Packer:
+    """Turns texts into `Packed` batches; keeps the token ids of prompts and targets it has seen."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.tokenizer = tokenizer
+        self.known: dict[str, list[int]] = {}
+
+    def encode(self, text: str) -> list[int]:
+        if text not in self.known:
+            if len(self.known) > 200_000:
+                self.known.clear()
+            self.known[text] = self.tokenizer.encode(text, add_special_tokens=False)
+        return self.known[text]
+
+    def description(self, scene: scenes.Scene) -> list[int]:
+        ids = self.encode(scenes.describe(scene))
+        if len(ids) != N_QUERIES:
+            raise ValueError(f"a description has {len(ids)} tokens, expected {N_QUERIES}: a word was split")
+        return ids
+
+    def pack(self, rows: list[list[Text]]) -> Packed:
+        packed = [self._row(texts) for texts in rows]
+        length = max(len(r[0]) for r in packed)
+        fill = (PAD, -100, 0.0, N_QUERIES, -1)
+        columns = []
+        for k, value in enumerate(fill):
+            table = np.full((len(rows), length), value, np.float32 if k == 2 else np.int64)
+            for i, r in enumerate(packed):
+                table[i, : len(r[k])] = r[k]
+            columns.append(torch.from_numpy(table))
+        return Packed(*columns, [[t.kind for t in texts] for texts in rows])
+
+    def _row(self, texts: list[Text]) -> tuple[list[int], list[int], list[float], list[int], list[int]]:
+        ids, labels, weights, positions, branch = [], [], [], [], []
+        for k, text in enumerate(texts):
+            prompt, target = [BOS, *self.encode(text.prompt)], self.encode(text.target)
+            whole = prompt + target
+            weight = 1.0 if text.kind in ("caption", "report") else _ANSWER_WEIGHT
+            ids += whole[:-1]
+            labels += whole[1:]
+            weights += [_PROMPT_WEIGHT] * (len(prompt) - 1) + [weight] * len(target)
+            positions += range(N_QUERIES, N_QUERIES + len(whole) - 1)
+            branch += [k] * (len(whole) - 1)
+        return ids, labels, weights, positions, branch
+
+
+def right_by_kind(logits: Tensor, packed: Packed) -> dict[str, tuple[int, int]]:
+    """(right, all) texts per kind; right when every token of the target is the most probable one after the true tokens.
+
+    Greedy decoding gives exactly such a target. Captions have many true forms, so theirs is a lower bound.
+    """
+    hit = logits.argmax(-1) == packed.labels
+    counts: dict[str, tuple[int, int]] = {}
+    for i, kinds in enumerate(packed.kinds):
+        for k, kind in enumerate(kinds):
+            target = (packed.branch[i] == k) & (packed.weights[i] > 0.5)
+            right, total = counts.get(kind, (0, 0))
+            counts[kind] = (right + int(hit[i][target].all()), total + 1)
+    return counts
