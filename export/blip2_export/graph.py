@@ -14,7 +14,9 @@ from onnx import TensorProto, helper
 
 OPSET = 21
 MICROSOFT = "com.microsoft"
-_ALIGNMENT = 4096  # lets the runtime map a weight straight from the file
+_PAGE = 4096  # large weights start on a page, so that the runtime can map them straight from the file
+_LINE = 64
+_LARGE_BYTES = 1 << 20
 _INLINE_BYTES = 1024
 _TYPES = {
     np.dtype(np.float32): TensorProto.FLOAT,
@@ -62,8 +64,8 @@ class Graph:
 
     def op(self, kind: str, inputs: Sequence[str], outputs: int | Sequence[str] = 1, domain: str = "", **attributes: Any) -> Any:
         """Adds a node; gives the name of its output, or the list of names when there are several."""
-        names = [self._fresh(kind) for _ in range(outputs)] if isinstance(outputs, int) else list(outputs)
-        self.nodes.append(helper.make_node(kind, list(inputs), names, domain=domain, name=self._fresh("n"), **attributes))
+        names = [self.fresh(kind) for _ in range(outputs)] if isinstance(outputs, int) else list(outputs)
+        self.nodes.append(helper.make_node(kind, list(inputs), names, domain=domain, name=self.fresh("n"), **attributes))
         return names[0] if len(names) == 1 else names
 
     def constant(self, value: Any, dtype: type = np.int64) -> str:
@@ -76,26 +78,35 @@ class Graph:
 
     def weight(self, array: np.ndarray) -> str:
         """A weight as float32 value, stored in its own dtype."""
-        name = self.raw(array)
-        return name if array.dtype == np.float32 else self.op("Cast", [name], to=TensorProto.FLOAT)
+        return self._lifted(self.raw(array), array)
 
     def raw(self, array: np.ndarray) -> str:
         """An initialiser in its own dtype."""
-        array = np.ascontiguousarray(array).reshape(array.shape)
-        tensor = TensorProto(name=self._fresh("w"), data_type=_TYPES[array.dtype], dims=array.shape)
-        if array.nbytes <= _INLINE_BYTES:
-            tensor.raw_data = array.tobytes()
-        else:
-            offset = self.append(array)
-            tensor.data_location = TensorProto.EXTERNAL
-            for key, value in (("location", self.data_name), ("offset", offset), ("length", array.nbytes)):
-                tensor.external_data.add(key=key, value=str(value))
+        if array.nbytes > _INLINE_BYTES:
+            return self._external(array, self.append(array))
+        tensor = TensorProto(name=self.fresh("w"), data_type=_TYPES[array.dtype], dims=array.shape)
+        tensor.raw_data = np.ascontiguousarray(array).tobytes()
+        self.weights.append(tensor)
+        return tensor.name
+
+    def stored(self, array: np.ndarray, offset: int) -> str:
+        """Bytes that `append` wrote, as float32 value."""
+        return self._lifted(self._external(array, offset), array)
+
+    def _lifted(self, name: str, array: np.ndarray) -> str:
+        return name if array.dtype == np.float32 else self.op("Cast", [name], to=TensorProto.FLOAT)
+
+    def _external(self, array: np.ndarray, offset: int) -> str:
+        tensor = TensorProto(name=self.fresh("w"), data_type=_TYPES[array.dtype], dims=array.shape)
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", self.data_name), ("offset", offset), ("length", array.nbytes)):
+            tensor.external_data.add(key=key, value=str(value))
         self.weights.append(tensor)
         return tensor.name
 
     def append(self, array: np.ndarray) -> int:
         """Writes bytes to the data file without declaring them; gives their offset."""
-        self._data.write(b"\0" * (-self._data.tell() % _ALIGNMENT))
+        self._data.write(b"\0" * (-self._data.tell() % (_PAGE if array.nbytes >= _LARGE_BYTES else _LINE)))
         offset = self._data.tell()
         self._data.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         return offset
@@ -113,7 +124,7 @@ class Graph:
         """The graph's entry in `bundle.json`."""
         return {"file": self.file_name, "precision": "float32", "inputs": self.inputs, "outputs": self.outputs}
 
-    def _fresh(self, stem: str) -> str:
+    def fresh(self, stem: str) -> str:
         self._count += 1
         return f"{stem}_{self._count}"
 

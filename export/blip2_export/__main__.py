@@ -1,0 +1,33 @@
+"""`python -m blip2_export`: convert checkpoints, train, draw scenes, evaluate bundles."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+_COMMANDS = {
+    "convert": ("blip2_export.convert", "write a bundle from a Hugging Face BLIP-2 folder"),
+    "random-checkpoint": ("blip2_export.random_checkpoint", "write a small checkpoint with random weights, for tests"),
+    "train": ("blip2_export.train.cli", "train the demo"),
+    "scenes": ("blip2_export.scenes", "draw scenes with captions and questions"),
+    "evaluate": ("blip2_export.evaluate", "measure a bundle's captions and answers on held-out scenes"),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m blip2_export", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    chosen = next((word for word in sys.argv[1:] if word in _COMMANDS), None)
+    for name, (module, summary) in _COMMANDS.items():
+        sub = commands.add_parser(name, help=summary, description=summary)
+        if name == chosen:  # the others may need packages that this command does not
+            importlib.import_module(module).add_arguments(sub)
+    args = parser.parse_args()
+    return int(importlib.import_module(_COMMANDS[args.command][0]).run(args))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path.cwd()))
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""Random BLIP-2 OPT checkpoints for tests: every parameter drawn anew, so that no stage is degenerate.
+
+`transformers` initialises the vision model with a standard deviation of 1e-10 and the query tokens with zeros; such a model
+answers alike whatever it sees, and any mistake in a graph would go unseen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import Blip2Config, Blip2ForConditionalGeneration, PreTrainedTokenizerFast
+
+_BASE: dict[str, dict[str, Any]] = {
+    "vision_config": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 28,
+        "patch_size": 14,
+    },
+    "qformer_config": {
+        "vocab_size": 99,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "cross_attention_frequency": 2,
+    },
+    "text_config": {
+        "model_type": "opt",
+        "hidden_size": 32,
+        "word_embed_proj_dim": 32,
+        "ffn_dim": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+    },
+    "top": {"num_query_tokens": 8},
+}
+_OPT_350M = {"do_layer_norm_before": False, "word_embed_proj_dim": 16}
+SHAPES: dict[str, dict[str, dict[str, Any]]] = {
+    "tiny": {},
+    "odd-1": {  # head dimensions 12 (vision), 20 (decoder): no powers of two; three Q-Former layers
+        "vision_config": {"hidden_size": 36, "num_attention_heads": 3, "image_size": 40, "patch_size": 8, "num_hidden_layers": 3},
+        "qformer_config": {"hidden_size": 48, "num_attention_heads": 6, "num_hidden_layers": 3},
+        "text_config": {"hidden_size": 60, "word_embed_proj_dim": 60, "num_attention_heads": 3, "ffn_dim": 52},
+        "top": {"num_query_tokens": 5},
+    },
+    "odd-2": {"text_config": {**_OPT_350M, "hidden_size": 48, "num_attention_heads": 3}},  # projected embeddings, post-norm
+    "odd-3": {"text_config": {"enable_bias": False, "layer_norm_elementwise_affine": False}, "top": {"num_query_tokens": 32}},
+    "odd-4": {"qformer_config": {"cross_attention_frequency": 1, "num_hidden_layers": 4}, "text_config": {"tie_word_embeddings": False}},
+    "odd-5": {"qformer_config": {"cross_attention_frequency": 3, "num_hidden_layers": 5}, "text_config": {"activation_function": "gelu"}},
+    "odd-6": {"vision_config": {"hidden_size": 88, "num_attention_heads": 1, "patch_size": 7, "qkv_bias": False}},
+    "odd-7": {"text_config": {"hidden_size": 88, "word_embed_proj_dim": 88, "num_attention_heads": 1, "num_hidden_layers": 4}},
+    "odd-8": {"text_config": {"_remove_final_layer_norm": True, "num_attention_heads": 2}, "top": {"num_query_tokens": 1}},
+    "odd-9": {"vision_config": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}, "text_config": {**_OPT_350M, "tie_word_embeddings": False}},
+}
+_SENTENCES = (
+    "a red star left of a blue ring",
+    "Question: what colour is the star? Answer: red\n",
+    "two dogs play on the beach near the water",
+    "Question: how many objects are there? Answer: three\n",
+)
+
+
+def write(folder: Path, shape: str, seed: int, dtype: torch.dtype = torch.float32, shard: str = "5GB") -> None:
+    """Writes the folder: config, safetensors, tokenizer, processor configs."""
+    tokenizer = _tokenizer()
+    parts = {key: {**base, **SHAPES[shape].get(key, {})} for key, base in _BASE.items()}
+    newline = tokenizer.encode("\n", add_special_tokens=False)[0]
+    parts["text_config"] |= {"vocab_size": len(tokenizer), "bos_token_id": 2, "eos_token_id": newline, "pad_token_id": 1}
+    top = parts.pop("top")
+    config = Blip2Config(**parts, **top, image_token_index=tokenizer.convert_tokens_to_ids("<image>"))
+    model = Blip2ForConditionalGeneration(config)
+    narrow = config.text_config.word_embed_proj_dim
+    if narrow != config.text_config.hidden_size:
+        model.language_projection = torch.nn.Linear(config.qformer_config.hidden_size, config.text_config.hidden_size)
+    _draw(model, seed)
+    if config.text_config.tie_word_embeddings:
+        model.tie_weights()
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard)
+    tokenizer.save_pretrained(folder)
+    side = config.vision_config.image_size
+    image = {"image_processor_type": "BlipImageProcessor", "size": {"height": side, "width": side}, "resample": 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(image))
+
+
+def _draw(model: torch.nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for name, value in model.named_parameters():
+        centre = 1.0 if "norm" in name.lower() and name.endswith("weight") else 0.0
+        spread = 0.3 if value.ndim < 2 else 1.0 if name.endswith(("query_tokens", "embed_tokens.weight")) else 0.8 / value.shape[-1] ** 0.5
+        with torch.no_grad():
+            value.copy_(centre + spread * torch.randn(value.shape, generator=generator))
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<s>", "<pad>", "</s>", "<unk>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_SENTENCES, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 2)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="</s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>"],
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="tiny")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.out.exists():
+        print(f"error: {args.out} exists", file=sys.stderr)
+        return 2
+    write(args.out, args.shape, args.seed)
+    return 0
