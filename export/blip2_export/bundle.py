@@ -59,7 +59,9 @@ def _build(checkpoint: Checkpoint, out: Path, choices: Choices) -> dict[str, Any
     print("vision: building", file=sys.stderr)
     eye = vision.build(out, checkpoint, cfg.vision_config)
     print("qformer: building", file=sys.stderr)
-    bridge = qformer.build(out, checkpoint, cfg.qformer_config, cfg.num_query_tokens, n_positions, text.word_embed_proj_dim)
+    bridge = qformer.build(
+        out, checkpoint, cfg.qformer_config, cfg.num_query_tokens, n_positions, text.word_embed_proj_dim
+    )
     print("decoder: building", file=sys.stderr)
     mouth = decoder.build(out, checkpoint, text)
     return {

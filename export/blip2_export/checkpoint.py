@@ -32,10 +32,14 @@ class Checkpoint:
     def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
         """One tensor in its own dtype (float32, float16 or bfloat16). With `shape`, anything else is an error."""
         if name not in self._where:
-            raise CheckpointError(f"{self.folder}: tensor `{name}` is missing; the checkpoint is incomplete or of another kind")
+            raise CheckpointError(
+                f"{self.folder}: tensor `{name}` is missing; the checkpoint is incomplete or of another kind"
+            )
         value = self._read(name)
         if shape is not None and value.shape != shape:
-            raise CheckpointError(f"{self.folder}: tensor `{name}` is {list(value.shape)}, config.json asks for {list(shape)}")
+            raise CheckpointError(
+                f"{self.folder}: tensor `{name}` is {list(value.shape)}, config.json asks for {list(shape)}"
+            )
         return value
 
     def optional(self, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray | None:
@@ -50,7 +54,9 @@ class Checkpoint:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.folder / file}: cannot be read ({error})") from error
         if value.dtype not in (np.float32, np.float16, ml_dtypes.bfloat16):
-            raise CheckpointError(f"{self.folder}: tensor `{name}` has dtype {value.dtype}; float32, float16 and bfloat16 are supported")
+            raise CheckpointError(
+                f"{self.folder}: tensor `{name}` has dtype {value.dtype}; float32, float16 and bfloat16 are supported"
+            )
         return value
 
 

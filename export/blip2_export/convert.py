@@ -12,14 +12,26 @@ from blip2_export.graph import UnsupportedError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, help="folder with config.json, safetensors, tokenizer and processor files")
+    parser.add_argument(
+        "checkpoint", type=Path, help="folder with config.json, safetensors, tokenizer and processor files"
+    )
     parser.add_argument("out", type=Path, help="folder of the new bundle")
     parser.add_argument("--name", help="the bundle's name (default: the folder's)")
-    parser.add_argument("--caption-prompt", default="", help="text before a caption, `a photo of` for COCO-tuned checkpoints (default: none)")
-    parser.add_argument("--ask-prompt", default="Question: {} Answer:", help="template around a question (default: %(default)s)")
-    parser.add_argument("--caption-tokens", type=int, default=30, help="most new tokens of a caption (default %(default)s)")
+    parser.add_argument(
+        "--caption-prompt",
+        default="",
+        help="text before a caption, `a photo of` for COCO-tuned checkpoints (default: none)",
+    )
+    parser.add_argument(
+        "--ask-prompt", default="Question: {} Answer:", help="template around a question (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--caption-tokens", type=int, default=30, help="most new tokens of a caption (default %(default)s)"
+    )
     parser.add_argument("--ask-tokens", type=int, default=10, help="most new tokens of an answer (default %(default)s)")
-    parser.add_argument("--no-golden", action="store_true", help="record no reference; `blip2 verify` then checks files and shapes only")
+    parser.add_argument(
+        "--no-golden", action="store_true", help="record no reference; `blip2 verify` then checks files and shapes only"
+    )
     parser.add_argument("--force", action="store_true", help="replace an existing bundle, once the new one is complete")
 
 

@@ -38,7 +38,9 @@ class _Builder:
         return self.checkpoint.tensor(_PREFIX + name, shape)
 
     def linear(self, name: str, x: str, n_in: int, n_out: int, bias: bool) -> str:
-        return self.g.linear(x, self.read(name + ".weight", n_out, n_in), self.read(name + ".bias", n_out) if bias else None)
+        return self.g.linear(
+            x, self.read(name + ".weight", n_out, n_in), self.read(name + ".bias", n_out) if bias else None
+        )
 
     def norm(self, name: str, x: str) -> str:
         affine = self.cfg.layer_norm_elementwise_affine
@@ -76,7 +78,9 @@ class _Builder:
         weight = self.read(name + ".weight", self.width, self.width)
         bias = self.read(name + ".bias", self.width) if self.cfg.enable_bias else None
         if more:
-            weight = np.pad(weight.reshape(heads, self.head, self.width), ((0, 0), (0, more), (0, 0))).reshape(-1, self.width)
+            weight = np.pad(weight.reshape(heads, self.head, self.width), ((0, 0), (0, more), (0, 0))).reshape(
+                -1, self.width
+            )
             bias = None if bias is None else np.pad(bias.reshape(heads, self.head), ((0, 0), (0, more))).reshape(-1)
         return weight, bias
 
@@ -88,7 +92,9 @@ class _Builder:
         x = x if before else self.norm(name + "self_attn_layer_norm", x)
         y = self.norm(name + "final_layer_norm", x) if before else x
         y = self.linear(name + "fc1", y, self.width, cfg.ffn_dim, cfg.enable_bias)
-        y = self.linear(name + "fc2", g.activation(y, cfg.activation_function), cfg.ffn_dim, self.width, cfg.enable_bias)
+        y = self.linear(
+            name + "fc2", g.activation(y, cfg.activation_function), cfg.ffn_dim, self.width, cfg.enable_bias
+        )
         x = g.op("Add", [x, y])
         return x if before else self.norm(name + "final_layer_norm", x)
 
@@ -125,7 +131,11 @@ def build(folder: Path, checkpoint: Checkpoint, cfg: OPTConfig) -> Decoder:
         "n_heads": cfg.num_attention_heads,
         "head_dim": b.padded_head,
         "dtype": "float32",
-        **{f"{side}_{p}": f"{stem}.{{}}.{p}" for side, stem in (("past", "past_key_values"), ("present", "present")) for p in ("key", "value")},
+        **{
+            f"{side}_{p}": f"{stem}.{{}}.{p}"
+            for side, stem in (("past", "past_key_values"), ("present", "present"))
+            for p in ("key", "value")
+        },
     }
     return Decoder(g, embedding, cache)
 
@@ -136,7 +146,9 @@ def _embedding(g: Graph, table: np.ndarray) -> dict[str, Any]:
     return {"file": g.data_name, "offset": g.append(table), "dtype": dtype, "shape": list(table.shape)}
 
 
-def _head(g: Graph, checkpoint: Checkpoint, cfg: OPTConfig, x: str, embedding: dict[str, Any], table: np.ndarray) -> str:
+def _head(
+    g: Graph, checkpoint: Checkpoint, cfg: OPTConfig, x: str, embedding: dict[str, Any], table: np.ndarray
+) -> str:
     name = "language_model.lm_head.weight"
     if cfg.tie_word_embeddings or not checkpoint.has(name):
         weight = g.stored(table, embedding["offset"])

@@ -5,22 +5,27 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import subprocess
 import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from blip2_export import scenes
+from blip2_export.parity import run_engine
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, default=Path("models/demo-opt"), help="bundle (default %(default)s)")
-    parser.add_argument("--engine", type=Path, default=Path("target/release/blip2"), help="the blip2 binary (default %(default)s)")
+    parser.add_argument(
+        "--engine", type=Path, default=Path("target/release/blip2"), help="the blip2 binary (default %(default)s)"
+    )
     parser.add_argument("--count", type=int, default=1000, help="scenes of each kind (default %(default)s)")
     parser.add_argument("--seed", default="evaluation", help="another seed draws other scenes (default %(default)s)")
     parser.add_argument("--side", type=int, default=256, help="side of the pictures in pixels (default %(default)s)")
-    parser.add_argument("--wrong", type=Path, help="write every wrong caption and answer to this file, one JSON object a line")
+    parser.add_argument(
+        "--wrong", type=Path, help="write every wrong caption and answer to this file, one JSON object a line"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,7 +49,9 @@ def _save(scene: scenes.Scene, path: Path, side: int) -> Path:
     return path
 
 
-def _captions(args: argparse.Namespace, found: list[scenes.Scene], pictures: list[Path], wrong: list[dict[str, str]]) -> float:
+def _captions(
+    args: argparse.Namespace, found: list[scenes.Scene], pictures: list[Path], wrong: list[dict[str, str]]
+) -> float:
     texts = [row["text"] for row in _blip2(args, "caption", *map(str, pictures))]
     true = [scenes.is_true(text, scene) for text, scene in zip(texts, found, strict=True)]
     wrong += [
@@ -54,7 +61,11 @@ def _captions(args: argparse.Namespace, found: list[scenes.Scene], pictures: lis
 
 
 def _answers(
-    args: argparse.Namespace, found: list[scenes.Scene], pictures: list[Path], rng: random.Random, wrong: list[dict[str, str]]
+    args: argparse.Namespace,
+    found: list[scenes.Scene],
+    pictures: list[Path],
+    rng: random.Random,
+    wrong: list[dict[str, str]],
 ) -> dict[str, float]:
     right, asked_of = Counter[str](), Counter[str]()
     for k, (scene, picture) in enumerate(zip(found, pictures, strict=True)):
@@ -64,16 +75,14 @@ def _answers(
             asked_of[kind] += 1
             right[kind] += row["text"] == answer
             if row["text"] != answer:
-                wrong.append({"scene": scenes.describe(scene), "question": question, "answer": answer, "given": row["text"]})
+                wrong.append(
+                    {"scene": scenes.describe(scene), "question": question, "answer": answer, "given": row["text"]}
+                )
         if sys.stderr.isatty():
             print(f"\r{k + 1} of {len(found)} pictures asked", end="", file=sys.stderr)
     every = round(sum(right.values()) / sum(asked_of.values()), 4)
     return {"answers_right": every, **{kind: round(right[kind] / asked_of[kind], 4) for kind in scenes.QUESTION_KINDS}}
 
 
-def _blip2(args: argparse.Namespace, *words: str) -> list[dict[str, str]]:
-    command = [str(args.engine), words[0], "--model", str(args.model), "--json", *words[1:]]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command[:5])} failed: {done.stderr.strip()}")
-    return [json.loads(line) for line in done.stdout.splitlines()]
+def _blip2(args: argparse.Namespace, *words: str) -> list[dict[str, Any]]:
+    return run_engine(args.engine, words[0], "--model", str(args.model), "--json", *words[1:])

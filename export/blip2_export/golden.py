@@ -33,7 +33,10 @@ def record(checkpoint: Path, bundle: Path, facts: dict[str, Any]) -> None:
             "features": _save(folder / f"{i}.features.bin", features),
             "queries": _save(folder / f"{i}.queries.bin", queries),
         }
-        for task, prompt in (("caption", facts["prompts"]["caption"]), ("ask", facts["prompts"]["ask"].format(_QUESTION))):
+        for task, prompt in (
+            ("caption", facts["prompts"]["caption"]),
+            ("ask", facts["prompts"]["ask"].format(_QUESTION)),
+        ):
             ids, logits, tokens, text = reference.generate(pixels, prompt, facts["generation"][task]["max_new_tokens"])
             cases.append(
                 {
@@ -69,7 +72,11 @@ class Reference:
         _check_memory(checkpoint)
         self.torch = torch
         self.model = Blip2ForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
-        self.tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json")) if (checkpoint / "tokenizer.json").exists() else None
+        self.tokenizer = (
+            Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+            if (checkpoint / "tokenizer.json").exists()
+            else None
+        )
         self.facts = facts
 
     def stages(self, picture: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -83,8 +90,10 @@ class Reference:
         width = self.facts["language"]["hidden"]
         return pixels, seen[0].numpy(), projected.reshape(-1)[: len(projected) * width].reshape(-1, width)
 
-    def generate(self, pixels: np.ndarray, prompt: str, max_new_tokens: int) -> tuple[list[int], np.ndarray, list[int], str]:
-        """Prompt ids, logits of the first new token, generated ids, and their text."""
+    def generate(
+        self, pixels: np.ndarray, prompt: str, max_new_tokens: int, **search: Any
+    ) -> tuple[list[int], np.ndarray, list[int], str]:
+        """Prompt ids, logits of the first new token, generated ids, and their text; greedy unless `search` says otherwise."""
         ids = self.tokenizer.encode(prompt).ids
         image = [self.model.config.image_token_index] * self.model.config.num_query_tokens
         row = self.torch.tensor([image + ids])
@@ -97,6 +106,7 @@ class Reference:
                 do_sample=False,
                 output_logits=True,
                 return_dict_in_generate=True,
+                **search,
             )
         tokens = out.sequences[0, row.shape[1] :].tolist()
         return ids, out.logits[0][0].numpy(), tokens, self.tokenizer.decode(tokens, skip_special_tokens=True).strip()

@@ -62,10 +62,14 @@ class Graph:
             self.nodes.append(helper.make_node("Identity", [value], [name]))
         self.outputs.append({"name": name, "dtype": dtype, "shape": list(shape)})
 
-    def op(self, kind: str, inputs: Sequence[str], outputs: int | Sequence[str] = 1, domain: str = "", **attributes: Any) -> Any:
+    def op(
+        self, kind: str, inputs: Sequence[str], outputs: int | Sequence[str] = 1, domain: str = "", **attributes: Any
+    ) -> Any:
         """Adds a node; gives the name of its output, or the list of names when there are several."""
         names = [self.fresh(kind) for _ in range(outputs)] if isinstance(outputs, int) else list(outputs)
-        self.nodes.append(helper.make_node(kind, list(inputs), names, domain=domain, name=self.fresh("n"), **attributes))
+        self.nodes.append(
+            helper.make_node(kind, list(inputs), names, domain=domain, name=self.fresh("n"), **attributes)
+        )
         return names[0] if len(names) == 1 else names
 
     def constant(self, value: Any, dtype: type = np.int64) -> str:

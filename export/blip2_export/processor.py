@@ -17,10 +17,14 @@ def image_facts(folder: Path, image_size: int) -> dict[str, Any]:
     size = config.get("size", {"height": image_size, "width": image_size})
     side = {size} if isinstance(size, int) else set(size.values())
     if side != {image_size}:
-        raise CheckpointError(f"{folder}: the processor resizes to {size}, the image encoder takes {image_size}×{image_size}")
+        raise CheckpointError(
+            f"{folder}: the processor resizes to {size}, the image encoder takes {image_size}×{image_size}"
+        )
     resample = _FILTERS.get(config.get("resample", 3))
     if resample not in ("bicubic", "bilinear", "lanczos"):
-        raise CheckpointError(f"{folder}: resample filter {config.get('resample')} is not supported; bicubic (3) is usual")
+        raise CheckpointError(
+            f"{folder}: resample filter {config.get('resample')} is not supported; bicubic (3) is usual"
+        )
     for step in ("do_resize", "do_rescale", "do_normalize"):
         if not config.get(step, True):
             raise CheckpointError(f"{folder}: the processor has {step} off, which is not supported")

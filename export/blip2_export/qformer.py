@@ -13,7 +13,9 @@ from blip2_export.graph import MICROSOFT, Graph
 _PREFIX = "qformer.encoder.layer."
 
 
-def build(folder: Path, checkpoint: Checkpoint, cfg: Blip2QFormerConfig, n_queries: int, n_positions: int, width: int) -> Graph:
+def build(
+    folder: Path, checkpoint: Checkpoint, cfg: Blip2QFormerConfig, n_queries: int, n_positions: int, width: int
+) -> Graph:
     """Query tokens through BERT layers with cross-attention, then the language projection.
 
     `n_positions`: positions of the image features. `width`: what the language model's `inputs_embeds` want.
@@ -33,7 +35,9 @@ def build(folder: Path, checkpoint: Checkpoint, cfg: Blip2QFormerConfig, n_queri
     return g
 
 
-def _attention(g: Graph, checkpoint: Checkpoint, cfg: Blip2QFormerConfig, name: str, x: str, source: str, n_source: int) -> str:
+def _attention(
+    g: Graph, checkpoint: Checkpoint, cfg: Blip2QFormerConfig, name: str, x: str, source: str, n_source: int
+) -> str:
     width = cfg.hidden_size
     widths = {"query": width, "key": n_source, "value": n_source}
     qkv = [
@@ -56,9 +60,14 @@ def _feed_forward(g: Graph, checkpoint: Checkpoint, cfg: Blip2QFormerConfig, nam
     return _add_and_norm(g, checkpoint, cfg, name + "output_query", y, x, inner)
 
 
-def _add_and_norm(g: Graph, checkpoint: Checkpoint, cfg: Blip2QFormerConfig, name: str, y: str, x: str, n_in: int) -> str:
+def _add_and_norm(
+    g: Graph, checkpoint: Checkpoint, cfg: Blip2QFormerConfig, name: str, y: str, x: str, n_in: int
+) -> str:
     width = cfg.hidden_size
-    weight, bias = checkpoint.tensor(name + ".dense.weight", (width, n_in)), checkpoint.tensor(name + ".dense.bias", (width,))
+    weight, bias = (
+        checkpoint.tensor(name + ".dense.weight", (width, n_in)),
+        checkpoint.tensor(name + ".dense.bias", (width,)),
+    )
     y = g.op("Add", [g.linear(y, weight, bias), x])
     scale, shift = (checkpoint.tensor(f"{name}.LayerNorm.{k}", (width,)) for k in ("weight", "bias"))
     return g.layer_norm(y, scale, shift, cfg.layer_norm_eps, width)
@@ -95,7 +104,10 @@ def _first_attention(checkpoint: Checkpoint, cfg: Blip2QFormerConfig, n_queries:
 
     name = _PREFIX + "0.attention."
     x = norm(read("query_tokens", 1, n_queries, width)[0], "qformer.layernorm")
-    q, k, v = (linear(x, f"{name}attention.{p}").reshape(n_queries, heads, -1).swapaxes(0, 1) for p in ("query", "key", "value"))
+    q, k, v = (
+        linear(x, f"{name}attention.{p}").reshape(n_queries, heads, -1).swapaxes(0, 1)
+        for p in ("query", "key", "value")
+    )
     scores = q @ k.swapaxes(1, 2) / np.sqrt(width // heads)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     y = (weights / weights.sum(-1, keepdims=True)) @ v

@@ -61,10 +61,19 @@ class Graphs:
             if done.all():
                 break
             lengths = lengths + 1
-            logits = self._run(self.table[tokens][:, None].astype(np.float32), lengths[:, None] - 1, lengths, np.zeros(rows), past)
+            logits = self._run(
+                self.table[tokens][:, None].astype(np.float32), lengths[:, None] - 1, lengths, np.zeros(rows), past
+            )
         return first, out
 
-    def _run(self, embeds: np.ndarray, positions: np.ndarray, lengths: np.ndarray, at: np.ndarray, past: dict[str, ort.OrtValue]) -> np.ndarray:
+    def _run(
+        self,
+        embeds: np.ndarray,
+        positions: np.ndarray,
+        lengths: np.ndarray,
+        at: np.ndarray,
+        past: dict[str, ort.OrtValue],
+    ) -> np.ndarray:
         session = self.sessions["decoder"]
         binding = session.io_binding()
         feeds = {

@@ -77,7 +77,10 @@ def test_a_16_bit_checkpoint_keeps_its_size_and_equals_the_lifted_reference(tmp_
     convert(tmp_path / "c", tmp_path / "b", Choices("x", golden=False))
     stored = sum(p.stat().st_size for p in (tmp_path / "b").glob("*.data"))
     assert stored < 1.2 * (tmp_path / "c" / "model.safetensors").stat().st_size
-    graphs, reference = Graphs(tmp_path / "b"), Reference(tmp_path / "c", json.loads((tmp_path / "b" / "bundle.json").read_text()))
+    graphs, reference = (
+        Graphs(tmp_path / "b"),
+        Reference(tmp_path / "c", json.loads((tmp_path / "b" / "bundle.json").read_text())),
+    )
     pixels, features, queries = reference.stages(scenes.sample_pictures(1, 0)[0])
     assert_close(graphs.features(pixels[None])[0], features, "features")
     assert_close(graphs.queries(features[None])[0], queries, "queries")
@@ -89,7 +92,7 @@ def test_a_16_bit_checkpoint_keeps_its_size_and_equals_the_lifted_reference(tmp_
 
 def test_sharded_checkpoints_give_the_same_weights(made, tmp_path: Path) -> None:
     _, whole = made("tiny")
-    random_checkpoint.write(tmp_path / "c", "tiny", sorted(random_checkpoint.SHAPES).index("tiny"), shard="50KB")
+    random_checkpoint.write(tmp_path / "c", "tiny", sorted(random_checkpoint.SHAPES).index("tiny"), shard_bytes=50_000)
     assert len(list((tmp_path / "c").glob("*.safetensors"))) > 1
     convert(tmp_path / "c", tmp_path / "b", Choices("tiny", golden=False))
     for data in whole.glob("*.data"):
@@ -169,7 +172,9 @@ def test_a_killed_conversion_leaves_no_bundle_and_the_next_one_cleans_up(made, t
         "bundle.decoder.build = slow\n"
         "bundle.convert(Path(sys.argv[1]), Path(sys.argv[2]), bundle.Choices('x', golden=False))\n"
     )
-    child = subprocess.Popen([sys.executable, "-c", program, checkpoint, tmp_path / "b"], stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        [sys.executable, "-c", program, checkpoint, tmp_path / "b"], stdout=subprocess.PIPE, text=True
+    )
     assert child.stdout is not None and child.stdout.readline() == "here\n"
     os.kill(child.pid, signal.SIGKILL)
     child.wait()

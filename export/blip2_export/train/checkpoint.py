@@ -46,7 +46,9 @@ def write_opt(folder: Path, vision: Blip2VisionModel, stage2: Stage2, tokenizer:
         "image_std": list(STD),
         "do_convert_rgb": True,
     }
-    (folder / "preprocessor_config.json").write_text(json.dumps({**image_processor, "processor_class": "Blip2Processor"}, indent=2))
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({**image_processor, "processor_class": "Blip2Processor"}, indent=2)
+    )
     (folder / "processor_config.json").write_text(
         json.dumps({"processor_class": "Blip2Processor", "num_query_tokens": stage2.query_tokens.shape[1]}, indent=2)
     )

@@ -19,10 +19,10 @@ from blip2_export.train.qformer import config as qformer_config
 class Plan:
     """Steps of each phase and the number of drawn scenes of the two stages."""
 
-    vision: Schedule = Schedule(4500, 1e-3)
-    language: Schedule = Schedule(2200, 1.5e-3, warmup=200)
+    vision: Schedule = Schedule(6600, 1e-3)
+    language: Schedule = Schedule(3400, 1.5e-3, warmup=200)
     stage1: Schedule = Schedule(1500, 1e-3, warmup=200)
-    stage2: Schedule = Schedule(2000, 1e-3, warmup=200)
+    stage2: Schedule = Schedule(2800, 1e-3, warmup=200)
     n_scenes: int = 30_000
     batch_size: int = 64
 
@@ -35,7 +35,11 @@ def train(work: Path, out: Path, plan: Plan) -> None:
     torch.manual_seed(0)
     opt_tokenizer, qformer_tokenizer = text.tokenizers(work)
     eye = vision.pretrain(Phase("vision", work, plan.vision)).requires_grad_(False).eval()
-    mouth = language.pretrain(Phase("language", work, plan.language, log_every=25), opt_tokenizer).requires_grad_(False).eval()
+    mouth = (
+        language.pretrain(Phase("language", work, plan.language, log_every=25), opt_tokenizer)
+        .requires_grad_(False)
+        .eval()
+    )
     seen = stage2.fingerprint(eye)
     data = SceneFeatures(eye, plan.n_scenes, work)
     held_out = SceneFeatures(eye, min(400, plan.n_scenes), work, "held-out")
@@ -43,7 +47,12 @@ def train(work: Path, out: Path, plan: Plan) -> None:
     torch.manual_seed(1)
     q = QFormer(qformer_config(len(qformer_tokenizer), eye.config.hidden_size))
     first = stage1.Stage1(q, qformer_tokenizer)
-    stage1.train(Phase("stage1", work, plan.stage1), first, lambda step: data.pairs(step, plan.batch_size), held_out if _full(plan) else None)
+    stage1.train(
+        Phase("stage1", work, plan.stage1),
+        first,
+        lambda step: data.pairs(step, plan.batch_size),
+        held_out if _full(plan) else None,
+    )
 
     torch.manual_seed(2)
     second = stage2.Stage2(q, mouth)

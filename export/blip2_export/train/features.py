@@ -32,7 +32,9 @@ class Pairs:
 class SceneFeatures:
     """`count` drawn scenes with their ViT features, computed once and kept in a file (float16), resumed after a kill."""
 
-    def __init__(self, vision: Blip2VisionModel, count: int, work: Path, name: str = "train", unseen: bool = False) -> None:
+    def __init__(
+        self, vision: Blip2VisionModel, count: int, work: Path, name: str = "train", unseen: bool = False
+    ) -> None:
         self.count, self.name, self.unseen = count, name, unseen
         cfg = vision.config
         shape = (count, (cfg.image_size // cfg.patch_size) ** 2 + 1, cfg.hidden_size)

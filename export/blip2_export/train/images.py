@@ -45,7 +45,9 @@ class CaptionedImages:
             raise DataError(f"{file}: no picture with a caption")
         missing = [p for p, _ in self.items if not p.exists()]
         if missing:
-            raise DataError(f"{len(missing)} of {len(self.items)} pictures are not there, the first is {missing[0]}; set --images")
+            raise DataError(
+                f"{len(missing)} of {len(self.items)} pictures are not there, the first is {missing[0]}; set --images"
+            )
 
     def batch(self, step: int, size: int, side: int) -> PixelPairs:
         """The batch of a step: a pure function of it."""

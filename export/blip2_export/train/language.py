@@ -93,7 +93,10 @@ def pretrain(phase: Phase, tokenizer: PreTrainedTokenizerFast, batch_size: int =
     def make_batch(step: int) -> Any:
         rng = random.Random(f"text {step}")
         most = _most_objects(step / phase.schedule.steps)
-        found = [scenes.sample_scene(rng, None if most == scenes.MAX_OBJECTS else rng.randint(1, most)) for _ in range(batch_size)]
+        found = [
+            scenes.sample_scene(rng, None if most == scenes.MAX_OBJECTS else rng.randint(1, most))
+            for _ in range(batch_size)
+        ]
         rows = [texts_of(s, rng, 3, 9, rng.random() < 0.2) for s in found]
         return torch.tensor([packer.description(s) for s in found]), packer.pack(rows)
 

@@ -84,12 +84,16 @@ def fit(
     """
     phase.work.mkdir(parents=True, exist_ok=True)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimiser = torch.optim.AdamW(_groups(trained, phase.schedule), lr=phase.schedule.learning_rate, betas=(0.9, phase.schedule.beta2))
+    optimiser = torch.optim.AdamW(
+        _groups(trained, phase.schedule), lr=phase.schedule.learning_rate, betas=(0.9, phase.schedule.beta2)
+    )
     start = _resume(phase, trained, optimiser)
     if start >= phase.schedule.steps:
         return
     indices = range(start, phase.schedule.steps)
-    loader = DataLoader(StepBatches(make_batch, phase.schedule.steps), batch_size=None, sampler=indices, num_workers=workers)
+    loader = DataLoader(
+        StepBatches(make_batch, phase.schedule.steps), batch_size=None, sampler=indices, num_workers=workers
+    )
     progress, saved = _Progress(phase, start), time.monotonic()
     model.train()
     for step, batch in zip(indices, loader, strict=True):
@@ -98,7 +102,9 @@ def fit(
         parts = losses(batch)
         total = torch.stack([v for k, v in parts.items() if not k.startswith("_")]).sum()
         if not torch.isfinite(total):
-            raise FloatingPointError(f"{phase.name}: the loss is {float(total)} at step {step}; lower the learning rate")
+            raise FloatingPointError(
+                f"{phase.name}: the loss is {float(total)} at step {step}; lower the learning rate"
+            )
         optimiser.zero_grad(set_to_none=True)
         total.backward()
         nn.utils.clip_grad_norm_(trained.values(), phase.schedule.clip)
@@ -123,7 +129,9 @@ def _groups(trained: dict[str, nn.Parameter], schedule: Schedule) -> list[dict[s
 
 def _save(phase: Phase, step: int, trained: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer) -> None:
     aside = phase.checkpoint.with_suffix(".tmp")
-    torch.save({"step": step, "model": {n: p.detach() for n, p in trained.items()}, "optimiser": optimiser.state_dict()}, aside)
+    torch.save(
+        {"step": step, "model": {n: p.detach() for n, p in trained.items()}, "optimiser": optimiser.state_dict()}, aside
+    )
     os.replace(aside, phase.checkpoint)
 
 
@@ -150,9 +158,15 @@ class _Progress:
         for k, v in parts.items():
             self.sums[k] = self.sums.get(k, 0.0) + v
         self.count += 1
-        if (step + 1) % self.phase.log_every == 0:
+        if (step + 1) % self.phase.log_every == 0 or step + 1 == self.phase.schedule.steps:
             rate = self.count / (time.monotonic() - self.since)
-            self.write({"step": step + 1, **{k: round(v / self.count, 4) for k, v in self.sums.items()}, "steps_per_second": round(rate, 2)})
+            self.write(
+                {
+                    "step": step + 1,
+                    **{k: round(v / self.count, 4) for k, v in self.sums.items()},
+                    "steps_per_second": round(rate, 2),
+                }
+            )
             self.sums, self.count, self.since = {}, 0, time.monotonic()
 
     def write(self, row: dict[str, Any]) -> None:

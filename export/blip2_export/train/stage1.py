@@ -55,14 +55,24 @@ class Stage1:
         other_truths = true & ~torch.eye(len(true), dtype=torch.bool)
         logits = logits.masked_fill(other_truths, _FAR)
         target = torch.arange(len(ids))
-        loss = sum(_smoothed(side, target, ~(mask_.bool())) for side, mask_ in ((logits, other_truths), (logits.T, other_truths.T))) / 2
+        loss = (
+            sum(
+                _smoothed(side, target, ~(mask_.bool()))
+                for side, mask_ in ((logits, other_truths), (logits.T, other_truths.T))
+            )
+            / 2
+        )
         return loss, logits.detach(), logits.T.detach()
 
     def _match(self, pairs: Pairs, ids: Tensor, mask: Tensor, to_text: Tensor, to_image: Tensor) -> Tensor:
         """One hard negative text for each image and one hard negative image for each text, drawn by similarity."""
         n = len(ids)
-        text = torch.multinomial(to_text.masked_fill(pairs.true, _FAR).softmax(1) + 1e-9 * ~pairs.true, 1, generator=self.generator)[:, 0]
-        image = torch.multinomial(to_image.masked_fill(pairs.true.T, _FAR).softmax(1) + 1e-9 * ~pairs.true.T, 1, generator=self.generator)[:, 0]
+        text = torch.multinomial(
+            to_text.masked_fill(pairs.true, _FAR).softmax(1) + 1e-9 * ~pairs.true, 1, generator=self.generator
+        )[:, 0]
+        image = torch.multinomial(
+            to_image.masked_fill(pairs.true.T, _FAR).softmax(1) + 1e-9 * ~pairs.true.T, 1, generator=self.generator
+        )[:, 0]
         features = torch.cat([pairs.features, pairs.features[image], pairs.features])
         all_ids, all_mask = torch.cat([ids, ids, ids[text]]), torch.cat([mask, mask, mask[text]])
         labels = torch.cat([torch.ones(n, dtype=torch.long), torch.zeros(2 * n, dtype=torch.long)])

@@ -61,7 +61,9 @@ def scene_batches(data: SceneFeatures, packer: Packer, size: int) -> Callable[[i
     return make
 
 
-def train(phase: Phase, model: Stage2, batches: Callable[[int], Any], evaluate: Callable[[], dict[str, float]] | None) -> None:
+def train(
+    phase: Phase, model: Stage2, batches: Callable[[int], Any], evaluate: Callable[[], dict[str, float]] | None
+) -> None:
     before = fingerprint(model.texts.model)
     fit(phase, model, batches, model.losses, evaluate=evaluate, evaluate_every=500)
     if fingerprint(model.texts.model) != before:
@@ -96,11 +98,16 @@ def gate(model: Stage2, packer: Packer, held_out: SceneFeatures, n: int = 400) -
     return {**out, "answers": round(sum(r for r, _ in asked) / sum(t for _, t in asked), 4), "captions_true": true / n}
 
 
-def greedy(language: OPTForCausalLM, prefix: Tensor, tokenizer: PreTrainedTokenizerFast, max_new_tokens: int = 30) -> list[str]:
+def greedy(
+    language: OPTForCausalLM, prefix: Tensor, tokenizer: PreTrainedTokenizerFast, max_new_tokens: int = 30
+) -> list[str]:
     """Captions of a soft prompt."""
     start = language.get_input_embeddings()(torch.full((len(prefix), 1), tokenizer.bos_token_id))
     embeds = torch.cat([prefix, start], 1)
     ids = language.generate(
-        inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long), max_new_tokens=max_new_tokens, do_sample=False
+        inputs_embeds=embeds,
+        attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
     )
     return [t.strip() for t in tokenizer.batch_decode(ids, skip_special_tokens=True)]

@@ -1,4 +1,4 @@
-"""Pre-training of the demo's ViT on scenes: every patch says what lies on it, pooled patches say what the object is."""
+"""Pre-training of the demo's ViT on scenes: every patch says what lies on it and where, pooled patches say what the object is."""
 
 from __future__ import annotations
 
@@ -53,6 +53,7 @@ class Pretext(nn.Module):
         self.count = nn.Linear(width, scenes.MAX_OBJECTS)
         self.patch = nn.ModuleList(nn.Linear(width, n) for n in (len(_SHAPES), len(_COLOURS), len(_SIZES)))
         self.pooled = nn.ModuleList(nn.Linear(width, n) for n in (len(_SHAPES), len(_COLOURS), len(_SIZES)))
+        self.place = nn.Linear(width, 2)
 
     def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         features = self.vision(batch["pixels"]).last_hidden_state
@@ -62,6 +63,8 @@ class Pretext(nn.Module):
         out = {
             "mask": F.binary_cross_entropy_with_logits(self.mask(patches), batch["mask"]),
             "offset": F.smooth_l1_loss(self.offset(patches)[covered], batch["offset"][covered]),
+            # Without this the ViT forgets where a patch lies, and no Q-Former can say what is left of what.
+            "place": F.smooth_l1_loss(self.place(patches)[covered], 10 * batch["place"][covered]),
             "count": 0.5 * F.cross_entropy(self.count(features[:, 0]), batch["count"]),
         }
         pooled = torch.einsum("bop,bpd->bod", share, patches)
@@ -77,7 +80,9 @@ class Pretext(nn.Module):
         return out
 
 
-def make_batch(seed: str, size: int, side: int, patch: int, recoloured: float = RECOLOURED, unseen: bool = False) -> dict[str, Tensor]:
+def make_batch(
+    seed: str, size: int, side: int, patch: int, recoloured: float = RECOLOURED, unseen: bool = False
+) -> dict[str, Tensor]:
     """`size` scenes with what each patch and each object is; -100 marks a label that is not learned."""
     rng = random.Random(seed)
     rows = [_example(scenes.sample_scene(rng, unseen=unseen), rng, side, patch, recoloured) for _ in range(size)]
@@ -104,9 +109,10 @@ def _example(scene: scenes.Scene, rng: random.Random, side: int, patch: int, rec
     owner = np.where(per_patch.max(0) > 0.05, per_patch.argmax(0), -1)
     total = per_patch.sum(1, keepdims=True)
     centres = (np.arange(n) + 0.5) / n
-    offset = np.zeros((n * n, 2), np.float32)
+    offset, place = np.zeros((n * n, 2), np.float32), np.zeros((n * n, 2), np.float32)
     for k, thing in enumerate(scene.things):
         here = owner == k
+        place[here] = thing.x, thing.y
         offset[here] = (np.stack([thing.x - np.tile(centres, n), thing.y - np.repeat(centres, n)], -1) * 5)[here]
     cells = cover.sum(0).reshape(n, CELLS, cell, n, CELLS, cell).mean((2, 5)).transpose(0, 2, 1, 3)
     return {
@@ -114,6 +120,7 @@ def _example(scene: scenes.Scene, rng: random.Random, side: int, patch: int, rec
         "mask": np.clip(cells.reshape(n * n, CELLS * CELLS), 0, 1).astype(np.float32),
         "owner": owner.astype(np.int64),
         "offset": offset,
+        "place": place,
         "share": (per_patch / np.maximum(total, 1e-6)).astype(np.float32),
         "labels": labels,
         "count": np.int64(len(scene.things) - 1),
@@ -141,9 +148,19 @@ def pretrain(phase: Phase, batch_size: int = 64) -> Blip2VisionModel:
     side, patch = vision.config.image_size, vision.config.patch_size
 
     def evaluate() -> dict[str, float]:
-        return {**gate(model, side, patch), **{f"unseen_{k}": v for k, v in gate(model, side, patch, unseen=True).items()}}
+        return {
+            **gate(model, side, patch),
+            **{f"unseen_{k}": v for k, v in gate(model, side, patch, unseen=True).items()},
+        }
 
-    fit(phase, model, lambda step: make_batch(f"train {step}", batch_size, side, patch), model.losses, evaluate=evaluate, evaluate_every=1000)
+    fit(
+        phase,
+        model,
+        lambda step: make_batch(f"train {step}", batch_size, side, patch),
+        model.losses,
+        evaluate=evaluate,
+        evaluate_every=1000,
+    )
     return vision
 
 

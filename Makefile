@@ -1,0 +1,60 @@
+# `make help` lists the targets. Everything is installed inside the tree: `.venv` holds ONNX Runtime for the engine,
+# `export/.venv` holds PyTorch and transformers for training, conversion and tests.
+
+PYTHON ?= python3
+MODEL_PYTHON := export/.venv/bin/python
+WORK ?= target/demo
+SCENES ?= 1000
+
+.DEFAULT_GOAL := help
+.PHONY: help run setup setup-export build test test-rust test-python fmt demo-models evaluate clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+run: setup build ## set up, build, caption the sample pictures with models/demo-opt
+	target/release/blip2 caption models/samples/*.png
+
+setup: .venv/.stamp ## ONNX Runtime for the engine
+
+.venv/.stamp: export/runtime.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r export/runtime.txt
+	touch $@
+
+setup-export: export/.venv/.stamp ## PyTorch and transformers for export/
+
+export/.venv/.stamp: export/requirements.txt
+	$(PYTHON) -m venv export/.venv
+	$(MODEL_PYTHON) -m pip install --quiet --disable-pip-version-check --require-hashes -r export/requirements.txt
+	touch $@
+
+build: ## the release binary
+	cargo build --release --locked
+
+test: test-rust test-python ## every test
+
+test-rust: setup
+	cargo fmt --check
+	cargo clippy --locked --all-targets -- -D warnings
+	cargo test --locked
+	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --locked --quiet
+
+# The engine is compared with transformers through the binary that `cargo test` built.
+test-python: setup-export test-rust
+	cd export && .venv/bin/ruff format --check . && .venv/bin/ruff check .
+	cd export && .venv/bin/python -m pytest -q
+
+fmt: setup-export ## format Rust and Python
+	cargo fmt
+	cd export && .venv/bin/ruff format . && .venv/bin/ruff check --fix .
+
+demo-models: setup-export ## train models/demo-opt from nothing (hours; goes on after a kill)
+	cd export && .venv/bin/python -m blip2_export train demo --work ../$(WORK) --out ../$(WORK)/checkpoint
+	cd export && .venv/bin/python -m blip2_export convert ../$(WORK)/checkpoint ../models/demo-opt --force
+
+evaluate: setup-export setup build ## how true the demo's captions and answers are on SCENES held-out scenes
+	PYTHONPATH=export $(MODEL_PYTHON) -m blip2_export evaluate --count $(SCENES)
+
+clean: ## remove what the build made, keep the environments
+	cargo clean

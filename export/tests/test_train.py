@@ -1,0 +1,197 @@
+"""The training chain on three steps a phase, its masks, and going on after a kill."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from transformers import Blip2ForConditionalGeneration, Blip2Processor, OPTForCausalLM
+
+from blip2_export import scenes
+from blip2_export.train import demo, language, stage1, stage2, text
+from blip2_export.train.images import CaptionedImages, DataError, clean
+from blip2_export.train.loop import Phase, Schedule, fit
+from blip2_export.train.qformer import QFormer
+from blip2_export.train.qformer import config as qformer_config
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    work = tmp_path_factory.mktemp("demo")
+    demo.train(work / "work", work / "checkpoint", demo.TINY)
+    return work
+
+
+def test_the_chain_writes_a_folder_that_transformers_loads_and_runs(trained: Path) -> None:
+    model = Blip2ForConditionalGeneration.from_pretrained(trained / "checkpoint", dtype=torch.float32)
+    processor = Blip2Processor.from_pretrained(trained / "checkpoint")
+    inputs = processor(images=scenes.sample_pictures(1, 0)[0], text="Question: where? Answer:", return_tensors="pt")
+    assert inputs.input_ids[0, :33].tolist() == [model.config.image_token_index] * 32 + [text.BOS]
+    out = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    assert out.shape[1] > inputs.input_ids.shape[1]
+    newline = processor.tokenizer.encode("\n", add_special_tokens=False)
+    assert [model.language_model.generation_config.eos_token_id] == newline
+
+
+def test_a_finished_chain_is_not_trained_again(trained: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in (trained / "work").glob("*.pt")}
+    assert set(p.stem for p in before) == {"vision", "language", "stage1", "stage2"}
+    demo.train(trained / "work", trained / "again", demo.TINY)
+    assert before == {p: p.stat().st_mtime_ns for p in (trained / "work").glob("*.pt")}
+    first, second = ((trained / d / "model.safetensors").read_bytes() for d in ("checkpoint", "again"))
+    assert first == second
+
+
+def test_every_phase_logs_its_losses(trained: Path) -> None:
+    for phase, names in (
+        ("stage1", {"itc_recall", "itm_edit_told", "itg_true"}),
+        ("stage2", {"answers", "captions_true"}),
+    ):
+        schedule = Schedule(1, 1e-3)
+        assert Phase(phase, trained / "work", schedule).checkpoint.exists()
+        assert names  # gates run on full plans only
+    rows = [json.loads(r) for r in (trained / "work" / "language.jsonl").read_text().splitlines()]
+    assert {"colour", "shape", "size", "count", "where", "yes/no", "caption"} == set(rows[-1]["evaluation"])
+
+
+def _regression(work: Path, steps: int, stop_after: int | None = None) -> nn.Linear:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+
+    def batch(step: int) -> torch.Tensor:
+        if step == stop_after:
+            raise KeyboardInterrupt
+        return torch.randn(8, 3, generator=torch.Generator().manual_seed(step))
+
+    phase = Phase("r", work, Schedule(steps, 1e-2, warmup=2), save_seconds=0)
+    fit(phase, model, batch, lambda x: {"l": (model(x) - x.sum(1, keepdim=True)).square().mean()}, workers=0)
+    return model
+
+
+def test_a_killed_run_goes_on_and_ends_where_an_unbroken_one_ends(tmp_path: Path) -> None:
+    whole = _regression(tmp_path / "a", 20)
+    with pytest.raises(KeyboardInterrupt):
+        _regression(tmp_path / "b", 20, stop_after=11)
+    resumed = _regression(tmp_path / "b", 20)
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    _regression(tmp_path, 3)
+    other = nn.Sequential(nn.Linear(3, 1))
+    with pytest.raises(ValueError, match="another model"):
+        fit(Phase("r", tmp_path, Schedule(9, 1e-2)), other, lambda s: s, lambda b: {}, workers=0)
+
+
+@pytest.fixture(scope="module")
+def opt(tmp_path_factory: pytest.TempPathFactory) -> tuple[language.Texts, text.Packer]:
+    tokenizer, _ = text.tokenizers(tmp_path_factory.mktemp("tokenizers"))
+    torch.manual_seed(0)
+    return language.Texts(OPTForCausalLM(language.config(tokenizer)).eval()), text.Packer(tokenizer)
+
+
+def test_packed_texts_give_the_logits_of_each_text_alone(opt: tuple[language.Texts, text.Packer]) -> None:
+    model, packer = opt
+    rng = random.Random(0)
+    rows = [language.texts_of(scenes.sample_scene(rng), rng, 2, 4, True) for _ in range(3)]
+    prefix = torch.randn(3, text.N_QUERIES, model.model.config.hidden_size)
+    packed = packer.pack(rows)
+    with torch.no_grad():
+        together = model.logits(prefix, packed)
+        for i, texts in enumerate(rows):
+            for k, one in enumerate(texts):
+                ids = [text.BOS, *packer.encode(one.prompt), *packer.encode(one.target)][:-1]
+                embeds = torch.cat([prefix[i : i + 1], model.model.get_input_embeddings()(torch.tensor([ids]))], 1)
+                alone = model.model(inputs_embeds=embeds).logits[0, text.N_QUERIES :]
+                torch.testing.assert_close(together[i][packed.branch[i] == k], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_only_the_target_counts_as_right(opt: tuple[language.Texts, text.Packer]) -> None:
+    _, packer = opt
+    packed = packer.pack([[text.Text("colour", "Question: x Answer:", " red\n")]])
+    logits = torch.nn.functional.one_hot(packed.labels.clamp(min=0), 512).float()
+    assert text.right_by_kind(logits, packed) == {"colour": (1, 1)}
+    logits[0, -2] = logits[0, -2].roll(1)
+    assert text.right_by_kind(logits, packed) == {"colour": (0, 1)}
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> stage1.Stage1:
+    _, tokenizer = text.tokenizers(tmp_path_factory.mktemp("tokenizers"))
+    torch.manual_seed(0)
+    model = QFormer(qformer_config(len(tokenizer), 24)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    return stage1.Stage1(model, tokenizer)
+
+
+def test_itg_queries_do_not_see_text_and_text_does_not_see_its_future(stage: stage1.Stage1) -> None:
+    features = torch.randn(2, 10, 24)
+    ids, mask = stage.encode(["a red star and a blue ring", "a small pink circle"])
+    with torch.no_grad():
+        queries, logits = stage.model.captioning(features, ids, mask)
+        torch.testing.assert_close(queries, stage.model.queries(features), atol=2e-5, rtol=1e-4)
+        changed = ids.clone()
+        changed[:, 4] = 7
+        _, other = stage.model.captioning(features, changed, mask)
+    torch.testing.assert_close(logits[:, :4], other[:, :4], atol=1e-5, rtol=1e-5)
+    assert (logits[:, 4:6] - other[:, 4:6]).abs().max() > 1e-3
+
+
+def test_itm_queries_see_text_and_padding_changes_nothing(stage: stage1.Stage1) -> None:
+    features = torch.randn(1, 10, 24)
+    with torch.no_grad():
+        alone = stage.model.matching_logits(features, *stage.encode(["a red star"]))
+        ids, mask = stage.encode(["a red star", "a red star left of a small blue ring"])
+        padded = stage.model.matching_logits(features, ids[:1], mask[:1])
+        other = stage.model.matching_logits(features, *stage.encode(["a blue ring"]))
+    torch.testing.assert_close(alone, padded, atol=1e-5, rtol=1e-4)
+    assert (alone - other).abs().max() > 1e-4
+
+
+def test_stage_2_drops_the_text_branch_and_keeps_the_queries(stage: stage1.Stage1) -> None:
+    copy = stage2.query_only(stage.model.qformer).eval()
+    assert not any(".intermediate." in n or (".output.dense" in n and "attention" not in n) for n in copy.state_dict())
+    features = torch.randn(1, 10, 24)
+    tokens = stage.model.query_tokens
+    with torch.no_grad():
+        kept = copy(query_embeds=tokens, encoder_hidden_states=features).last_hidden_state
+        torch.testing.assert_close(kept, stage.model.queries(features), atol=1e-5, rtol=1e-5)
+
+
+def test_real_data_is_read_in_coco_and_in_karpathy_form(tmp_path: Path) -> None:
+    scenes.write_dataset(tmp_path / "d", 5, 0, 64)
+    batch = CaptionedImages(tmp_path / "d").batch(0, 8, 32)
+    assert batch.pixels.shape == (8, 3, 32, 32)
+    assert batch.true.diagonal().all() and not batch.true.all()
+    (tmp_path / "rows.json").write_text(json.dumps([{"image": "d/000000.png", "caption": ["One!", "Two"]}]))
+    assert set(CaptionedImages(tmp_path / "rows.json").batch(0, 9, 32).captions) == {"one", "two"}
+    Image.new("L", (4, 4)).save(tmp_path / "grey.png")
+    (tmp_path / "grey.json").write_text(json.dumps([{"image": "grey.png", "caption": "x"}]))
+    assert CaptionedImages(tmp_path / "grey.json").batch(0, 1, 32).pixels.shape == (1, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "not valid JSON"),
+        ('{"a": 1}', "neither COCO"),
+        ("[]", "no picture"),
+        ('[{"image": "x", "caption": "y"}]', "not there"),
+    ],
+)
+def test_unusable_data_is_refused_in_one_sentence(tmp_path: Path, content: str, said: str) -> None:
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(DataError, match=said):
+        CaptionedImages(tmp_path / "a.json")
+
+
+def test_captions_are_cleaned_as_in_lavis() -> None:
+    assert clean("What's the time? 5:30") == "what's the time? 5 30"

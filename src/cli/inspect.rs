@@ -1,0 +1,77 @@
+//! `blip2 inspect [BUNDLE]`
+
+use std::io::{Write as _, stdout};
+
+use super::Failure;
+use super::args::Inspect;
+use crate::bundle::{Bundle, Facts};
+use crate::error::Error;
+
+pub(super) fn run(command: &Inspect) -> Result<(), Failure> {
+    let folder = command.bundle.clone().unwrap_or_else(|| command.model.path());
+    let bundle = Bundle::open(&folder).map_err(Error::from)?;
+    let mut out = stdout().lock();
+    if command.json {
+        let text = std::fs::read_to_string(bundle.path("bundle.json"))?;
+        let value: serde_json::Value = serde_json::from_str(&text).map_err(std::io::Error::from)?;
+        return Ok(writeln!(out, "{value}")?);
+    }
+    for (key, value) in rows(bundle.facts()) {
+        writeln!(out, "{key:12} {value}")?;
+    }
+    Ok(())
+}
+
+fn rows(facts: &Facts) -> Vec<(String, String)> {
+    let Facts { image, vision, qformer, language, .. } = facts;
+    let cache = &language.kv_cache;
+    let mut rows = vec![
+        ("name", format!("{} ({}, format version {}, for {})", facts.name, facts.family, facts.format_version, facts.target)),
+        ("tasks", listed(facts.tasks.iter())),
+        ("image", format!("{0}×{0}, {1}, mean {2:?}, std {3:?}", image.size, image.resample, image.mean, image.std)),
+        ("vision", format!("{} positions of width {}", vision.n_positions, vision.hidden)),
+        ("qformer", format!("{} query tokens of width {}", qformer.n_queries, qformer.hidden)),
+        (
+            "language",
+            format!("width {}, vocabulary {}, {} positions", language.hidden, language.vocab_size, language.max_positions),
+        ),
+        (
+            "KV cache",
+            format!(
+                "{} layers × {} heads × {} {}, {:.1} kB a position",
+                cache.n_layers,
+                cache.n_heads,
+                cache.head_dim,
+                cache.dtype,
+                cache.bytes_per_position() as f64 / 1e3
+            ),
+        ),
+    ];
+    let needs = &facts.requires;
+    rows.push(("needs", format!("ONNX Runtime {} or later, opset {}", needs.onnxruntime, needs.opset)));
+    rows.push(("source", pairs(facts.source.iter())));
+    rows.push(("made by", pairs(facts.made_by.iter())));
+    let mut rows: Vec<(String, String)> = rows.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
+    for (task, prompt) in &facts.prompts {
+        let most = facts.generation.get(task).map_or(0, |generation| generation.max_new_tokens);
+        rows.push((format!("{task}"), format!("prompt {prompt:?}, {most} new tokens at most")));
+    }
+    for (name, graph) in &facts.graphs {
+        let data = facts.files.get(&format!("{}.data", graph.file)).map_or(0, |file| file.bytes);
+        rows.push((
+            name.clone(),
+            format!("{}, computes in {}, {:.1} MB of weights", graph.file, graph.precision, data as f64 / 1e6),
+        ));
+    }
+    let bytes: u64 = facts.files.values().map(|file| file.bytes).sum();
+    rows.push(("size".into(), format!("{:.1} MB in {} files", bytes as f64 / 1e6, facts.files.len())));
+    rows
+}
+
+fn listed(items: impl Iterator<Item = impl ToString>) -> String {
+    items.map(|item| item.to_string()).collect::<Vec<_>>().join(", ")
+}
+
+fn pairs<'a>(items: impl Iterator<Item = (&'a String, &'a String)>) -> String {
+    listed(items.map(|(key, value)| format!("{key} {value}")))
+}

@@ -1,0 +1,92 @@
+//! The command line: one file per command. The only door to `clap`.
+//!
+//! Results go to standard output, everything else to standard error.
+
+mod args;
+mod ask;
+mod caption;
+mod doctor;
+mod inspect;
+mod output;
+mod verify;
+
+use std::path::PathBuf;
+
+use clap::Parser;
+
+use crate::error::Error;
+use crate::pixels::PixelsError;
+
+pub use args::Args;
+use args::Command;
+
+/// Why a command ends with another exit code than 0.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// The command line asks for something that makes no sense.
+    #[error("{0}")]
+    Usage(String),
+    /// A picture cannot be used.
+    #[error("{}", .path.display())]
+    Picture {
+        /// The picture, as it was typed.
+        path: PathBuf,
+        /// Why.
+        source: PixelsError,
+    },
+    /// The engine reports an error.
+    #[error(transparent)]
+    Engine(#[from] Error),
+    /// Standard output is closed or full.
+    #[error("cannot write to standard output")]
+    Output(#[from] std::io::Error),
+    /// A bundle gives other outputs than its reference.
+    #[error("{0} of the checks above failed")]
+    Mismatch(usize),
+    /// No execution provider works.
+    #[error("no execution provider is usable")]
+    Nothing,
+    /// The first of several failures, all of which were reported when they happened.
+    #[error(transparent)]
+    Reported(Box<Failure>),
+}
+
+/// Parses the command line; exits with 2 and an explanation if it is wrong.
+pub fn parse() -> Args {
+    Args::parse()
+}
+
+/// Runs the command.
+pub fn run(args: &Args) -> Result<(), Failure> {
+    match &args.command {
+        Command::Caption(command) => caption::run(command),
+        Command::Ask(command) => ask::run(command),
+        Command::Verify(command) => verify::run(command),
+        Command::Inspect(command) => inspect::run(command),
+        Command::Doctor(command) => doctor::run(command),
+    }
+}
+
+/// Prints a failure and its causes in one line. A reader that went away is no news.
+pub fn report(failure: &Failure) {
+    match failure {
+        Failure::Reported(_) => {}
+        Failure::Output(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {}
+        failure => eprintln!("blip2: {}", chain(failure)),
+    }
+}
+
+fn chain(failure: &(dyn std::error::Error + 'static)) -> String {
+    let one_line = |text: String| text.split_whitespace().collect::<Vec<_>>().join(" ");
+    let mut whole = one_line(failure.to_string());
+    let mut cause = failure.source();
+    while let Some(error) = cause {
+        let text = one_line(error.to_string());
+        // Some libraries repeat their cause in their own text.
+        if !whole.contains(&text) {
+            whole = format!("{whole}: {text}");
+        }
+        cause = error.source();
+    }
+    whole
+}

@@ -1,0 +1,45 @@
+//! `blip2 verify [BUNDLE]`
+
+use std::io::{Write as _, stdout};
+
+use super::Failure;
+use super::args::Verify;
+use crate::bundle::Bundle;
+use crate::engine::Engine;
+use crate::error::Error;
+use crate::runtime::Runtime;
+use crate::verify;
+
+pub(super) fn run(command: &Verify) -> Result<(), Failure> {
+    let folder = command.bundle.clone().unwrap_or_else(|| command.model.folder.path());
+    let mut out = stdout().lock();
+    let bundle = Bundle::open(&folder).map_err(Error::from)?;
+    let (mut n_files, mut n_bytes) = (0, 0);
+    let hashes = bundle.check_hashes(|_, bytes| {
+        n_files += 1;
+        n_bytes += bytes;
+    });
+    hashes.map_err(Error::from)?;
+    writeln!(out, "ok    {n_files} files, {:.1} MB: sizes and hashes", n_bytes as f64 / 1e6)?;
+
+    let runtime = Runtime::load(&(&command.model).into()).map_err(Error::from)?;
+    let mut engine = Engine::load(bundle, runtime)?;
+    writeln!(out, "ok    graphs load on {} and are what bundle.json says", engine.runtime().provider())?;
+    if !verify::has_golden(&engine) {
+        writeln!(out, "      no recorded outputs in this bundle (converted with --no-golden)")?;
+        return Ok(());
+    }
+    let (mut failed, mut printed) = (0, Ok(()));
+    let reference = verify::run(&mut engine, |check| {
+        failed += usize::from(!check.holds);
+        let mark = if check.holds { "ok" } else { "WRONG" };
+        if printed.is_ok() {
+            printed = writeln!(out, "{mark:5} {}: {}", check.what, check.found);
+        }
+    })?;
+    printed?;
+    if failed > 0 {
+        return Err(Failure::Mismatch(failed));
+    }
+    Ok(writeln!(out, "{} gives what its reference gave ({reference})", folder.display())?)
+}

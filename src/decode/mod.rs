@@ -1,0 +1,120 @@
+//! The step loop over all live requests, and the searches that drive it. Pure Rust: no tensors, no files, no clock.
+//!
+//! Each request owns a [`Search`] over its own rows. At every step the loop collects the picks of all searches, the [`Model`] runs once
+//! over all rows, and each search sees the scores of its own. Requests join and leave between steps; the same request gives the same
+//! tokens alone and beside others.
+
+mod beam;
+mod greedy;
+mod processors;
+mod random;
+mod sample;
+mod step_loop;
+mod strategy;
+mod warpers;
+
+pub use beam::{Beam, BeamOptions, BeamSample, EarlyStopping, Hypothesis};
+pub use greedy::{Greedy, GreedyOptions};
+pub use processors::{Past, Processors};
+pub use random::Random;
+pub use sample::{Sample, SampleOptions};
+pub use step_loop::{Event, RequestId, StepLoop};
+pub use strategy::{Ends, Strategy, StrategyError};
+pub use warpers::Warpers;
+
+/// An index into the vocabulary.
+pub type TokenId = u32;
+
+/// One row of the next step: the row it continues, and the token put behind it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pick {
+    /// Index of a row of the step before.
+    pub parent: usize,
+    /// The token that the row gets.
+    pub token: TokenId,
+}
+
+/// Next-token logits of consecutive rows: `[n_rows, vocabulary]`, row-major.
+#[derive(Clone, Copy, Debug)]
+pub struct Scores<'a> {
+    values: &'a [f32],
+    vocabulary: usize,
+}
+
+impl<'a> Scores<'a> {
+    /// # Panics
+    /// If `values` is not a whole number of rows.
+    pub fn new(values: &'a [f32], vocabulary: usize) -> Self {
+        assert!(vocabulary > 0 && values.len().is_multiple_of(vocabulary), "scores are whole rows");
+        Self { values, vocabulary }
+    }
+
+    /// How many rows there are.
+    pub fn n_rows(&self) -> usize {
+        self.values.len() / self.vocabulary
+    }
+
+    /// The logits of one row.
+    pub fn row(&self, row: usize) -> &'a [f32] {
+        &self.values[row * self.vocabulary..(row + 1) * self.vocabulary]
+    }
+
+    fn rows(&self, from: usize, n_rows: usize) -> Self {
+        Self { values: &self.values[from * self.vocabulary..(from + n_rows) * self.vocabulary], vocabulary: self.vocabulary }
+    }
+}
+
+/// What the loop needs of a language model. It keeps the live rows in the order in which they were last named.
+pub trait Model {
+    /// What a request starts from.
+    type Prompt;
+    /// Why the model could not run.
+    type Error;
+
+    /// Size of a row of scores.
+    fn vocabulary(&self) -> usize;
+
+    /// Adds one row per prompt behind the live rows and appends the scores of the new rows to `scores`.
+    fn prefill(&mut self, prompts: &[Self::Prompt], scores: &mut Vec<f32>) -> Result<(), Self::Error>;
+
+    /// Replaces the live rows by `picks`, each a continuation of an old row, and `scores` by theirs. Old rows that nobody continues are gone.
+    fn step(&mut self, picks: &[Pick], scores: &mut Vec<f32>) -> Result<(), Self::Error>;
+
+    /// Forgets every row.
+    fn clear(&mut self);
+}
+
+/// Chooses tokens for one request. It starts with one row.
+pub trait Search {
+    /// Looks at the scores of the request's rows and pushes its next rows; parents count within the request. No picks end the request.
+    fn advance(&mut self, scores: Scores<'_>, picks: &mut Vec<Pick>);
+
+    /// All tokens that later steps cannot change: greedy settles one a step, beam search all at the end.
+    fn settled(&self) -> &[TokenId];
+
+    /// Why the request ended, once it has.
+    fn finish(&self) -> Option<Finish>;
+
+    /// Finished texts with their scores, the best first; empty for searches that follow one text.
+    fn hypotheses(&self) -> &[Hypothesis] {
+        &[]
+    }
+}
+
+/// Why a text ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Finish {
+    /// The model wrote an end token.
+    Stop,
+    /// The limit of new tokens was reached.
+    Length,
+}
+
+impl std::fmt::Display for Finish {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Stop => "stop",
+            Self::Length => "length",
+        })
+    }
+}

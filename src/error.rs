@@ -1,0 +1,30 @@
+//! The one error that callers match on, sorted by what they can do next.
+
+use crate::bundle::BundleError;
+use crate::decode::StrategyError;
+use crate::pixels::PixelsError;
+use crate::prompt::PromptError;
+use crate::runtime::{RuntimeError, UnavailableError};
+
+/// Why the engine cannot do what it was asked for.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The picture is at fault: give another one.
+    #[error(transparent)]
+    Picture(#[from] PixelsError),
+    /// The text is at fault: ask otherwise.
+    #[error(transparent)]
+    Prompt(#[from] PromptError),
+    /// The options of the search are at fault.
+    #[error(transparent)]
+    Strategy(#[from] StrategyError),
+    /// The bundle is at fault: copy or convert it again, or choose another.
+    #[error(transparent)]
+    Bundle(#[from] BundleError),
+    /// The machine lacks something: install it, or choose another provider.
+    #[error(transparent)]
+    Unavailable(#[from] UnavailableError),
+    /// A graph failed while it ran.
+    #[error(transparent)]
+    Runtime(#[from] RuntimeError),
+}

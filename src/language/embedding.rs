@@ -1,0 +1,42 @@
+//! Rows of the token embedding table, read straight from the bundle's weights.
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::PathBuf;
+
+use crate::bundle::{Bundle, BundleError, EmbeddingFacts};
+use crate::decode::TokenId;
+use crate::runtime::{RuntimeError, f32_from};
+
+/// `[vocabulary, hidden]` on disk; the operating system keeps the rows in use in memory.
+#[derive(Debug)]
+pub struct Embedding {
+    file: File,
+    path: PathBuf,
+    facts: EmbeddingFacts,
+    row: Vec<u8>,
+}
+
+impl Embedding {
+    /// Opens the file that holds the table.
+    pub fn open(bundle: &Bundle) -> Result<Self, BundleError> {
+        let facts = bundle.facts().language.embedding.clone();
+        let path = bundle.path(&facts.file);
+        let file = File::open(&path).map_err(|source| BundleError::File {
+            folder: bundle.folder().to_path_buf(),
+            file: facts.file.clone(),
+            source,
+        })?;
+        let row = vec![0; facts.shape[1] * facts.dtype.size()];
+        Ok(Self { file, path, facts, row })
+    }
+
+    /// Copies the embedding of `token` to `into`, `[hidden]`.
+    pub fn read(&mut self, token: TokenId, into: &mut [f32]) -> Result<(), RuntimeError> {
+        let at = self.facts.offset + u64::from(token) * self.row.len() as u64;
+        let read = self.file.seek(SeekFrom::Start(at)).and_then(|_| self.file.read_exact(&mut self.row));
+        read.map_err(|source| RuntimeError::Embedding { path: self.path.clone(), source })?;
+        f32_from(&self.row, self.facts.dtype, into);
+        Ok(())
+    }
+}

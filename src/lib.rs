@@ -1,0 +1,65 @@
+//! BLIP-2 on ONNX Runtime: a frozen image encoder, a Q-Former and a frozen language model, run from Rust without Python.
+//!
+//! ```text
+//! bytes ─pixels→ Pixels ─vision→ ImageFeatures ─qformer→ Queries ┐
+//!                                                                ├─language→ Prefix ─decode→ TokenId… ─text→ String
+//! task, question ───────────────prompt + text──────────→ Prompt  ┘
+//! ```
+//!
+//! [`engine::Engine`] composes the arrows. It splits at [`qformer::Queries`]: `see` looks at pictures, `ask` writes texts about what was
+//! seen, so that several questions cost one image pass.
+//!
+//! ```no_run
+//! use blip2::{Engine, Generation, Picture, Task};
+//!
+//! let mut engine = Engine::open("models/demo-opt".as_ref(), &Default::default())?;
+//! let picture = Picture::open("models/samples/0.png".as_ref(), &Default::default())?;
+//! let answer = engine.answer(&picture, Task::Caption, Generation::default())?;
+//! println!("{}", answer.text);
+//! # Ok::<(), blip2::Error>(())
+//! ```
+//!
+//! # Doors
+//!
+//! Each outside library is used in one place: `ort` and `half` in [`runtime`], `image` in [`pixels`], `tokenizers` in [`text`], `clap` in
+//! [`cli`]. Dependencies point down: `cli → verify → engine → language, qformer, vision, prompt → runtime, text → bundle → pixels`;
+//! [`decode`] knows nothing of tensors and defines the small trait that [`language`] implements. `tests/layers.rs` holds this.
+//!
+//! # Invariants
+//!
+//! - Facts about a model live in its `bundle.json`. They are checked once, in [`bundle`]; no code asks a model its name.
+//! - Knowledge of the language model's family begins at [`language::Prefix`].
+//! - One loop ([`decode::StepLoop`]) drives every live request; the same request gives the same tokens alone and beside others.
+//! - The KV cache is written in place; a decode step allocates no tensor.
+//! - A provider that was asked for runs or is an error, never a quiet CPU run.
+//!
+//! # To add X, touch Y
+//!
+//! | to add | touch |
+//! |---|---|
+//! | a checkpoint of a known shape | nothing here: a bundle |
+//! | a language model of a new shape | `language/<shape>.rs`, a [`bundle::Family`], its graph in `export/` |
+//! | an execution provider | `runtime/provider.rs`, a feature in `Cargo.toml` |
+//! | a decoding strategy | `decode/<name>.rs` with a [`decode::Search`] |
+//! | a command | `cli/<name>.rs`, a variant in `cli/args.rs` |
+
+pub mod bundle;
+pub mod cli;
+pub mod decode;
+pub mod engine;
+pub mod language;
+pub mod pixels;
+pub mod prompt;
+pub mod qformer;
+pub mod runtime;
+pub mod text;
+pub mod timing;
+pub mod verify;
+pub mod vision;
+
+mod error;
+
+pub use engine::{Answer, Candidate, Engine, Generation, Request, Sight};
+pub use error::Error;
+pub use pixels::Picture;
+pub use prompt::Task;

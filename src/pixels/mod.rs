@@ -1,0 +1,223 @@
+//! Bytes → [`Picture`] → [`Pixels`]. The only door to the `image` and `mozjpeg` crates.
+//!
+//! Decoding gives what Pillow's `convert("RGB")` gives after EXIF orientation is applied: alpha is dropped, palettes are expanded,
+//! 16-bit colours keep their high byte, 16-bit greys above 255 are white. Resizing is Pillow's, bit for bit.
+
+mod jpeg;
+mod resize;
+
+use std::fs::File;
+use std::io::{Cursor, Read};
+use std::path::Path;
+
+use image::metadata::Orientation;
+use image::{DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader};
+use ndarray::Array4;
+use serde::Deserialize;
+
+pub use resize::resize;
+
+/// A decoded picture: 8-bit RGB, row by row, three bytes a pixel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Picture {
+    /// Columns.
+    pub width: u32,
+    /// Rows.
+    pub height: u32,
+    /// `width × height × 3` bytes.
+    pub rgb: Vec<u8>,
+}
+
+/// How a bundle wants its pixels: `(resize(rgb) × rescale − mean) / std`.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Preprocess {
+    /// Side of the square that the image encoder takes.
+    pub size: u32,
+    /// Mean of each channel.
+    pub mean: [f32; 3],
+    /// Standard deviation of each channel.
+    pub std: [f32; 3],
+    /// Factor from 8-bit values to the range of `mean` and `std`.
+    pub rescale: f64,
+    /// Resampling filter.
+    pub resample: Resample,
+}
+
+/// Pillow's convolution filters.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+pub enum Resample {
+    /// Cubic with a = −0.5, support 2.
+    Bicubic,
+    /// Triangle, support 1.
+    Bilinear,
+    /// Windowed sinc, support 3.
+    Lanczos,
+}
+
+/// What is refused before any decoding.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Largest file.
+    pub max_bytes: u64,
+    /// Largest `width × height`.
+    pub max_pixels: u64,
+}
+
+impl Default for Limits {
+    /// 64 MiB, and the number of pixels at which Pillow warns of a decompression bomb.
+    fn default() -> Self {
+        Self { max_bytes: 64 << 20, max_pixels: 89_478_485 }
+    }
+}
+
+/// Why a picture cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum PixelsError {
+    /// The file cannot be opened or read.
+    #[error("cannot be read")]
+    Io(#[source] std::io::Error),
+    /// A folder or a device.
+    #[error("is not a file")]
+    NotAFile,
+    /// No bytes at all.
+    #[error("is empty")]
+    Empty,
+    /// More bytes than allowed.
+    #[error("has {found} bytes, more than the {limit} allowed")]
+    TooManyBytes {
+        /// Size of the file.
+        found: u64,
+        /// The limit in force.
+        limit: u64,
+    },
+    /// The content is of no known image format.
+    #[error("is not a picture in a known format (JPEG, PNG, GIF, WebP, BMP, TIFF, PNM)")]
+    NotAPicture,
+    /// The header declares too many pixels.
+    #[error("is {width}×{height}, more than the {limit} pixels allowed")]
+    TooManyPixels {
+        /// Declared columns.
+        width: u32,
+        /// Declared rows.
+        height: u32,
+        /// The limit in force.
+        limit: u64,
+    },
+    /// The header is right but the data is cut off or damaged.
+    #[error("is damaged or cut off")]
+    Damaged(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+impl Picture {
+    /// Opens and decodes a file; the format is told from its content.
+    pub fn open(path: &Path, limits: &Limits) -> Result<Self, PixelsError> {
+        let metadata = std::fs::metadata(path).map_err(PixelsError::Io)?;
+        if !metadata.is_file() {
+            return Err(PixelsError::NotAFile);
+        }
+        let file = File::open(path).map_err(PixelsError::Io)?;
+        Self::read(file, limits)
+    }
+
+    /// Reads to the end, never more than the limit, and decodes.
+    pub fn read(reader: impl Read, limits: &Limits) -> Result<Self, PixelsError> {
+        let mut bytes = Vec::new();
+        reader.take(limits.max_bytes + 1).read_to_end(&mut bytes).map_err(PixelsError::Io)?;
+        Self::decode(&bytes, limits)
+    }
+
+    /// Decodes a picture in memory.
+    pub fn decode(bytes: &[u8], limits: &Limits) -> Result<Self, PixelsError> {
+        if bytes.is_empty() {
+            return Err(PixelsError::Empty);
+        }
+        if bytes.len() as u64 > limits.max_bytes {
+            return Err(PixelsError::TooManyBytes { found: bytes.len() as u64, limit: limits.max_bytes });
+        }
+        let mut reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format().map_err(PixelsError::Io)?;
+        if reader.format().is_none() {
+            return Err(PixelsError::NotAPicture);
+        }
+        let mut allocations = image::Limits::default();
+        allocations.max_alloc = Some(limits.max_pixels.saturating_mul(16));
+        reader.limits(allocations);
+        let format = reader.format();
+        let mut decoder = reader.into_decoder().map_err(undecodable)?;
+        let (width, height) = decoder.dimensions();
+        if u64::from(width) * u64::from(height) > limits.max_pixels {
+            return Err(PixelsError::TooManyPixels { width, height, limit: limits.max_pixels });
+        }
+        let turn = decoder.orientation().unwrap_or(Orientation::NoTransforms);
+        let mut decoded = match format {
+            Some(ImageFormat::Jpeg) => DynamicImage::from(jpeg::decode(bytes)?),
+            _ => DynamicImage::from_decoder(decoder).map_err(|error| PixelsError::Damaged(error.into()))?,
+        };
+        decoded.apply_orientation(turn);
+        Ok(rgb(decoded))
+    }
+}
+
+fn undecodable(error: ImageError) -> PixelsError {
+    match error {
+        ImageError::Unsupported(_) => PixelsError::NotAPicture,
+        other => PixelsError::Damaged(other.into()),
+    }
+}
+
+fn rgb(decoded: DynamicImage) -> Picture {
+    let (width, height) = (decoded.width(), decoded.height());
+    let high = |samples: &[u16]| samples.iter().map(|s| (s >> 8) as u8).collect::<Vec<u8>>();
+    let rgb = match decoded {
+        DynamicImage::ImageRgb8(p) => p.into_raw(),
+        DynamicImage::ImageRgba8(p) => p.pixels().flat_map(|p| [p[0], p[1], p[2]]).collect(),
+        DynamicImage::ImageLuma8(p) => p.pixels().flat_map(|p| [p[0]; 3]).collect(),
+        DynamicImage::ImageLumaA8(p) => p.pixels().flat_map(|p| [p[0]; 3]).collect(),
+        DynamicImage::ImageRgb16(p) => high(p.as_raw()),
+        DynamicImage::ImageRgba16(p) => p.pixels().flat_map(|p| [p[0], p[1], p[2]].map(|s| (s >> 8) as u8)).collect(),
+        // Pillow clips here, where it scales everywhere else.
+        DynamicImage::ImageLuma16(p) => p.pixels().flat_map(|p| [p[0].min(255) as u8; 3]).collect(),
+        DynamicImage::ImageLumaA16(p) => p.pixels().flat_map(|p| [(p[0] >> 8) as u8; 3]).collect(),
+        other => other.into_rgb8().into_raw(),
+    };
+    Picture { width, height, rgb }
+}
+
+/// Resized and normalised pixels, channels first: `[batch, 3, size, size]`.
+#[derive(Clone, Debug)]
+pub struct Pixels(pub Array4<f32>);
+
+impl Pixels {
+    /// One batch row per picture.
+    pub fn from_pictures(pictures: &[&Picture], how: &Preprocess) -> Self {
+        let side = how.size as usize;
+        let mut pixels = Array4::zeros((pictures.len(), 3, side, side));
+        for (picture, mut row) in pictures.iter().zip(pixels.outer_iter_mut()) {
+            let resized = resize(picture, how.size, how.size, how.resample);
+            for (channel, mut plane) in row.outer_iter_mut().enumerate() {
+                let normalised: [f32; 256] = std::array::from_fn(|value| how.normalise(value as u8, channel));
+                for (into, pixel) in plane.iter_mut().zip(resized.rgb.chunks_exact(3)) {
+                    *into = normalised[usize::from(pixel[channel])];
+                }
+            }
+        }
+        Self(pixels)
+    }
+}
+
+impl Preprocess {
+    fn normalise(&self, value: u8, channel: usize) -> f32 {
+        ((f64::from(value) * self.rescale) as f32 - self.mean[channel]) / self.std[channel]
+    }
+}
+
+impl std::fmt::Display for Resample {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Bicubic => "bicubic",
+            Self::Bilinear => "bilinear",
+            Self::Lanczos => "lanczos",
+        })
+    }
+}

@@ -1,0 +1,196 @@
+//! One ONNX graph in a session, checked against what the bundle says of it.
+
+use ort::environment::Environment;
+use ort::memory::{AllocationDevice, Allocator, AllocatorType, MemoryInfo, MemoryType};
+use ort::session::builder::GraphOptimizationLevel;
+use ort::session::{IoBinding, Session, SessionInputValue};
+use ort::value::{DynTensor, Outlet, ValueType};
+
+use super::tensor::element_type;
+use super::{Provider, Runtime, RuntimeError, Tensor, provider};
+use crate::bundle::{Bundle, BundleError, Dimension, Dtype, TensorFacts};
+
+/// Where a tensor lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// In the processor's memory.
+    Host,
+    /// Where the graph runs.
+    Device,
+}
+
+/// A graph that can run. It belongs to one thread at a time.
+#[derive(Debug)]
+pub struct Graph {
+    name: &'static str,
+    session: Session,
+    device: MemoryInfo<'static>,
+}
+
+/// Inputs and outputs tied to a graph for many runs.
+#[derive(Debug)]
+pub struct Binding {
+    graph: &'static str,
+    binding: IoBinding,
+}
+
+impl Graph {
+    /// Loads the graph that the bundle calls `name`.
+    pub fn open(runtime: &Runtime, bundle: &Bundle, name: &'static str) -> Result<Self, BundleError> {
+        let unloadable = |reason: ort::Error| BundleError::Unloadable {
+            folder: bundle.folder().to_path_buf(),
+            graph: name.into(),
+            reason: reason.to_string(),
+        };
+        let session = session(&runtime.environment, runtime, bundle, name).map_err(unloadable)?;
+        check(bundle, name, "input", session.inputs(), &bundle.graph(name).inputs)?;
+        check(bundle, name, "output", session.outputs(), &bundle.graph(name).outputs)?;
+        let device = device(runtime).map_err(unloadable)?;
+        Ok(Self { name, session, device })
+    }
+
+    /// One run; outputs come in the graph's order.
+    pub fn run(&mut self, inputs: &[(&str, &Tensor)], outputs_on: Place) -> Result<Vec<Tensor>, RuntimeError> {
+        let name = self.name;
+        self.try_run(inputs, outputs_on).map_err(|source| RuntimeError::Failed { graph: name.into(), doing: "running", source })
+    }
+
+    fn try_run(&mut self, inputs: &[(&str, &Tensor)], outputs_on: Place) -> Result<Vec<Tensor>, ort::Error> {
+        if outputs_on == Place::Host {
+            let inputs: Vec<(String, SessionInputValue<'_>)> =
+                inputs.iter().map(|(name, tensor)| ((*name).to_owned(), (&tensor.0).into())).collect();
+            return tensors(self.session.run(inputs)?.into_iter().map(|(_, value)| value));
+        }
+        let mut binding = self.session.create_binding()?;
+        for (name, tensor) in inputs {
+            binding.bind_input(*name, &tensor.0)?;
+        }
+        let names: Vec<String> = self.session.outputs().iter().map(|output| output.name().to_owned()).collect();
+        for name in &names {
+            binding.bind_output_to_device(name, &self.device)?;
+        }
+        let mut outputs = self.session.run_binding(&binding)?;
+        tensors(names.iter().filter_map(|name| outputs.remove(name)))
+    }
+
+    /// An empty binding.
+    pub fn binding(&self) -> Result<Binding, RuntimeError> {
+        let binding = self.session.create_binding().map_err(|source| self.failed("binding", source))?;
+        Ok(Binding { graph: self.name, binding })
+    }
+
+    /// One run over what is bound.
+    pub fn run_bound(&mut self, bound: &Binding) -> Result<(), RuntimeError> {
+        let name = self.name;
+        match self.session.run_binding(&bound.binding) {
+            Ok(_) => Ok(()),
+            Err(source) => Err(RuntimeError::Failed { graph: name.into(), doing: "running", source }),
+        }
+    }
+
+    /// A tensor of zeros (on a device: of anything) that can be bound as input and output alike.
+    pub fn allocate(&self, dtype: Dtype, shape: &[usize], place: Place) -> Result<Tensor, RuntimeError> {
+        let shape: Vec<i64> = shape.iter().map(|size| *size as i64).collect();
+        let tensor = match place {
+            Place::Host => DynTensor::new(&Allocator::default(), element_type(dtype), shape),
+            Place::Device => Allocator::new(&self.session, self.device.to_owned())
+                .and_then(|allocator| DynTensor::new(&allocator, element_type(dtype), shape)),
+        };
+        tensor.map(Tensor).map_err(|source| self.failed("allocating", source))
+    }
+
+    /// An error of this graph.
+    pub fn failed(&self, doing: &'static str, source: ort::Error) -> RuntimeError {
+        RuntimeError::Failed { graph: self.name.into(), doing, source }
+    }
+}
+
+impl Binding {
+    /// Ties a tensor to an input. Tensors on the host are copied to a device now, so a changed one is bound again before each run.
+    pub fn input(&mut self, name: &str, tensor: &Tensor) -> Result<(), RuntimeError> {
+        let bound = self.binding.bind_input(name, &tensor.0);
+        bound.map_err(|source| self.failed(source))
+    }
+
+    /// Ties a tensor made by [`Graph::allocate`] to an output.
+    pub fn output(&mut self, name: &str, tensor: &mut Tensor) -> Result<(), RuntimeError> {
+        let bound = self.binding.bind_output(name, &mut tensor.0);
+        bound.map_err(|source| self.failed(source))
+    }
+
+    fn failed(&self, source: ort::Error) -> RuntimeError {
+        RuntimeError::Failed { graph: self.graph.into(), doing: "binding", source }
+    }
+}
+
+fn session(environment: &Environment, runtime: &Runtime, bundle: &Bundle, name: &str) -> Result<Session, ort::Error> {
+    let mut builder = Session::builder(environment)?.with_optimization_level(GraphOptimizationLevel::All)?;
+    if let Some(threads) = runtime.options.threads {
+        builder = builder.with_intra_threads(threads.get())?;
+    }
+    let cache = runtime.cache(bundle.folder());
+    builder = provider::register(builder, runtime.provider, runtime.options.device, Some(&cache))?;
+    builder.commit_from_file(bundle.path(&bundle.graph(name).file))
+}
+
+fn device(runtime: &Runtime) -> Result<MemoryInfo<'static>, ort::Error> {
+    let (device, id) = match runtime.provider {
+        Provider::Cpu => (AllocationDevice::CPU, 0),
+        Provider::Cuda | Provider::TensorRt => (AllocationDevice::CUDA, i32::try_from(runtime.options.device).unwrap_or(i32::MAX)),
+    };
+    MemoryInfo::new(device, id, AllocatorType::Device, MemoryType::Default)
+}
+
+fn tensors(values: impl Iterator<Item = ort::value::DynValue>) -> Result<Vec<Tensor>, ort::Error> {
+    values.map(|value| Ok(Tensor(value.downcast().map_err(|error| ort::Error::new(error.to_string()))?))).collect()
+}
+
+/// Every tensor of the graph must be what the facts say, and the facts must name no other.
+fn check(bundle: &Bundle, graph: &str, way: &str, found: &[Outlet], said: &[TensorFacts]) -> Result<(), BundleError> {
+    let mismatch = |name: &str, found: String, expected: String| BundleError::Graph {
+        folder: bundle.folder().to_path_buf(),
+        graph: graph.into(),
+        what: format!("{way} `{name}`"),
+        found,
+        expected,
+    };
+    for outlet in found {
+        let facts = said.iter().find(|facts| facts.name == outlet.name());
+        match facts {
+            Some(facts) if fits(outlet.dtype(), facts) => {}
+            Some(facts) => return Err(mismatch(outlet.name(), describe(outlet.dtype()), facts.to_string())),
+            None => return Err(mismatch(outlet.name(), describe(outlet.dtype()), "nothing".into())),
+        }
+    }
+    match said.iter().find(|facts| !found.iter().any(|outlet| outlet.name() == facts.name)) {
+        Some(facts) => Err(mismatch(&facts.name, "missing".into(), facts.to_string())),
+        None => Ok(()),
+    }
+}
+
+fn fits(found: &ValueType, said: &TensorFacts) -> bool {
+    let ValueType::Tensor { ty, shape, .. } = found else { return false };
+    let fits = |(found, said): (&i64, &Dimension)| match said {
+        Dimension::Fixed(size) => usize::try_from(*found) == Ok(*size),
+        Dimension::Dynamic(_) => *found < 0,
+    };
+    *ty == element_type(said.dtype) && shape.len() == said.shape.len() && shape.iter().zip(&said.shape).all(fits)
+}
+
+fn describe(found: &ValueType) -> String {
+    let ValueType::Tensor { ty, shape, dimension_symbols } = found else { return "not a tensor".into() };
+    let sizes: Vec<String> = shape
+        .iter()
+        .zip(dimension_symbols.iter())
+        .map(|(size, symbol)| {
+            if *size >= 0 {
+                size.to_string()
+            } else if symbol.is_empty() {
+                "?".into()
+            } else {
+                symbol.clone()
+            }
+        })
+        .collect();
+    format!("{} [{}]", format!("{ty:?}").to_lowercase(), sizes.join(", "))
+}

@@ -1,0 +1,157 @@
+//! Finds ONNX Runtime's shared library and loads it.
+//!
+//! Order: the path given by the caller, `ORT_DYLIB_PATH`, beside the executable, the active virtual environment (`VIRTUAL_ENV`), a `.venv`
+//! in a folder above the executable. The working directory is not searched: a library from a folder of pictures must not be run.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use ort::environment::Environment;
+
+/// A library that was loaded.
+#[derive(Clone, Debug)]
+pub struct Library {
+    /// Where it lies.
+    pub path: PathBuf,
+    /// How it was found.
+    pub source: Source,
+    /// Its version, such as `1.31.1`.
+    pub version: String,
+}
+
+/// How a library was found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// Named by the caller.
+    Option,
+    /// `ORT_DYLIB_PATH`.
+    Environment,
+    /// In the folder of the executable.
+    BesideExecutable,
+    /// In the active virtual environment.
+    ActiveVirtualEnvironment,
+    /// In a `.venv` above the executable.
+    ProjectVirtualEnvironment,
+}
+
+/// Why there is no ONNX Runtime.
+#[derive(Debug, thiserror::Error)]
+pub enum LibraryError {
+    /// Nothing was found anywhere.
+    #[error(
+        "ONNX Runtime is not found; install it with `make setup` or `pip install onnxruntime`, or name the library with --onnxruntime or ORT_DYLIB_PATH"
+    )]
+    NotFound,
+    /// The place that was named holds no library.
+    #[error("{named}: no ONNX Runtime library at {}", .path.display())]
+    NotThere {
+        /// Who named it.
+        named: Source,
+        /// The place.
+        path: PathBuf,
+    },
+    /// The file is not a library that this engine can use.
+    #[error("ONNX Runtime cannot be loaded")]
+    Unloadable(#[source] ort::LoadDynamicError),
+    /// A process can hold only one.
+    #[error("{} cannot be loaded beside {}, which this process already uses", .path.display(), .loaded.display())]
+    Another {
+        /// What was asked for now.
+        path: PathBuf,
+        /// What was loaded before.
+        loaded: PathBuf,
+    },
+    /// The library was loaded but does not start.
+    #[error("ONNX Runtime does not start")]
+    Environment(#[source] ort::Error),
+}
+
+/// A process has one ONNX Runtime with one environment, shared by every engine in it.
+static LOADED: Mutex<Option<(Library, Environment)>> = Mutex::new(None);
+
+pub(super) fn load(named: Option<&Path>) -> Result<(Library, Environment), LibraryError> {
+    let (path, source) = find(named)?;
+    let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((library, environment)) = loaded.as_ref() {
+        return match library.path == path {
+            true => Ok((library.clone(), environment.clone())),
+            false => Err(LibraryError::Another { path, loaded: library.path.clone() }),
+        };
+    }
+    let environment = ort::init_from(&path).map_err(LibraryError::Unloadable)?.with_name("blip2");
+    let environment = environment.build().map_err(LibraryError::Environment)?;
+    let library = Library { version: loaded_version(&path), path, source };
+    Ok(loaded.insert((library, environment)).clone())
+}
+
+fn find(named: Option<&Path>) -> Result<(PathBuf, Source), LibraryError> {
+    if let Some(path) = named {
+        return at(path).map(|found| (found, Source::Option)).ok_or_else(|| not_there(Source::Option, path));
+    }
+    if let Some(path) = std::env::var_os("ORT_DYLIB_PATH").map(PathBuf::from).filter(|path| !path.as_os_str().is_empty()) {
+        return at(&path).map(|found| (found, Source::Environment)).ok_or_else(|| not_there(Source::Environment, &path));
+    }
+    let executable = std::env::current_exe().and_then(std::fs::canonicalize).unwrap_or_default();
+    let above = || executable.ancestors().skip(1);
+    let beside = above().next().and_then(in_folder).map(|found| (found, Source::BesideExecutable));
+    let active = || std::env::var_os("VIRTUAL_ENV").and_then(|root| in_virtual_environment(Path::new(&root)));
+    let project = || above().find_map(|folder| in_virtual_environment(&folder.join(".venv")));
+    beside
+        .or_else(|| active().map(|found| (found, Source::ActiveVirtualEnvironment)))
+        .or_else(|| project().map(|found| (found, Source::ProjectVirtualEnvironment)))
+        .ok_or(LibraryError::NotFound)
+}
+
+fn not_there(named: Source, path: &Path) -> LibraryError {
+    LibraryError::NotThere { named, path: path.to_path_buf() }
+}
+
+fn at(path: &Path) -> Option<PathBuf> {
+    if path.is_file() { std::path::absolute(path).ok() } else { in_folder(path) }
+}
+
+fn in_virtual_environment(root: &Path) -> Option<PathBuf> {
+    let pythons = std::fs::read_dir(root.join("lib")).into_iter().flatten().flatten().map(|entry| entry.path());
+    pythons
+        .map(|python| python.join("site-packages"))
+        .chain([root.join("Lib").join("site-packages")])
+        .find_map(|packages| in_folder(&packages.join("onnxruntime").join("capi")))
+}
+
+/// The wheel has only the versioned name, other packages the plain one.
+fn in_folder(folder: &Path) -> Option<PathBuf> {
+    let is_library = |name: &str| {
+        let (prefix, suffix) = (std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX);
+        let rest = name.strip_prefix(prefix).and_then(|name| name.strip_prefix("onnxruntime"));
+        rest.is_some_and(|rest| rest == suffix || (rest.starts_with('.') && rest.contains(suffix)))
+    };
+    let mut found: Vec<PathBuf> = std::fs::read_dir(folder)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter(|entry| entry.file_name().to_str().is_some_and(is_library))
+        .map(|entry| entry.path())
+        .collect();
+    found.sort();
+    std::path::absolute(found.pop()?).ok()
+}
+
+/// The wheel's file name carries the full version; otherwise the build information of the library does, if anything does.
+fn loaded_version(path: &Path) -> String {
+    let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    let tagged = name.split_once(".so.").map(|(_, version)| version).filter(|version| version.contains('.'));
+    let branch = || ort::info().split("git-branch=rel-").nth(1).and_then(|rest| rest.split(',').next());
+    tagged.or_else(branch).unwrap_or("unknown").to_owned()
+}
+
+impl std::fmt::Display for Source {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Option => "--onnxruntime",
+            Self::Environment => "ORT_DYLIB_PATH",
+            Self::BesideExecutable => "beside the executable",
+            Self::ActiveVirtualEnvironment => "the active virtual environment",
+            Self::ProjectVirtualEnvironment => "the project's .venv",
+        })
+    }
+}

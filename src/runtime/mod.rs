@@ -1,0 +1,137 @@
+//! ONNX Runtime: the library, execution providers, graphs and tensors. The only door to `ort` and `half`.
+
+mod graph;
+mod library;
+mod provider;
+mod tensor;
+
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+
+use ort::environment::Environment;
+
+pub use graph::{Binding, Graph, Place};
+pub use library::{Library, LibraryError, Source};
+pub use provider::{Provider, ProviderChoice, ProviderError};
+pub use tensor::{Tensor, f32_from};
+
+/// What the user decides about the runtime.
+#[derive(Clone, Debug, Default)]
+pub struct RuntimeOptions {
+    /// The ONNX Runtime library, or a folder that holds it; searched for when absent.
+    pub library: Option<PathBuf>,
+    /// Where graphs run.
+    pub provider: ProviderChoice,
+    /// Which GPU.
+    pub device: u32,
+    /// Threads inside an operator; ONNX Runtime's own choice (one a core) when absent.
+    pub threads: Option<NonZeroUsize>,
+    /// Where TensorRT keeps built engines; beside the bundle's files when absent.
+    pub cache: Option<PathBuf>,
+}
+
+/// A loaded library and a provider that works here.
+#[derive(Debug)]
+pub struct Runtime {
+    environment: Environment,
+    library: Library,
+    provider: Provider,
+    options: RuntimeOptions,
+}
+
+/// Why the runtime cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum UnavailableError {
+    /// No usable ONNX Runtime.
+    #[error(transparent)]
+    Library(#[from] LibraryError),
+    /// The library is there, the provider is not.
+    #[error(transparent)]
+    Provider(#[from] ProviderError),
+    /// The bundle needs a later version.
+    #[error("the bundle needs ONNX Runtime {needed} or later, {} is {found}", .path.display())]
+    TooOld {
+        /// Lowest version that will do.
+        needed: String,
+        /// Version of the library.
+        found: String,
+        /// The library.
+        path: PathBuf,
+    },
+}
+
+/// What ONNX Runtime reports.
+pub type GraphError = ort::Error;
+
+/// A graph failed while it ran.
+#[derive(Debug, thiserror::Error)]
+pub enum RuntimeError {
+    /// ONNX Runtime reports an error.
+    #[error("{graph}: {doing} failed")]
+    Failed {
+        /// Which graph.
+        graph: String,
+        /// What was tried.
+        doing: &'static str,
+        /// What ONNX Runtime says.
+        source: ort::Error,
+    },
+    /// The weights, the input or the precision do not hold up.
+    #[error("{graph}: `{output}` holds values that are not numbers")]
+    NotANumber {
+        /// Which graph.
+        graph: String,
+        /// Which output.
+        output: String,
+    },
+    /// The embedding table cannot be read any more.
+    #[error("{}: the embedding table cannot be read", .path.display())]
+    Embedding {
+        /// The file that holds it.
+        path: PathBuf,
+        /// What the operating system says.
+        source: std::io::Error,
+    },
+}
+
+impl Runtime {
+    /// Finds and loads the library and settles on a provider.
+    pub fn load(options: &RuntimeOptions) -> Result<Self, UnavailableError> {
+        let (library, environment) = library::load(options.library.as_deref())?;
+        let provider = provider::choose(&environment, options)?;
+        Ok(Self { environment, library, provider, options: options.clone() })
+    }
+
+    /// The library in use.
+    pub fn library(&self) -> &Library {
+        &self.library
+    }
+
+    /// The provider in use.
+    pub fn provider(&self) -> Provider {
+        self.provider
+    }
+
+    /// Why `provider` cannot be used here, or nothing if it can.
+    pub fn probe(&self, provider: Provider) -> Result<(), ProviderError> {
+        provider::probe(&self.environment, provider, &self.options)
+    }
+
+    /// Refuses a library older than `needed` (`major.minor`).
+    pub fn require(&self, needed: &str) -> Result<(), UnavailableError> {
+        if version(&self.library.version) >= version(needed) {
+            return Ok(());
+        }
+        let (found, path) = (self.library.version.clone(), self.library.path.clone());
+        Err(UnavailableError::TooOld { needed: needed.into(), found, path })
+    }
+
+    fn cache(&self, beside: &Path) -> PathBuf {
+        self.options.cache.clone().unwrap_or_else(|| beside.join(".tensorrt"))
+    }
+}
+
+fn version(text: &str) -> (u32, u32) {
+    let mut parts = text.split('.').map(|part| part.parse().unwrap_or(0));
+    (parts.next().unwrap_or(0), parts.next().unwrap_or(0))
+}

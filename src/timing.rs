@@ -1,0 +1,90 @@
+//! How long each stage took. Recorded always, returned with every answer; the command line, JSON and servers all read the same.
+
+use std::time::{Duration, Instant};
+
+use serde::ser::{Serialize, SerializeMap, Serializer};
+
+/// A part of the way from bytes to text, in order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// Bytes → RGB.
+    DecodeImage,
+    /// RGB → normalised pixels.
+    Preprocess,
+    /// Image encoder.
+    Vision,
+    /// Q-Former and projection.
+    Qformer,
+    /// Language model over query tokens and prompt, up to the first token.
+    Prefill,
+    /// Language model, one token at a time.
+    Decode,
+}
+
+impl Stage {
+    /// Every stage in order.
+    pub const ALL: [Self; 6] = [Self::DecodeImage, Self::Preprocess, Self::Vision, Self::Qformer, Self::Prefill, Self::Decode];
+
+    /// The key in JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::DecodeImage => "decode_image",
+            Self::Preprocess => "preprocess",
+            Self::Vision => "vision",
+            Self::Qformer => "qformer",
+            Self::Prefill => "prefill",
+            Self::Decode => "decode",
+        }
+    }
+}
+
+/// Time per stage; a stage that ran several times is summed, one that did not run is absent. Serialises as milliseconds.
+#[derive(Clone, Debug, Default)]
+pub struct Timings([Option<Duration>; Stage::ALL.len()]);
+
+impl Timings {
+    /// Runs `work` and adds its time to `stage`.
+    pub fn time<T>(&mut self, stage: Stage, work: impl FnOnce() -> T) -> T {
+        let start = Instant::now();
+        let done = work();
+        self.add(stage, start.elapsed());
+        done
+    }
+
+    /// Adds to a stage.
+    pub fn add(&mut self, stage: Stage, time: Duration) {
+        *self.0[stage as usize].get_or_insert_default() += time;
+    }
+
+    /// Adds every stage of `other`.
+    pub fn merge(&mut self, other: &Self) {
+        for (stage, time) in other.iter() {
+            self.add(stage, time);
+        }
+    }
+
+    /// The stages that ran, in order.
+    pub fn iter(&self) -> impl Iterator<Item = (Stage, Duration)> {
+        Stage::ALL.into_iter().filter_map(|stage| Some((stage, self.0[stage as usize]?)))
+    }
+
+    /// All stages together.
+    pub fn total(&self) -> Duration {
+        self.iter().map(|(_, time)| time).sum()
+    }
+}
+
+impl Serialize for Timings {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        let mut map = to.serialize_map(None)?;
+        for (stage, time) in self.iter() {
+            map.serialize_entry(stage.name(), &rounded_ms(time))?;
+        }
+        map.serialize_entry("total", &rounded_ms(self.total()))?;
+        map.end()
+    }
+}
+
+fn rounded_ms(time: Duration) -> f64 {
+    (time.as_secs_f64() * 1e6).round() / 1e3
+}

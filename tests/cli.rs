@@ -1,0 +1,450 @@
+//! The binary as a user meets it, on the demo bundle and on damaged copies of it.
+
+#![allow(clippy::unwrap_used)]
+
+use std::ffi::{OsStr, OsString};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use serde_json::{Value, json};
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn demo() -> PathBuf {
+    root().join("models/demo-opt")
+}
+
+fn sample(index: usize) -> String {
+    root().join(format!("models/samples/{index}.png")).to_str().unwrap().to_owned()
+}
+
+fn command<I: AsRef<OsStr>>(args: impl IntoIterator<Item = I>) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_blip2"));
+    command.args(args).env_remove("BLIP2_MODEL").current_dir(root());
+    command
+}
+
+fn blip2<I: AsRef<OsStr>>(args: impl IntoIterator<Item = I>) -> Output {
+    command(args).output().unwrap()
+}
+
+fn out(output: &Output) -> String {
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+fn err(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// The command must end with `code`, say `said` in one line, and not panic.
+#[track_caller]
+fn fails<I: AsRef<OsStr>>(args: impl IntoIterator<Item = I>, code: i32, said: &str) -> Output {
+    let output = blip2(args);
+    let text = err(&output);
+    assert_eq!(output.status.code(), Some(code), "{text}");
+    assert!(text.contains(said), "`{said}` is not in: {text}");
+    assert!(!text.contains("panicked") && !text.contains("RUST_BACKTRACE"), "{text}");
+    output
+}
+
+#[track_caller]
+fn works<I: AsRef<OsStr>>(args: impl IntoIterator<Item = I>) -> String {
+    let output = blip2(args);
+    assert_eq!(output.status.code(), Some(0), "{}", err(&output));
+    out(&output)
+}
+
+#[track_caller]
+fn json_lines<I: AsRef<OsStr>>(args: impl IntoIterator<Item = I>) -> Vec<Value> {
+    works(args).lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// A folder that goes away with its owner.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new() -> Self {
+        static COUNT: AtomicUsize = AtomicUsize::new(0);
+        let name = format!("blip2-test-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        let path = std::env::temp_dir().join(name);
+        std::fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+
+    fn file(&self, name: &str, content: &[u8]) -> OsString {
+        let path = self.0.join(name);
+        std::fs::write(&path, content).unwrap();
+        path.into()
+    }
+
+    /// A copy of the demo bundle whose facts `edit` may change.
+    fn bundle(&self, edit: impl FnOnce(&mut Value)) -> PathBuf {
+        let to = self.0.join("bundle");
+        let mut folders = vec![PathBuf::new()];
+        while let Some(folder) = folders.pop() {
+            std::fs::create_dir_all(to.join(&folder)).unwrap();
+            for entry in std::fs::read_dir(demo().join(&folder)).unwrap() {
+                let inside = folder.join(entry.unwrap().file_name());
+                if demo().join(&inside).is_dir() {
+                    folders.push(inside);
+                } else {
+                    std::fs::copy(demo().join(&inside), to.join(&inside)).unwrap();
+                }
+            }
+        }
+        let mut facts = serde_json::from_slice(&std::fs::read(to.join("bundle.json")).unwrap()).unwrap();
+        edit(&mut facts);
+        std::fs::write(to.join("bundle.json"), facts.to_string()).unwrap();
+        to
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+#[test]
+fn one_picture_gives_one_line() {
+    let text = works(["caption", &sample(0)]);
+    assert_eq!(text.lines().count(), 1);
+    assert!(text.trim().len() > 5, "{text}");
+}
+
+#[test]
+fn the_samples_get_their_captions() {
+    let wanted = std::fs::read_to_string(root().join("models/samples/captions.txt")).unwrap();
+    let pictures: Vec<String> = wanted.lines().map(|line| format!("models/samples/{}", line.split(": ").next().unwrap())).collect();
+    assert!(pictures.len() >= 5);
+    let found = works(["caption"].into_iter().map(str::to_owned).chain(pictures));
+    assert_eq!(found.replace("models/samples/", ""), wanted);
+}
+
+#[test]
+fn json_has_the_documented_keys() {
+    let lines = json_lines(["caption", "--json", &sample(0), &sample(1)]);
+    assert_eq!(lines.len(), 2);
+    for (index, line) in lines.iter().enumerate() {
+        let keys: Vec<&str> = line.as_object().unwrap().keys().map(String::as_str).collect();
+        assert_eq!(keys, ["finish_reason", "image", "text", "timings_ms", "tokens"]);
+        assert_eq!(line["image"], sample(index));
+        assert_eq!(line["finish_reason"], "stop");
+        assert!(line["tokens"].as_array().unwrap().len() > 2);
+        let timings = line["timings_ms"].as_object().unwrap();
+        for stage in ["decode_image", "preprocess", "vision", "qformer", "prefill", "decode", "total"] {
+            assert!(timings[stage].as_f64().unwrap() > 0.0, "{stage}");
+        }
+    }
+    let line = &json_lines(["ask", "--json", &sample(0), "how many objects are there?"])[0];
+    assert_eq!(line["question"], "how many objects are there?");
+}
+
+#[test]
+fn questions_together_get_the_answers_they_get_alone() {
+    let questions = ["how many objects are there?", "what colour is it?", "is there a star?", "where is the ring?", "what shape?"];
+    let together = json_lines(["ask", "--json", &sample(1)].into_iter().chain(questions));
+    assert_eq!(together.len(), questions.len());
+    for (line, question) in together.iter().zip(questions) {
+        let alone = &json_lines(["ask", "--json", &sample(1), question])[0];
+        assert_eq!((&line["tokens"], &line["question"]), (&alone["tokens"], &json!(question)));
+    }
+    let text = works(["ask", &sample(1)].into_iter().chain(questions));
+    for (line, question) in text.lines().zip(questions) {
+        assert!(line.starts_with(&format!("{question} ")), "{line}");
+    }
+}
+
+#[test]
+fn lengths_are_limited_on_request() {
+    let short = &json_lines(["caption", "--json", "--max-new-tokens", "2", &sample(0)])[0];
+    assert_eq!((short["tokens"].as_array().unwrap().len(), &short["finish_reason"]), (2, &json!("length")));
+    let whole = json_lines(["caption", "--json", &sample(0)])[0]["tokens"].as_array().unwrap().len();
+    let least = (whole + 4).to_string();
+    let long = &json_lines(["caption", "--json", "--max-new-tokens", "40", "--min-new-tokens", &least, &sample(0)])[0];
+    assert!(long["tokens"].as_array().unwrap().len() > whole + 4);
+    let endless = ["caption", "--json", "--max-new-tokens", "100000", "--min-new-tokens", "100000", &sample(0)];
+    let line = &json_lines(endless)[0];
+    assert_eq!(line["finish_reason"], "length", "the model's positions end the text");
+}
+
+#[test]
+fn several_texts_come_best_first() {
+    let line = &json_lines(["caption", "--json", "--beams", "4", "--num-return", "3", &sample(0)])[0];
+    let candidates = line["candidates"].as_array().unwrap();
+    assert_eq!(candidates.len(), 3);
+    assert_eq!((&candidates[0]["text"], &candidates[0]["score"]), (&line["text"], &line["score"]));
+    let scores: Vec<f64> = candidates.iter().map(|candidate| candidate["score"].as_f64().unwrap()).collect();
+    assert!(scores.is_sorted_by(|a, b| a >= b), "{scores:?}");
+    let text = works(["caption", "--beams", "4", "--num-return", "3", &sample(0)]);
+    assert_eq!(text.lines().collect::<Vec<_>>(), candidates.iter().map(|c| c["text"].as_str().unwrap()).collect::<Vec<_>>());
+    let one = json_lines(["caption", "--json", "--beams", "1", &sample(0)])[0]["tokens"].clone();
+    assert_eq!(one, json_lines(["caption", "--json", &sample(0)])[0]["tokens"], "one beam is greedy search");
+}
+
+#[test]
+fn a_seed_draws_the_same_texts_alone_and_beside_others() {
+    let drawn =
+        |seed: &str, n: &str| works(["caption", "--sample", "--temperature", "3", "--seed", seed, "--num-return", n, &sample(0)]);
+    let together = drawn("7", "4");
+    assert_eq!(together, drawn("7", "4"));
+    assert_eq!(together.lines().nth(2).unwrap(), drawn("9", "1").trim_end(), "the k-th text is drawn with seed + k");
+    let distinct: std::collections::HashSet<&str> = together.lines().collect();
+    assert!(distinct.len() > 1, "{together}");
+}
+
+#[test]
+fn a_search_that_makes_no_sense_is_refused() {
+    let cases: [(&[&str], &str); 9] = [
+        (&["--num-return", "2"], "greedy search writes one text"),
+        (&["--beams", "2", "--num-return", "3"], "3 texts are wanted of 2 beams"),
+        (&["--beams", "0"], "the number of beams must be at least 1"),
+        (&["--beams", "2", "--length-penalty", "nan"], "length penalty is NaN"),
+        (&["--beams", "2", "--early-stopping", "soon"], "false, true and never are known"),
+        (&["--repetition-penalty", "-1"], "repetition penalty is -1"),
+        (&["--sample", "--temperature", "0"], "temperature is 0"),
+        (&["--sample", "--top-p", "1.5"], "top-p is 1.5"),
+        (&["--top-k", "5"], "--sample"),
+    ];
+    for (options, said) in cases {
+        fails(["caption"].into_iter().chain(options.iter().copied()).chain([sample(0).as_str()]), 2, said);
+    }
+}
+
+#[test]
+fn threads_and_standard_input_change_nothing() {
+    let plain = works(["caption", &sample(2)]);
+    assert_eq!(works(["caption", "--threads", "1", &sample(2)]), plain);
+    let mut child = command(["caption", "-"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(&std::fs::read(sample(2)).unwrap()).unwrap();
+    assert_eq!(out(&child.wait_with_output().unwrap()), plain);
+}
+
+#[test]
+fn a_prompt_of_ones_own_is_continued() {
+    let asked = json_lines(["ask", "--json", &sample(0), "how many objects are there?"]);
+    let facts: Value = serde_json::from_slice(&std::fs::read(demo().join("bundle.json")).unwrap()).unwrap();
+    let template = facts["prompts"]["ask"].as_str().unwrap();
+    let most = facts["generation"]["ask"]["max_new_tokens"].to_string();
+    let raw = template.replace("{}", "how many objects are there?");
+    let continued = json_lines(["caption", "--json", "--max-new-tokens", &most, "--prompt", &raw, &sample(0)]);
+    assert_eq!(continued[0]["tokens"], asked[0]["tokens"]);
+    let templated = json_lines(["ask", "--json", "--prompt", template, &sample(0), "how many objects are there?"]);
+    assert_eq!(templated[0]["tokens"], asked[0]["tokens"]);
+}
+
+#[test]
+fn pictures_that_cannot_be_used_say_why_and_the_others_are_captioned() {
+    let scratch = Scratch::new();
+    let png = std::fs::read(sample(0)).unwrap();
+    let jpeg = std::fs::read(root().join("tests/pictures/photo.jpg")).unwrap();
+    let bomb = scratch.file("bomb.png", &png_header(60_000, 60_000));
+    let cases = [
+        (scratch.0.join("missing.png").into(), "cannot be read: No such file"),
+        (scratch.0.clone().into(), "is not a file"),
+        (scratch.file("empty.png", b""), "is empty"),
+        (scratch.file("letter.txt", b"Dear engine, this is not a picture."), "is not a picture in a known format"),
+        (scratch.file("cut.png", &png[..png.len() / 2]), "is damaged or cut off"),
+        (scratch.file("cut.jpg", &jpeg[..jpeg.len() / 2]), "is damaged or cut off"),
+        (scratch.file("header.jpg", &jpeg[..3]), "is damaged or cut off"),
+        (bomb, "is 60000×60000, more than the 89478485 pixels allowed"),
+    ];
+    for (path, said) in &cases {
+        fails([OsStr::new("caption"), path], 3, said);
+    }
+    let mut all = vec![OsString::from("caption"), sample(0).into()];
+    all.extend(cases.iter().map(|(path, _)| path.clone()));
+    all.push(sample(1).into());
+    let output = fails(all, 3, "is empty");
+    assert_eq!(err(&output).lines().count(), cases.len(), "{}", err(&output));
+    let text = out(&output);
+    assert!(text.lines().count() == 2 && text.starts_with(&sample(0)) && text.contains(&sample(1)), "{text}");
+    fails(["caption", "--max-bytes", "1000", &sample(0)], 3, "more than the 1000 allowed");
+    fails(["caption", "--max-pixels", "1000", &sample(0)], 3, "more than the 1000 pixels allowed");
+}
+
+/// A PNG that claims a size and holds nothing.
+fn png_header(width: u32, height: u32) -> Vec<u8> {
+    let mut chunk = b"IHDR".to_vec();
+    chunk.extend(width.to_be_bytes());
+    chunk.extend(height.to_be_bytes());
+    chunk.extend([8, 2, 0, 0, 0]);
+    let crc = chunk.iter().fold(!0u32, |crc, byte| {
+        (0..8).fold(crc ^ u32::from(*byte), |crc, _| if crc & 1 == 1 { (crc >> 1) ^ 0xEDB8_8320 } else { crc >> 1 })
+    });
+    let mut png = b"\x89PNG\r\n\x1a\n\0\0\0\x0d".to_vec();
+    png.extend(chunk);
+    png.extend((!crc).to_be_bytes());
+    png.extend(b"\0\0\0\0IDAT");
+    png
+}
+
+#[test]
+fn questions_that_cannot_be_asked_say_why() {
+    fails(["ask", &sample(0), ""], 3, "the question is empty");
+    fails(["ask", &sample(0), "what?", "  "], 3, "the question is empty");
+    fails(["ask", &sample(0), "what is </s> here?"], 3, "`</s>`, which is a special token");
+    let long = "how many ".repeat(4000);
+    let output = fails(["ask", &sample(0), &long], 3, "query tokens this model has room for");
+    assert!(err(&output).contains("the prompt has ") && err(&output).len() < 400, "{}", err(&output));
+    fails(["caption", "--prompt", &long, &sample(0)], 3, "query tokens this model has room for");
+}
+
+#[test]
+fn a_wrong_command_line_is_explained() {
+    fails(["caption"], 2, "IMAGE");
+    fails(["ask", &sample(0)], 2, "QUESTION");
+    fails(["paint", &sample(0)], 2, "unrecognized subcommand");
+    fails(["caption", "--provider", "abacus", &sample(0)], 2, "auto, cpu, cuda and tensorrt are known");
+    fails(["caption", "--threads", "0", &sample(0)], 2, "threads");
+    fails(["caption", "--max-new-tokens", "3", "--min-new-tokens", "4", &sample(0)], 2, "--min-new-tokens 4 is more than");
+    #[cfg(unix)]
+    {
+        use std::os::unix::ffi::OsStrExt;
+        fails([OsStr::new("ask"), OsStr::new(&sample(0)), OsStr::from_bytes(b"what \xff?")], 2, "invalid UTF-8");
+    }
+}
+
+#[test]
+fn what_the_machine_lacks_is_named() {
+    let scratch = Scratch::new();
+    fails(["caption", "--onnxruntime", "/nowhere/libonnxruntime.so", &sample(0)], 5, "no ONNX Runtime library at /nowhere");
+    let fake = scratch.file("libonnxruntime.so", b"not a library");
+    fails([OsStr::new("caption"), OsStr::new("--onnxruntime"), &fake, OsStr::new(&sample(0))], 5, "ONNX Runtime cannot be loaded");
+    let output = command(["doctor"]).env("ORT_DYLIB_PATH", "/nowhere").output().unwrap();
+    assert_eq!(output.status.code(), Some(5));
+    let doctor = works(["doctor"]);
+    assert!(doctor.contains("ONNX Runtime 1.") && doctor.contains("cpu          usable"), "{doctor}");
+    for provider in ["cuda", "tensorrt"] {
+        if doctor.lines().any(|line| line.starts_with(provider) && line.contains("not usable")) {
+            fails(["caption", "--provider", provider, &sample(0)], 5, "`blip2 doctor` lists what is");
+            fails(["doctor", "--provider", provider], 5, "usable");
+        }
+    }
+}
+
+#[test]
+fn the_demo_bundle_gives_what_its_reference_gave() {
+    let text = works(["verify"]);
+    assert!(text.contains("tokens") && text.contains("first_logits") && !text.contains("WRONG"), "{text}");
+    assert_eq!(works(["verify", "models/demo-opt"]), text);
+    let facts: Value = serde_json::from_str(&works(["inspect", "--json"])).unwrap();
+    assert_eq!(facts["format_version"], 1);
+    assert!(works(["inspect"]).contains("query tokens"));
+}
+
+#[test]
+fn a_bundle_that_contradicts_itself_says_where() {
+    type Edit = fn(&mut Value);
+    let cases: [(Edit, &str); 15] = [
+        (|f| f["format_version"] = json!(99), "bundle format version 99, this engine reads version 1"),
+        (|f| f["format_version"] = json!("new"), "bundle format version \"new\""),
+        (|f| drop(f.as_object_mut().unwrap().remove("vision")), "missing field `vision`"),
+        (|f| f["colour"] = json!("red"), "unknown field `colour`"),
+        (|f| f["image"]["size"] = json!(97), "vision's input `pixel_values` is float32"),
+        (|f| f["image"]["std"][1] = json!(0.0), "cannot normalise"),
+        (|f| drop(f["graphs"].as_object_mut().unwrap().remove("qformer")), "needs a graph `qformer`"),
+        (|f| f["qformer"]["n_queries"] = json!(5), "qformer's output `queries` is"),
+        (|f| f["language"]["kv_cache"]["n_layers"] = json!(9), "nothing of decoder's input"),
+        (|f| f["language"]["embedding"]["offset"] = json!(u64::MAX), "the embedding table lies at"),
+        (|f| f["language"]["token_ids"]["eos"] = json!([1_000_000]), "token id 1000000"),
+        (|f| f["language"]["token_ids"]["eos"] = json!([]), "no end token"),
+        (|f| f["prompts"]["ask"] = json!("no hole"), "task ask"),
+        (|f| f["files"]["../../etc/passwd"] = json!({"bytes": 1, "sha256": ""}), "is not inside the bundle"),
+        (|f| f["requires"]["onnxruntime"] = json!("99.0"), "needs ONNX Runtime 99.0 or later"),
+    ];
+    for (edit, said) in cases {
+        let scratch = Scratch::new();
+        let bundle = scratch.bundle(edit);
+        let code = if said.contains("99.0") { 5 } else { 4 };
+        fails([OsStr::new("caption"), OsStr::new("--model"), bundle.as_ref(), OsStr::new(&sample(0))], code, said);
+    }
+}
+
+#[test]
+fn a_bundle_with_missing_or_changed_files_says_which() {
+    let caption = |bundle: &Path, said: &str| {
+        fails([OsStr::new("caption"), OsStr::new("--model"), bundle.as_ref(), OsStr::new(&sample(0))], 4, said);
+    };
+    let scratch = Scratch::new();
+    caption(&scratch.0.join("nothing"), "no bundle there");
+
+    std::fs::write(scratch.bundle(|_| ()).join("bundle.json"), "{\"format_version\": 1,").unwrap();
+    caption(&scratch.0.join("bundle"), "bundle.json is not valid: EOF");
+
+    std::fs::remove_file(scratch.bundle(|_| ()).join("qformer.onnx")).unwrap();
+    caption(&scratch.0.join("bundle"), "qformer.onnx is missing");
+
+    let data = scratch.bundle(|_| ()).join("vision.onnx.data");
+    let mut bytes = std::fs::read(&data).unwrap();
+    std::fs::write(&data, &bytes[1..]).unwrap();
+    caption(&scratch.0.join("bundle"), "vision.onnx.data has ");
+
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(&data, &bytes).unwrap();
+    fails([OsStr::new("verify"), scratch.0.join("bundle").as_ref()], 4, "vision.onnx.data has SHA-256");
+
+    let graph = scratch.bundle(|_| ()).join("vision.onnx");
+    let bytes = std::fs::read(&graph).unwrap();
+    std::fs::write(&graph, vec![b'x'; bytes.len()]).unwrap();
+    caption(&scratch.0.join("bundle"), "vision cannot be loaded");
+
+    let tokenizer = scratch.bundle(|_| ()).join("tokenizer.json");
+    let bytes = std::fs::read(&tokenizer).unwrap();
+    std::fs::write(&tokenizer, vec![b' '; bytes.len()]).unwrap();
+    caption(&scratch.0.join("bundle"), "tokenizer.json is not a tokenizer");
+}
+
+#[test]
+fn a_graph_that_is_not_what_the_facts_say_is_refused() {
+    let scratch = Scratch::new();
+    let bundle = scratch.bundle(|facts| {
+        let wider = facts["vision"]["n_positions"].as_u64().unwrap() + 1;
+        facts["vision"]["n_positions"] = json!(wider);
+        facts["graphs"]["vision"]["outputs"][0]["shape"][1] = json!(wider);
+        facts["graphs"]["qformer"]["inputs"][0]["shape"][1] = json!(wider);
+    });
+    fails(
+        [OsStr::new("caption"), OsStr::new("--model"), bundle.as_ref(), OsStr::new(&sample(0))],
+        4,
+        "bundle.json says float32 [batch",
+    );
+}
+
+#[test]
+fn verify_turns_red_where_a_stage_differs() {
+    for stage in ["features", "queries", "first_logits"] {
+        let scratch = Scratch::new();
+        let mut changed = String::new();
+        let bundle = scratch.bundle(|facts| {
+            let golden: Value = serde_json::from_slice(&std::fs::read(demo().join("golden/golden.json")).unwrap()).unwrap();
+            changed = golden["cases"][0][stage]["file"].as_str().unwrap().to_owned();
+            let mut bytes = std::fs::read(demo().join(&changed)).unwrap();
+            bytes[..4].copy_from_slice(&1e3f32.to_le_bytes());
+            std::fs::write(scratch.0.join("changed"), &bytes).unwrap();
+            facts["files"][&changed]["sha256"] = json!(sha256(&bytes));
+        });
+        std::fs::copy(scratch.0.join("changed"), bundle.join(&changed)).unwrap();
+        let output = fails([OsStr::new("verify"), bundle.as_ref()], 4, "of the checks above failed");
+        assert!(out(&output).lines().any(|line| line.starts_with("WRONG") && line.contains(stage)), "{}", out(&output));
+    }
+}
+
+fn sha256(bytes: &[u8]) -> String {
+    use sha2::{Digest, Sha256};
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_error_message() {
+    let mut child =
+        command(["caption", "--json", &sample(0), &sample(1)]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((output.status.code(), err(&output).as_str()), (Some(1), ""));
+}
