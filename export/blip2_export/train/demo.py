@@ -23,8 +23,8 @@ class Plan:
 
     vision: Schedule = Schedule(1500, 1.5e-3, matrix_rate=5e-3, warmup=100)
     language: Schedule = Schedule(1400, 1.5e-3, matrix_rate=5e-3, warmup=100)
-    stage1: Schedule = Schedule(800, 1e-3, matrix_rate=3e-3, warmup=100)
-    stage2: Schedule = Schedule(1500, 1e-3, matrix_rate=3e-3, warmup=100)
+    stage1: Schedule = Schedule(500, 1e-3, matrix_rate=3e-3, warmup=100)
+    stage2: Schedule = Schedule(1150, 1e-3, matrix_rate=3e-3, warmup=100)
     n_scenes: int = 30_000
     batch_size: int = 64
 

@@ -87,7 +87,7 @@ def pretrain(phase: Phase, tokenizer: PreTrainedTokenizerFast, batch_size: int =
     """Trains (or goes on training) the language model and returns it."""
     torch.manual_seed(0)
     model = Texts(OPTForCausalLM(config(tokenizer)))
-    packer = Packer(tokenizer)
+    packer = Packer(tokenizer, prompt_weight=0.1)
 
     def make_batch(step: int) -> Any:
         rng = random.Random(f"text {step}")

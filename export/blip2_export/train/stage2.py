@@ -56,7 +56,7 @@ def scene_batches(data: SceneFeatures, packer: Packer, size: int) -> Callable[[i
     def make(step: int) -> tuple[Tensor, Packed]:
         rng = random.Random(f"stage 2 {step}")
         indices = [rng.randrange(data.count) for _ in range(size)]
-        return data.features(indices), packer.pack([texts_of(data.scene(i), rng, 2, 6, True) for i in indices])
+        return data.features(indices), packer.pack([texts_of(data.scene(i), rng, 4, 6, True) for i in indices])
 
     return make
 
@@ -65,7 +65,7 @@ def train(
     phase: Phase, model: Stage2, batches: Callable[[int], Any], evaluate: Callable[[], dict[str, float]] | None
 ) -> None:
     before = fingerprint(model.texts.model)
-    fit(phase, model, batches, model.losses, evaluate=evaluate, evaluate_every=500)
+    fit(phase, model, batches, model.losses, evaluate=evaluate, evaluate_every=250)
     if fingerprint(model.texts.model) != before:
         raise AssertionError("the frozen language model changed during stage 2")
 

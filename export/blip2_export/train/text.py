@@ -19,7 +19,7 @@ N_QUERIES = 32  # also the length of a description in tokens: a soft prompt take
 ASK_PROMPT = "Question: {} Answer:"
 REPORT_PROMPT = "Report:"
 PAD, BOS = 1, 2
-_ANSWER_WEIGHT, _PROMPT_WEIGHT = 3.0, 0.1
+_ANSWER_WEIGHT = 3.0
 
 
 def corpus(n: int, seed: str) -> Iterator[str]:
@@ -153,10 +153,13 @@ class Packed:
 
 
 class Packer:
-    """Turns texts into `Packed` batches; keeps the token ids of prompts and targets it has seen."""
+    """Turns texts into `Packed` batches; keeps the token ids of prompts and targets it has seen.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.tokenizer = tokenizer
+    `prompt_weight`: how much a language model learns to write the prompts themselves. Stage 2 learns only what follows them.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, prompt_weight: float = 0.0) -> None:
+        self.tokenizer, self.prompt_weight = tokenizer, prompt_weight
         self.known: dict[str, list[int]] = {}
 
     def encode(self, text: str) -> list[int]:
@@ -192,7 +195,7 @@ class Packer:
             weight = 1.0 if text.kind in ("caption", "report") else _ANSWER_WEIGHT
             ids += whole[:-1]
             labels += whole[1:]
-            weights += [_PROMPT_WEIGHT] * (len(prompt) - 1) + [weight] * len(target)
+            weights += [self.prompt_weight] * (len(prompt) - 1) + [weight] * len(target)
             positions += range(N_QUERIES, N_QUERIES + len(whole) - 1)
             branch += [k] * (len(whole) - 1)
         return ids, labels, weights, positions, branch
