@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from transformers import Blip2ForConditionalGeneration, Blip2Processor, OPTForCausalLM
 
 from blip2_export import scenes
-from blip2_export.train import demo, language, stage1, stage2, text
+from blip2_export.train import demo, language, muon, stage1, stage2, text
+from blip2_export.train.features import Pairs
 from blip2_export.train.images import CaptionedImages, DataError, clean
 from blip2_export.train.loop import Phase, Schedule, fit
 from blip2_export.train.qformer import QFormer
@@ -48,27 +50,31 @@ def test_a_finished_chain_is_not_trained_again(trained: Path) -> None:
 
 
 def test_every_phase_logs_its_losses(trained: Path) -> None:
-    for phase, names in (
-        ("stage1", {"itc_recall", "itm_edit_told", "itg_true"}),
-        ("stage2", {"answers", "captions_true"}),
-    ):
-        schedule = Schedule(1, 1e-3)
-        assert Phase(phase, trained / "work", schedule).checkpoint.exists()
-        assert names  # gates run on full plans only
+    losses = {
+        "vision": {"mask", "shape", "colour"},
+        "language": {"lm"},
+        "stage1": {"itc", "itm", "itg"},
+        "stage2": {"lm"},
+    }
+    for phase, names in losses.items():
+        rows = [json.loads(r) for r in (trained / "work" / f"{phase}.jsonl").read_text().splitlines()]
+        logged = [r for r in rows if "evaluation" not in r]
+        assert logged[-1]["step"] == 3 and names <= logged[-1].keys()
+        assert all(math.isfinite(logged[-1][name]) for name in names)
     rows = [json.loads(r) for r in (trained / "work" / "language.jsonl").read_text().splitlines()]
     assert {"colour", "shape", "size", "count", "where", "yes/no", "caption"} == set(rows[-1]["evaluation"])
 
 
 def _regression(work: Path, steps: int, stop_after: int | None = None) -> nn.Linear:
     torch.manual_seed(0)
-    model = nn.Linear(3, 1)
+    model = nn.Sequential(nn.Linear(3, 64), nn.Linear(64, 64), nn.Linear(64, 1))  # the middle one goes to Muon
 
     def batch(step: int) -> torch.Tensor:
         if step == stop_after:
             raise KeyboardInterrupt
         return torch.randn(8, 3, generator=torch.Generator().manual_seed(step))
 
-    phase = Phase("r", work, Schedule(steps, 1e-2, warmup=2), save_seconds=0)
+    phase = Phase("r", work, Schedule(steps, 1e-2, matrix_rate=1e-2, warmup=2), save_seconds=0)
     fit(phase, model, batch, lambda x: {"l": (model(x) - x.sum(1, keepdim=True)).square().mean()}, workers=0)
     return model
 
@@ -80,6 +86,38 @@ def test_a_killed_run_goes_on_and_ends_where_an_unbroken_one_ends(tmp_path: Path
     resumed = _regression(tmp_path / "b", 20)
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_muon_gets_the_hidden_matrices_and_makes_their_updates_orthogonal(
+    opt: tuple[language.Texts, text.Packer],
+) -> None:
+    taken = muon.takes(opt[0])
+    assert any(name.endswith("fc1.weight") for name in taken)
+    assert not any("embed" in name or "lm_head" in name for name in taken), "the head is tied to the embeddings"
+    assert muon.takes(nn.Linear(64, 6)) == set()
+    for shape in ((2, 64, 96), (2, 96, 64)):
+        singular = torch.linalg.svdvals(muon.orthogonal(torch.randn(shape, generator=torch.Generator().manual_seed(0))))
+        assert singular.min() > 0.5 and singular.max() < 1.3
+    matrix = nn.Parameter(torch.ones(64, 96))
+    matrix.grad = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
+    muon.Muon([matrix], lr=1e-2).step()
+    assert (matrix - 1).square().mean().sqrt().item() == pytest.approx(0.2e-2, rel=0.2)
+
+
+def test_a_known_false_text_stands_where_a_drawn_one_would(stage: stage1.Stage1) -> None:
+    features, captions = torch.randn(3, 10, 24), ["a red star", "a blue ring", "a pink cross"]
+    pairs = Pairs(features, captions, torch.eye(3, dtype=torch.bool), {1: "a blue star and a small ring"})
+    seen: list[Tensor] = []
+    original = stage.model.matching_logits
+    stage.model.matching_logits = lambda f, ids, mask: (seen.append(ids), original(f, ids, mask))[1]  # type: ignore[method-assign]
+    try:
+        losses = stage.losses(pairs)
+    finally:
+        stage.model.matching_logits = original  # type: ignore[method-assign]
+    assert all(torch.isfinite(v) for v in losses.values())
+    rows = [stage.tokenizer.decode(row, skip_special_tokens=True) for row in seen[0].tolist()]
+    assert rows[:6] == captions * 2 and rows[7] == "a blue star and a small ring"
+    assert rows[6] in captions[1:] and rows[8] in captions[:2]
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
-"""The whole chain behind `demo-opt`: ViT, language model, stage 1, stage 2, one after the other, each resumable."""
+"""The whole chain behind `demo-opt`: ViT and language model side by side, then stage 1 and stage 2; each phase is resumable."""
 
 from __future__ import annotations
 
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -19,10 +21,10 @@ from blip2_export.train.qformer import config as qformer_config
 class Plan:
     """Steps of each phase and the number of drawn scenes of the two stages."""
 
-    vision: Schedule = Schedule(6600, 1e-3)
-    language: Schedule = Schedule(3400, 1.5e-3, warmup=200)
-    stage1: Schedule = Schedule(1500, 1e-3, warmup=200)
-    stage2: Schedule = Schedule(2800, 1e-3, warmup=200)
+    vision: Schedule = Schedule(1500, 1.5e-3, matrix_rate=5e-3, warmup=100)
+    language: Schedule = Schedule(1400, 1.5e-3, matrix_rate=5e-3, warmup=100)
+    stage1: Schedule = Schedule(800, 1e-3, matrix_rate=3e-3, warmup=100)
+    stage2: Schedule = Schedule(1500, 1e-3, matrix_rate=3e-3, warmup=100)
     n_scenes: int = 30_000
     batch_size: int = 64
 
@@ -34,6 +36,8 @@ def train(work: Path, out: Path, plan: Plan) -> None:
     """Trains what is not yet trained in `work` and writes the Hugging Face folder `out`."""
     torch.manual_seed(0)
     opt_tokenizer, qformer_tokenizer = text.tokenizers(work)
+    if _full(plan):
+        _side_by_side(work, plan)
     eye = vision.pretrain(Phase("vision", work, plan.vision)).requires_grad_(False).eval()
     mouth = (
         language.pretrain(Phase("language", work, plan.language, log_every=25), opt_tokenizer)
@@ -50,7 +54,7 @@ def train(work: Path, out: Path, plan: Plan) -> None:
     stage1.train(
         Phase("stage1", work, plan.stage1),
         first,
-        lambda step: data.pairs(step, plan.batch_size),
+        lambda step: data.pairs(step, plan.batch_size, edited=0.0 if step < plan.stage1.steps // 4 else 0.5),
         held_out if _full(plan) else None,
     )
 
@@ -65,6 +69,22 @@ def train(work: Path, out: Path, plan: Plan) -> None:
     )
     _unchanged(eye, seen)
     checkpoint.write_opt(out, eye, second, opt_tokenizer)
+
+
+def _side_by_side(work: Path, plan: Plan) -> None:
+    """Pre-trains ViT and language model at the same time; neither needs the other, and small models use many cores badly."""
+    threads = max(1, torch.get_num_threads() // 2)
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        for done in [pool.submit(_pretrain, name, work, plan, threads) for name in ("vision", "language")]:
+            done.result()
+
+
+def _pretrain(name: str, work: Path, plan: Plan, threads: int) -> None:
+    torch.set_num_threads(threads)
+    if name == "vision":
+        vision.pretrain(Phase(name, work, plan.vision))
+    else:
+        language.pretrain(Phase(name, work, plan.language, log_every=25), text.tokenizers(work)[0])
 
 
 def _full(plan: Plan) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +21,13 @@ class Pairs:
     """Image features [batch, positions, width], one caption each, and which captions are true of which pictures.
 
     `true[i, j]`: caption `j` is known to be true of picture `i`; the diagonal always is. Off the diagonal such pairs are
-    neither positives nor negatives.
+    neither positives nor negatives. `false`: texts that are known not to be true of picture `i`, for some of the `i`.
     """
 
     features: Tensor
     captions: list[str]
     true: Tensor
+    false: dict[int, str] = field(default_factory=dict)
 
 
 class SceneFeatures:
@@ -49,14 +50,20 @@ class SceneFeatures:
     def features(self, indices: list[int]) -> Tensor:
         return torch.from_numpy(self.table[indices].astype(np.float32))
 
-    def pairs(self, step: int, size: int) -> Pairs:
-        """The batch of a step."""
+    def pairs(self, step: int, size: int, edited: float = 0.0) -> Pairs:
+        """The batch of a step. A share of the captions, `edited`, comes with a false one that differs in one word."""
         rng = random.Random(f"{self.name} pairs {step}")
         indices = [rng.randrange(self.count) for _ in range(size)]
         found = [self.scene(i) for i in indices]
         captions = [scenes.caption(s, rng) for s in found]
         true = torch.tensor([[scenes.is_true(c, s) for c in captions] for s in found])
-        return Pairs(self.features(indices), captions, true | torch.eye(size, dtype=torch.bool))
+        edits = {
+            i: scenes.one_word_edit(c, s, rng)
+            for i, (c, s) in enumerate(zip(captions, found, strict=True))
+            if rng.random() < edited
+        }
+        false = {i: text for i, text in edits.items() if text}
+        return Pairs(self.features(indices), captions, true | torch.eye(size, dtype=torch.bool), false)
 
     def _compute(self, vision: Blip2VisionModel, shape: tuple[int, int, int]) -> None:
         aside = self.path.with_suffix(".part.npy")

@@ -16,13 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from blip2_export.train import muon
+
 
 @dataclass(frozen=True)
 class Schedule:
-    """AdamW with linear warm-up and cosine decay to `floor` × the peak learning rate."""
+    """Linear warm-up and cosine decay to `floor` × the peak learning rate.
+
+    AdamW trains everything, unless `matrix_rate` is set: then Muon trains the hidden matrices at that peak rate.
+    """
 
     steps: int
     learning_rate: float
+    matrix_rate: float = 0.0
     warmup: int = 500
     floor: float = 0.02
     weight_decay: float = 0.05
@@ -84,35 +90,42 @@ def fit(
     """
     phase.work.mkdir(parents=True, exist_ok=True)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimiser = torch.optim.AdamW(
-        _groups(trained, phase.schedule), lr=phase.schedule.learning_rate, betas=(0.9, phase.schedule.beta2)
-    )
-    start = _resume(phase, trained, optimiser)
+    optimisers = _optimisers(model, trained, phase.schedule)
+    start = _resume(phase, trained, optimisers)
     if start >= phase.schedule.steps:
         return
     indices = range(start, phase.schedule.steps)
     loader = DataLoader(
-        StepBatches(make_batch, phase.schedule.steps), batch_size=None, sampler=indices, num_workers=workers
+        StepBatches(make_batch, phase.schedule.steps),
+        batch_size=None,
+        sampler=indices,
+        num_workers=workers,
+        multiprocessing_context="fork"
+        if workers
+        else None,  # `make_batch` is a closure; nothing else can carry it over
     )
     progress, saved = _Progress(phase, start), time.monotonic()
     model.train()
     for step, batch in zip(indices, loader, strict=True):
-        for group in optimiser.param_groups:
-            group["lr"] = phase.schedule.learning_rate * phase.schedule.factor(step)
+        for optimiser in optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = optimiser.defaults["lr"] * phase.schedule.factor(step)
         parts = losses(batch)
         total = torch.stack([v for k, v in parts.items() if not k.startswith("_")]).sum()
         if not torch.isfinite(total):
             raise FloatingPointError(
                 f"{phase.name}: the loss is {float(total)} at step {step}; lower the learning rate"
             )
-        optimiser.zero_grad(set_to_none=True)
+        for p in trained.values():
+            p.grad = None
         total.backward()
         nn.utils.clip_grad_norm_(trained.values(), phase.schedule.clip)
-        optimiser.step()
+        for optimiser in optimisers:
+            optimiser.step()
         progress.add(step, {k: float(v.detach()) for k, v in parts.items()})
         done = step + 1
         if time.monotonic() - saved > phase.save_seconds or done == phase.schedule.steps:
-            _save(phase, done, trained, optimiser)
+            _save(phase, done, trained, optimisers)
             saved = time.monotonic()
         if evaluate and (done % evaluate_every == 0 or done == phase.schedule.steps):
             model.eval()
@@ -121,21 +134,30 @@ def fit(
             model.train()
 
 
-def _groups(trained: dict[str, nn.Parameter], schedule: Schedule) -> list[dict[str, Any]]:
-    decayed = [p for p in trained.values() if p.ndim >= 2]
-    plain = [p for p in trained.values() if p.ndim < 2]
-    return [{"params": decayed, "weight_decay": schedule.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+def _optimisers(model: nn.Module, trained: dict[str, nn.Parameter], schedule: Schedule) -> list[torch.optim.Optimizer]:
+    by_muon = muon.takes(model) & trained.keys() if schedule.matrix_rate else set()
+    rest = [p for name, p in trained.items() if name not in by_muon]
+    decay = schedule.weight_decay
+    groups = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    found: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, lr=schedule.learning_rate, betas=(0.9, schedule.beta2))
+    ]
+    if by_muon:
+        found.append(muon.Muon([trained[n] for n in sorted(by_muon)], schedule.matrix_rate, weight_decay=decay))
+    return found
 
 
-def _save(phase: Phase, step: int, trained: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer) -> None:
+def _save(phase: Phase, step: int, trained: dict[str, nn.Parameter], optimisers: list[torch.optim.Optimizer]) -> None:
     aside = phase.checkpoint.with_suffix(".tmp")
-    torch.save(
-        {"step": step, "model": {n: p.detach() for n, p in trained.items()}, "optimiser": optimiser.state_dict()}, aside
-    )
+    weights = {n: p.detach() for n, p in trained.items()}
+    torch.save({"step": step, "model": weights, "optimisers": [o.state_dict() for o in optimisers]}, aside)
     os.replace(aside, phase.checkpoint)
 
 
-def _resume(phase: Phase, trained: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer) -> int:
+def _resume(phase: Phase, trained: dict[str, nn.Parameter], optimisers: list[torch.optim.Optimizer]) -> int:
     if not phase.checkpoint.exists():
         return 0
     state = torch.load(phase.checkpoint, weights_only=True)
@@ -144,7 +166,8 @@ def _resume(phase: Phase, trained: dict[str, nn.Parameter], optimiser: torch.opt
     with torch.no_grad():
         for name, value in state["model"].items():
             trained[name].copy_(value)
-    optimiser.load_state_dict(state["optimiser"])
+    for optimiser, kept in zip(optimisers, state["optimisers"], strict=True):
+        optimiser.load_state_dict(kept)
     print(f"{phase.name}: going on from step {state['step']}", file=sys.stderr)
     return int(state["step"])
 

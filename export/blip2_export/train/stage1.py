@@ -32,14 +32,18 @@ class Stage1:
         return batch.input_ids, batch.attention_mask
 
     def losses(self, pairs: Pairs) -> dict[str, Tensor]:
-        ids, mask = self.encode(pairs.captions)
+        false = sorted(pairs.false)
+        ids, mask = self.encode(pairs.captions + [pairs.false[i] for i in false])
+        (ids, other_ids), (mask, other_mask) = (t.split([len(pairs.captions), len(false)]) for t in (ids, mask))
         started = ids.clone()
         started[:, 0] = self.tokenizer.bos_token_id
         queries, itg_logits = self.model.captioning(pairs.features, started, mask)
         itc, to_text, to_image = self._contrast(queries, ids, mask, pairs.true)
         return {
             "itc": itc,
-            "itm": self._match(pairs, ids, mask, to_text, to_image),
+            "itm": self._match(
+                pairs, ids, mask, self._negatives(pairs, to_text, to_image), (false, other_ids, other_mask)
+            ),
             "itg": self._generate(itg_logits, started, mask),
             "_temperature": self.model.temperature,
         }
@@ -64,17 +68,29 @@ class Stage1:
         )
         return loss, logits.detach(), logits.T.detach()
 
-    def _match(self, pairs: Pairs, ids: Tensor, mask: Tensor, to_text: Tensor, to_image: Tensor) -> Tensor:
+    def _negatives(self, pairs: Pairs, to_text: Tensor, to_image: Tensor) -> tuple[Tensor, Tensor]:
         """One hard negative text for each image and one hard negative image for each text, drawn by similarity."""
-        n = len(ids)
-        text = torch.multinomial(
-            to_text.masked_fill(pairs.true, _FAR).softmax(1) + 1e-9 * ~pairs.true, 1, generator=self.generator
-        )[:, 0]
-        image = torch.multinomial(
-            to_image.masked_fill(pairs.true.T, _FAR).softmax(1) + 1e-9 * ~pairs.true.T, 1, generator=self.generator
-        )[:, 0]
+
+        def draw(logits: Tensor, true: Tensor) -> Tensor:
+            chances = logits.masked_fill(true, _FAR).softmax(1) + 1e-9 * ~true
+            return torch.multinomial(chances, 1, generator=self.generator)[:, 0]
+
+        return draw(to_text, pairs.true), draw(to_image, pairs.true.T)
+
+    def _match(
+        self,
+        pairs: Pairs,
+        ids: Tensor,
+        mask: Tensor,
+        negatives: tuple[Tensor, Tensor],
+        false: tuple[list[int], Tensor, Tensor],
+    ) -> Tensor:
+        """Every pair once as it is, once with another text and once with another image. Known false texts go before drawn ones."""
+        n, (text, image), (rows, false_ids, false_mask) = len(ids), negatives, false
+        wrong_ids, wrong_mask = ids[text], mask[text]
+        wrong_ids[rows], wrong_mask[rows] = false_ids, false_mask
         features = torch.cat([pairs.features, pairs.features[image], pairs.features])
-        all_ids, all_mask = torch.cat([ids, ids, ids[text]]), torch.cat([mask, mask, mask[text]])
+        all_ids, all_mask = torch.cat([ids, ids, wrong_ids]), torch.cat([mask, mask, wrong_mask])
         labels = torch.cat([torch.ones(n, dtype=torch.long), torch.zeros(2 * n, dtype=torch.long)])
         return F.cross_entropy(self.model.matching_logits(features, all_ids, all_mask), labels)
 

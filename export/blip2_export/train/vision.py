@@ -17,7 +17,7 @@ from blip2_export.train.loop import Phase, fit
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 CELLS = 4  # foreground is learned on 4×4 cells of a patch
-RECOLOURED = 0.3  # share of objects painted in any colour, their colour not learned, so that shape does not lean on it
+RECOLOURED = 0.5  # share of objects painted in any colour, their colour not learned, so that shape does not lean on it
 _SHAPES, _COLOURS, _SIZES = list(scenes.SHAPES), sorted(scenes.COLOURS), sorted(scenes.SIZES)
 
 
@@ -159,7 +159,7 @@ def pretrain(phase: Phase, batch_size: int = 64) -> Blip2VisionModel:
         lambda step: make_batch(f"train {step}", batch_size, side, patch),
         model.losses,
         evaluate=evaluate,
-        evaluate_every=1000,
+        evaluate_every=500,
     )
     return vision
 
