@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import Blip2Config, InstructBlipConfig
 
 from blip2_export import golden, language, processor, qformer, vision
@@ -95,8 +96,9 @@ def _config(checkpoint: Checkpoint) -> language.Config:
     kind = InstructBlipConfig if checkpoint.config["model_type"] == "instructblip" else Blip2Config
     try:
         return kind(**checkpoint.config)
-    except (TypeError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{checkpoint.folder}: config.json is not understood ({error})") from error
+    except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
+        said = " ".join(str(error).split())
+        raise CheckpointError(f"{checkpoint.folder}: config.json is not understood ({said})") from error
 
 
 def _prompts(choices: Choices, kind: str, language_kind: str) -> dict[str, str]:

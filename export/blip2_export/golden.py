@@ -36,8 +36,10 @@ def record(checkpoint: Path, bundle: Path, facts: dict[str, Any]) -> None:
         }
         if reference.question is None:
             shared["queries"] = _save(folder / f"{i}.queries.bin", reference.queries(features))
-        for task, question in (("caption", ""), ("ask", _QUESTION)):
-            prompt = facts["prompts"][task].format(question)
+        for task, question, prompt in (
+            ("caption", "", facts["prompts"]["caption"]),
+            ("ask", _QUESTION, facts["prompts"]["ask"].format(_QUESTION)),
+        ):
             own = (
                 {}
                 if reference.question is None

@@ -84,8 +84,6 @@ def _rotary_tables(cfg: LlamaConfig, half: int) -> tuple[np.ndarray, np.ndarray]
     kind = cfg.rope_parameters.get("rope_type", "default")
     if kind != "default":
         raise UnsupportedError(f"rotary embeddings of type `{kind}` are not supported; `default` ones are")
-    if cfg.head_dim % 2:
-        raise UnsupportedError(f"rotary embeddings need an even head dimension, config.json says {cfg.head_dim}")
     exponents = np.arange(0, cfg.head_dim, 2, dtype=np.float32) / np.float32(cfg.head_dim)
     frequencies = np.zeros(half, np.float32)
     frequencies[: len(exponents)] = 1 / np.float32(cfg.rope_parameters["rope_theta"]) ** exponents

@@ -126,6 +126,7 @@ FAMILIES: dict[str, dict[str, dict[str, Any]]] = {  # other language models, and
         "text_config": {
             **_T5,
             "d_kv": 5,
+            "num_layers": 3,
             "feed_forward_proj": "relu",
             "dense_act_fn": "relu",
             "tie_word_embeddings": True,
@@ -304,10 +305,16 @@ def _spread(name: str, shape: torch.Size) -> float:
         return 0.3
     if name.endswith(("query_tokens", "embed_positions.weight", "relative_attention_bias.weight")):
         return 1.0
-    if name.endswith(("embed_tokens.weight", "shared.weight", "word_embeddings.weight", "position_embeddings.weight")):
+    if name.endswith("shared.weight"):
+        return 0.3
+    if name.endswith(("embed_tokens.weight", "word_embeddings.weight", "position_embeddings.weight")):
         return 0.5
-    if name.endswith(("SelfAttention.q.weight", "EncDecAttention.q.weight")):
+    if name.endswith("SelfAttention.q.weight"):
         return 0.4 / shape[-1] ** 0.5  # T5 does not scale its scores, its weights do
+    if name.endswith("EncDecAttention.q.weight"):
+        return 1 / shape[-1] ** 0.5  # picks out positions, so that pictures tell
+    if name.endswith("DenseReluDense.wo.weight"):
+        return 1 / shape[-1] ** 0.5  # what relu lets through points one way for all inputs
     return (2.5 if name.startswith(("language_model", "language_projection")) else 0.8) / shape[-1] ** 0.5
 
 

@@ -111,10 +111,19 @@ def encoder_inputs(
 
 
 @pytest.mark.parametrize("shape", ["t5", "t5-odd-1", "t5-odd-2"])
-@pytest.mark.parametrize("chunks", [(1,) * 12 + (170, 1, 1), (160, 1, 20, 1)])
-def test_flan_t5_decodes_alike_at_every_past_length(case, shape: str, chunks: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("encoded", "chunks"),
+    [
+        ([210, 9, 140], (1,) * 180),
+        ([210, 9, 140], (160, 1, 1)),
+        ([150], (3, 160, 1, 20)),
+    ],  # behind a cache a batch takes steps only
+)
+def test_flan_t5_decodes_alike_at_every_past_length(
+    case, shape: str, encoded: list[int], chunks: tuple[int, ...]
+) -> None:
     graphs, reference = case(shape).open()
-    embeds, lengths, mask = encoder_inputs(reference, 4, [210, 9, 140])
+    embeds, lengths, mask = encoder_inputs(reference, 4, encoded)
     rng, language = np.random.default_rng(5), reference.model.language_model
     ids = rng.integers(0, len(graphs.table), (len(lengths), sum(chunks)))
     with torch.inference_mode():
@@ -171,7 +180,6 @@ def test_rows_of_unequal_length_decode_as_they_would_alone(case, shape: str) -> 
 
 @pytest.mark.parametrize("shape", ["t5", "llama", "instruct-t5"])
 def test_long_texts_equal_the_reference(case, shape: str) -> None:
-    """`min_new_tokens` keeps the reference from ending early; the graphs' rows are cut where it was told not to end."""
     graphs, reference = case(shape).open()
     prompts = ["a red star left of a blue ring " * n for n in (6, 1)]
     seen = [reference.look(p) for p in scenes.sample_pictures(5, seed=2, side=100)]
@@ -243,7 +251,7 @@ def test_flan_t5_runs_the_activation_and_the_scaling_that_its_config_means(tmp_p
     assert (first_logits(made) == exact).all()
     edit_text(made.checkpoint, "dense_act_fn")  # a plain Flan-T5 says no more than this: tanh
     made.convert()
-    assert np.abs(first_logits(made) - exact).max() > 1e-3 * np.abs(exact).max()
+    assert np.abs(first_logits(made) - exact).max() > TOLERANCE * np.abs(exact).max()
     edit_text(made.checkpoint, "tie_word_embeddings", dense_act_fn="gelu")
     made.convert()
     np.testing.assert_allclose(first_logits(made), exact * 32**-0.5, rtol=TOLERANCE, atol=1e-6)
@@ -351,7 +359,7 @@ def drop_tensors(folder: Path, part: str) -> None:
             lambda f: edit_text(f, "rope_parameters", rope_parameters={"rope_type": "yarn", "factor": 2.0}),
             "`yarn`",
         ),
-        ("llama", lambda f: edit_text(f, head_dim=15), "even head dimension"),
+        ("llama", lambda f: edit_text(f, head_dim=15), "requires an even rotary dimension"),
         ("llama", lambda f: edit_text(f, num_key_value_heads=1), "k_proj.weight` is"),
         ("llama", lambda f: edit_text(f, hidden_act="mish"), "activation `mish` is not supported"),
         ("t5", lambda f: edit_text(f, dense_act_fn="gelu_fast"), "activation `gelu_fast` is not supported"),
