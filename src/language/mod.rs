@@ -92,6 +92,20 @@ impl LanguageModel {
         &mut self,
         prefixes: &[&Prefix],
         texts: &[&[TokenId]],
+        mut each: impl FnMut(usize, &[f32]),
+    ) -> Result<(), RuntimeError> {
+        // Behind cached positions GroupQueryAttention takes several new ones for one row only.
+        let together = if self.family == Family::Qformer { 1 } else { prefixes.len().max(1) };
+        for (at, (prefixes, texts)) in prefixes.chunks(together).zip(texts.chunks(together)).enumerate() {
+            self.reread_batch(prefixes, texts, |row, logits| each(at * together + row, logits))?;
+        }
+        Ok(())
+    }
+
+    fn reread_batch(
+        &mut self,
+        prefixes: &[&Prefix],
+        texts: &[&[TokenId]],
         each: impl FnMut(usize, &[f32]),
     ) -> Result<(), RuntimeError> {
         let encoded = self.encode(prefixes)?;
