@@ -52,6 +52,7 @@ pub mod pixels;
 pub mod prompt;
 pub mod qformer;
 pub mod runtime;
+pub mod stage1;
 pub mod text;
 pub mod timing;
 pub mod verify;
@@ -59,7 +60,7 @@ pub mod vision;
 
 mod error;
 
-pub use engine::{Answer, Candidate, Engine, Generation, Request, Sight};
+pub use engine::{Answer, Candidate, Engine, Generation, Match, Ranked, Request, Sight};
 pub use error::Error;
 pub use pixels::Picture;
 pub use prompt::Task;

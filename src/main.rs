@@ -18,7 +18,7 @@ fn main() -> ExitCode {
 /// Documented in README.md; clap itself exits with 2 for a wrong command line.
 fn exit_code(failure: &Failure) -> ExitCode {
     ExitCode::from(match failure {
-        Failure::Engine(Error::Runtime(_)) | Failure::Output(_) => 1,
+        Failure::Engine(Error::Runtime(_)) | Failure::Output(_) | Failure::File { .. } => 1,
         Failure::Usage(_) | Failure::Engine(Error::Strategy(_)) => 2,
         Failure::Picture { .. } | Failure::Engine(Error::Picture(_) | Error::Prompt(_)) => 3,
         Failure::Mismatch(_) | Failure::Engine(Error::Bundle(_)) => 4,

@@ -1,35 +1,88 @@
-//! [`ImageFeatures`] → [`Queries`]: learned query tokens read the image and are projected to the language model's width.
+//! [`ImageFeatures`] → [`Queries`]: learned query tokens read the image, where they are made for it with a question in mind, and are
+//! projected to the language model's width.
 
 use std::sync::Arc;
 
-use ndarray::{Array2, Array3, Ix3};
+use ndarray::{Array2, Array3};
 
 use crate::bundle::{Bundle, BundleError};
-use crate::runtime::{Graph, Place, Runtime, RuntimeError};
+use crate::runtime::{Graph, GraphError, Place, Runtime, RuntimeError, Tensor};
+use crate::text::TokenBatch;
 use crate::vision::ImageFeatures;
 
 /// `[queries, hidden]` of one picture, projected to the language model's width. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Queries(pub Arc<Array2<f32>>);
 
+/// Keys and values of the query tokens in every self-attention layer, for the Q-Former's own text. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct QueryCache {
+    tensors: Arc<Vec<Tensor>>,
+    row: usize,
+}
+
 /// The Q-Former with the projection behind it.
 #[derive(Debug)]
-pub struct Qformer(Graph);
+pub struct Qformer {
+    graph: Graph,
+    reads_questions: bool,
+}
 
 impl Qformer {
     /// Loads the graph.
     pub fn open(runtime: &Runtime, bundle: &Bundle) -> Result<Self, BundleError> {
-        Graph::open(runtime, bundle, "qformer").map(Self)
+        let reads_questions = bundle.facts().qformer.text.is_some();
+        Ok(Self { graph: Graph::open(runtime, bundle, "qformer")?, reads_questions })
     }
 
-    /// Reads a batch; one [`Queries`] per picture.
-    pub fn read(&mut self, features: &ImageFeatures) -> Result<Vec<Queries>, RuntimeError> {
-        let outputs = self.0.run(&[("image_features", &features.0)], Place::Host)?;
-        let queries = outputs[0].to_f32().map_err(|source| self.0.failed("copying queries", source))?;
-        if queries.iter().any(|value| !value.is_finite()) {
-            return Err(RuntimeError::NotANumber { graph: "qformer".into(), output: "queries".into() });
+    /// Whether queries depend on the question.
+    pub fn reads_questions(&self) -> bool {
+        self.reads_questions
+    }
+
+    /// An error of this graph.
+    pub fn failed(&self, doing: &'static str, source: GraphError) -> RuntimeError {
+        self.graph.failed(doing, source)
+    }
+
+    /// Reads a batch; one [`Queries`] per picture. A Q-Former that reads questions needs one for each picture.
+    pub fn read(&mut self, features: &ImageFeatures, questions: Option<&TokenBatch>) -> Result<Vec<Queries>, RuntimeError> {
+        let mut inputs = vec![("image_features", &features.0)];
+        let question = questions.map(|questions| ids_and_mask(&self.graph, questions)).transpose()?;
+        if let Some((ids, mask)) = &question {
+            inputs.extend([("question_ids", ids), ("question_mask", mask)]);
         }
-        let queries: Array3<f32> = queries.into_dimensionality::<Ix3>().expect("the rank was checked when the graph was opened");
+        let queries: Array3<f32> = self.graph.run(&inputs, Place::Host)?.array("queries")?;
         Ok(queries.outer_iter().map(|row| Queries(Arc::new(row.to_owned()))).collect())
+    }
+}
+
+/// The two tensors in which a graph takes texts.
+pub(crate) fn ids_and_mask(graph: &Graph, texts: &TokenBatch) -> Result<(Tensor, Tensor), RuntimeError> {
+    let tensor = |values| Tensor::from_i64(values).map_err(|source| graph.failed("copying token ids", source));
+    Ok((tensor(texts.ids.clone())?, tensor(texts.mask.clone())?))
+}
+
+impl QueryCache {
+    /// One cache for each row of `tensors`, `[rows, heads, queries, head_dim]`, in the order of the decoder's layers.
+    pub fn rows(tensors: Vec<Tensor>) -> Vec<Self> {
+        let n_rows = tensors.first().map_or(0, |tensor| tensor.shape()[0]);
+        let tensors = Arc::new(tensors);
+        (0..n_rows).map(|row| Self { tensors: tensors.clone(), row }).collect()
+    }
+
+    /// The tensors it lies in.
+    pub fn tensors(&self) -> impl Iterator<Item = &Tensor> {
+        self.tensors.iter()
+    }
+
+    /// Its row in them.
+    pub fn row(&self) -> usize {
+        self.row
+    }
+
+    /// Query tokens.
+    pub fn n_positions(&self) -> usize {
+        self.tensors.first().map_or(0, |tensor| tensor.shape()[2])
     }
 }

@@ -1,14 +1,15 @@
 //! Text ↔ token ids. The only door to the `tokenizers` crate.
 
 use std::path::Path;
+use std::sync::Arc;
 
-use tokenizers::{DecoderWrapper, ModelWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper, Tokenizer};
+use ndarray::Array2;
+use tokenizers::tokenizer::step_decode_stream;
+use tokenizers::utils::truncation::TruncationDirection;
+use tokenizers::{ModelWrapper, PreTokenizerWrapper, Tokenizer};
 
-use crate::bundle::{Bundle, BundleError};
+use crate::bundle::{Bundle, BundleError, CutSide, QformerTextFacts};
 use crate::decode::TokenId;
-
-/// Path of the language model's tokenizer inside a bundle.
-const FILE: &str = "tokenizer.json";
 
 /// A tokenizer.
 #[derive(Debug)]
@@ -28,12 +29,33 @@ pub enum TextError {
     Refused(String),
 }
 
+/// Token ids of several texts, `[texts, tokens]`, shorter ones filled up on the right.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TokenBatch {
+    /// Token ids.
+    pub ids: Array2<i64>,
+    /// 1 where a token is, 0 where none is.
+    pub mask: Array2<i64>,
+}
+
+impl TokenBatch {
+    /// Puts texts together.
+    pub fn new(texts: &[Vec<TokenId>], pad: TokenId) -> Self {
+        let shape = (texts.len(), texts.iter().map(Vec::len).max().unwrap_or(0));
+        let token = |(text, at): (usize, usize)| texts[text].get(at).copied();
+        Self {
+            ids: Array2::from_shape_fn(shape, |place| i64::from(token(place).unwrap_or(pad))),
+            mask: Array2::from_shape_fn(shape, |place| i64::from(token(place).is_some())),
+        }
+    }
+}
+
 impl Text {
-    /// Loads a bundle's tokenizer.
-    pub fn open(bundle: &Bundle) -> Result<Self, BundleError> {
-        Self::read(&bundle.path(FILE)).map_err(|reason| BundleError::Tokenizer {
+    /// Loads one of a bundle's tokenizers.
+    pub fn open(bundle: &Bundle, file: &str) -> Result<Self, BundleError> {
+        Self::read(&bundle.path(file)).map_err(|reason| BundleError::Tokenizer {
             folder: bundle.folder().to_path_buf(),
-            file: FILE.into(),
+            file: file.into(),
             reason,
         })
     }
@@ -53,8 +75,24 @@ impl Text {
 
     /// Token ids with the tokenizer's own special tokens around them.
     pub fn encode(&self, text: &str) -> Result<Vec<TokenId>, TextError> {
+        self.encoded(text, true)
+    }
+
+    /// Token ids without special tokens around them.
+    pub fn encode_plain(&self, text: &str) -> Result<Vec<TokenId>, TextError> {
+        self.encoded(text, false)
+    }
+
+    /// Token ids of an answer as it stands behind a prompt: without special tokens, and set off by a space where tokens carry theirs.
+    pub fn encode_answer(&self, answer: &str) -> Result<Vec<TokenId>, TextError> {
+        let carries_spaces = matches!(self.0.get_pre_tokenizer(), Some(PreTokenizerWrapper::ByteLevel(_)));
+        let answer = answer.trim();
+        if carries_spaces { self.encoded(&format!(" {answer}"), false) } else { self.encoded(answer, false) }
+    }
+
+    fn encoded(&self, text: &str, with_special_tokens: bool) -> Result<Vec<TokenId>, TextError> {
         self.refuse_special_tokens(text)?;
-        let encoding = self.0.encode(text, true).map_err(|error| TextError::Refused(error.to_string()))?;
+        let encoding = self.0.encode(text, with_special_tokens).map_err(|error| TextError::Refused(error.to_string()))?;
         let mut covered = vec![false; text.len()];
         for (&(from, to), &special) in encoding.get_offsets().iter().zip(encoding.get_special_tokens_mask()) {
             if special == 0 {
@@ -98,31 +136,51 @@ impl Text {
         self.0.decode(ids, true).unwrap_or_default().trim_matches(is_space).to_owned()
     }
 
-    /// Decodes token by token.
-    pub fn stream(&self) -> TextStream<'_> {
-        TextStream { inner: self.0.decode_stream(true), started: false, held: String::new() }
+    /// One token as it is written in the vocabulary; empty for an id without one.
+    pub fn token(&self, id: TokenId) -> String {
+        self.0.decode(&[id], false).unwrap_or_default()
+    }
+
+    /// As [`encode`](Self::encode); what is longer than the Q-Former was trained on loses one end, special tokens stay.
+    pub fn encode_cut(&self, text: &str, facts: &QformerTextFacts) -> Result<Vec<TokenId>, TextError> {
+        let ids = self.encode(text)?;
+        if ids.len() <= facts.max_tokens {
+            return Ok(ids);
+        }
+        let refused = |error: tokenizers::Error| TextError::Refused(error.to_string());
+        let mut content = self.0.encode(text, false).map_err(refused)?;
+        let n_special = ids.len() - content.len();
+        let side = match facts.truncation_side {
+            CutSide::Left => TruncationDirection::Left,
+            CutSide::Right => TruncationDirection::Right,
+        };
+        content.truncate(facts.max_tokens.saturating_sub(n_special), 0, side);
+        Ok(self.0.post_process(content, None, true).map_err(refused)?.get_ids().to_vec())
     }
 }
 
 /// Pieces of text as tokens arrive. Together they are what [`Text::decode`] gives for all tokens at once.
-pub struct TextStream<'a> {
-    inner: tokenizers::tokenizer::DecodeStream<
-        'a,
-        ModelWrapper,
-        NormalizerWrapper,
-        PreTokenizerWrapper,
-        PostProcessorWrapper,
-        DecoderWrapper,
-    >,
+pub struct TextStream {
+    text: Arc<Text>,
+    /// Tokens from `prefix_index` on, as the tokenizer's own streams keep them.
+    ids: Vec<TokenId>,
+    prefix: String,
+    prefix_index: usize,
     started: bool,
     /// White space that is printed only if more text follows.
     held: String,
 }
 
-impl TextStream<'_> {
+impl TextStream {
+    /// A stream in front of its first token.
+    pub fn new(text: Arc<Text>) -> Self {
+        Self { text, ids: Vec::new(), prefix: String::new(), prefix_index: 0, started: false, held: String::new() }
+    }
+
     /// The text that `token` completes; empty in the middle of a character.
     pub fn push(&mut self, token: TokenId) -> String {
-        let piece = self.inner.step(token).ok().flatten().unwrap_or_default();
+        let Self { text, ids, prefix, prefix_index, .. } = self;
+        let piece = step_decode_stream(&text.0, vec![token], true, ids, prefix, prefix_index).ok().flatten().unwrap_or_default();
         let piece = if self.started { piece.as_str() } else { piece.trim_start_matches(is_space) };
         let text = piece.trim_end_matches(is_space);
         if text.is_empty() {
@@ -172,9 +230,9 @@ mod tests {
 
     #[test]
     fn a_stream_gives_whole_characters_and_ends_as_the_whole_text() {
-        let text = text(BYTES);
+        let text = Arc::new(text(BYTES));
         let tokens = [2, 3, 0, 1, 2, 2, 3, 5, 4, 2];
-        let mut stream = text.stream();
+        let mut stream = TextStream::new(text.clone());
         let pieces: Vec<String> = tokens.iter().map(|token| stream.push(*token)).collect();
         assert_eq!(pieces, ["", "a", "", "é", "", "", "  a", "", "", ""]);
         assert_eq!(pieces.concat(), text.decode(&tokens));

@@ -15,6 +15,8 @@ pub enum Stage {
     Vision,
     /// Q-Former and projection.
     Qformer,
+    /// Pictures beside texts in the Q-Former of stage 1.
+    Match,
     /// Language model over query tokens and prompt, up to the first token.
     Prefill,
     /// Language model, one token at a time.
@@ -23,7 +25,8 @@ pub enum Stage {
 
 impl Stage {
     /// Every stage in order.
-    pub const ALL: [Self; 6] = [Self::DecodeImage, Self::Preprocess, Self::Vision, Self::Qformer, Self::Prefill, Self::Decode];
+    pub const ALL: [Self; 7] =
+        [Self::DecodeImage, Self::Preprocess, Self::Vision, Self::Qformer, Self::Match, Self::Prefill, Self::Decode];
 
     /// The key in JSON.
     pub fn name(self) -> &'static str {
@@ -32,6 +35,7 @@ impl Stage {
             Self::Preprocess => "preprocess",
             Self::Vision => "vision",
             Self::Qformer => "qformer",
+            Self::Match => "match",
             Self::Prefill => "prefill",
             Self::Decode => "decode",
         }

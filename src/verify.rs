@@ -9,13 +9,16 @@ use ndarray::{Array1, Array2, Array3, ArrayD, Axis, Dimension, IxDyn};
 use serde::Deserialize;
 
 use crate::bundle::{BundleError, Dtype, TaskName};
-use crate::decode::TokenId;
-use crate::engine::{Engine, Generation, Request};
+use crate::decode::{Model, TokenId};
+use crate::engine::{Engine, Generation, Reader, Request};
 use crate::error::Error;
+use crate::language::{Prefix, Seen};
 use crate::pixels::{Limits, Picture, Pixels};
 use crate::prompt::Task;
 use crate::qformer::Queries;
-use crate::runtime::{GraphError, RuntimeError, Tensor, f32_from};
+use crate::runtime::{GraphError, RuntimeError, f32_from};
+use crate::stage1::PairEmbedding;
+use crate::text::TokenBatch;
 use crate::vision::ImageFeatures;
 
 const FILE: &str = "golden/golden.json";
@@ -41,17 +44,50 @@ struct Golden {
 
 #[derive(Deserialize)]
 struct Case {
-    task: TaskName,
     image: String,
-    prompt: String,
-    prompt_ids: Vec<TokenId>,
-    max_new_tokens: usize,
     pixels: Recorded,
     features: Recorded,
     queries: Recorded,
+    #[serde(flatten)]
+    asked: Asked,
+}
+
+/// What was asked of the picture, and what came.
+#[derive(Deserialize)]
+#[serde(tag = "task", rename_all = "snake_case")]
+enum Asked {
+    Caption(Written),
+    Ask(Written),
+    Match { texts: Vec<Matched> },
+    Embed(Embedded),
+}
+
+#[derive(Deserialize)]
+struct Written {
+    prompt: String,
+    prompt_ids: Vec<TokenId>,
+    /// What a question-conditioned Q-Former read.
+    question_ids: Option<Vec<TokenId>>,
+    max_new_tokens: usize,
     first_logits: Recorded,
     tokens: Vec<TokenId>,
     text: String,
+}
+
+#[derive(Deserialize)]
+struct Matched {
+    text: String,
+    input_ids: Vec<TokenId>,
+    itm_logits: [f32; 2],
+    itc: f32,
+}
+
+#[derive(Deserialize)]
+struct Embedded {
+    input_ids: Vec<TokenId>,
+    image_embeds: Recorded,
+    text_embeds: Recorded,
+    multimodal_states: Recorded,
 }
 
 #[derive(Clone, Deserialize, PartialEq, Eq)]
@@ -75,7 +111,12 @@ pub fn run(engine: &mut Engine, mut each: impl FnMut(Check)) -> Result<String, E
             checker.stages_of_the_picture()?;
             seen.push(&case.image);
         }
-        checker.stages_of_the_text()?;
+        match &case.asked {
+            Asked::Caption(written) => checker.stages_of_the_text(Task::Caption, written)?,
+            Asked::Ask(written) => checker.stages_of_the_text(checker.question(written), written)?,
+            Asked::Match { texts } => checker.matches(texts)?,
+            Asked::Embed(embedded) => checker.embeddings(embedded)?,
+        }
     }
     Ok(golden.reference)
 }
@@ -100,35 +141,109 @@ impl Checker<'_> {
         self.check_relative("features", found.iter(), features.iter());
 
         let queries: Array2<f32> = self.recorded(&self.case.queries)?;
-        let features = Tensor::from_f32(features.insert_axis(Axis(0))).map_err(|source| failed("qformer", source))?;
-        let found = self.engine.qformer.read(&ImageFeatures(features))?;
-        self.check_relative("queries", found[0].0.iter(), queries.iter());
+        let features = self.features()?;
+        let found = match &mut self.engine.reader {
+            Reader::Queries(qformer) if qformer.reads_questions() => return Ok(()),
+            Reader::Queries(qformer) => qformer.read(&features, None)?.remove(0).0,
+            Reader::Stage1(stage1) => Arc::new(stage1.see(&features)?.remove(0).0.states),
+        };
+        self.check_relative("queries", found.iter(), queries.iter());
         Ok(())
     }
 
-    fn stages_of_the_text(&mut self) -> Result<(), Error> {
-        let case = self.case;
-        let task = Task::Raw(case.task, case.prompt.clone());
-        let ids = self.engine.prompt(&task)?.ids;
-        self.check_equal("prompt ids", &ids, &case.prompt_ids);
+    /// What writes starts from the recorded features and queries.
+    fn seen(&mut self, written: &Written) -> Result<Option<Seen>, Error> {
+        let queries: Array2<f32> = self.recorded(&self.case.queries)?;
+        let features = self.features()?;
+        match &mut self.engine.reader {
+            Reader::Stage1(stage1) => Ok(stage1.see(&features)?.remove(0).1.map(Seen::Cached)),
+            Reader::Queries(qformer) => {
+                if let Some(ids) = &written.question_ids {
+                    let question = TokenBatch::new(std::slice::from_ref(ids), 0);
+                    let found = qformer.read(&features, Some(&question))?.remove(0);
+                    self.check_relative("queries", found.0.iter(), queries.iter());
+                }
+                Ok(Some(Seen::Queries(Queries(Arc::new(queries)))))
+            }
+        }
+    }
 
-        let queries = Queries(Arc::new(self.recorded::<Array2<f32>>(&case.queries)?));
-        let logits: Array1<f32> = self.recorded(&case.first_logits)?;
-        let found = self.engine.first_logits(queries, case.prompt_ids.clone())?;
-        self.check_relative("first_logits", found.iter(), logits.iter());
-
+    fn stages_of_the_text(&mut self, task: Task, written: &Written) -> Result<(), Error> {
+        let prompt = self.engine.prompt(&task)?;
+        self.check_equal("prompt", &prompt.ids, &written.prompt_ids);
+        if let Some(seen) = self.seen(written)? {
+            let logits: Array1<f32> = self.recorded(&written.first_logits)?;
+            let mut found = Vec::new();
+            let prefix = Prefix { seen, prompt: written.prompt_ids.clone(), max_new_tokens: 1 };
+            self.engine.language().prefill(&[prefix], &mut found)?;
+            self.engine.language().clear();
+            self.check_relative("first_logits", found.iter(), logits.iter());
+        }
         let picture = self.picture()?;
         let sights = self.engine.see(&[&picture])?;
-        let generation = Generation { max_new_tokens: Some(case.max_new_tokens), ..Generation::default() };
+        let generation = Generation { max_new_tokens: Some(written.max_new_tokens), ..Generation::default() };
         let answer = self.engine.ask(&[Request { sight: &sights[0], task, generation }], |_, _| ())?.remove(0);
-        self.check_equal("tokens", &answer.tokens, &case.tokens);
-        let decoded = self.engine.text().decode(&case.tokens);
-        self.report(
-            "text",
-            decoded == case.text && answer.text == case.text,
-            format!("`{}`, recorded `{}`", answer.text, case.text),
-        );
+        self.check_equal("tokens", &answer.tokens, &written.tokens);
+        let decoded = self.engine.text().decode(&written.tokens);
+        let holds = decoded == written.text && answer.text == written.text;
+        self.report("text", holds, format!("`{}`, recorded `{}`", answer.text, written.text));
         Ok(())
+    }
+
+    /// The question that became the recorded prompt in the bundle's template.
+    fn question(&self, written: &Written) -> Task {
+        let template = self.engine.bundle().facts().prompts.get(&TaskName::Ask).map_or("{}", String::as_str);
+        let (before, behind) = template.split_once("{}").unwrap_or_default();
+        let question = written.prompt.strip_prefix(before).and_then(|rest| rest.strip_suffix(behind));
+        question.map_or_else(|| Task::Raw(TaskName::Ask, written.prompt.clone()), |question| Task::Ask(question.into()))
+    }
+
+    fn matches(&mut self, texts: &[Matched]) -> Result<(), Error> {
+        let picture = self.picture()?;
+        let sight = self.engine.see(&[&picture])?.remove(0);
+        let pairs: Vec<_> = texts.iter().map(|text| (&sight, text.text.as_str())).collect();
+        let together = self.engine.match_texts(&pairs)?;
+        for (wanted, together) in texts.iter().zip(together) {
+            let pair = self.pair(&wanted.input_ids)?;
+            self.check_relative("itm_logits", pair.itm_logits.iter(), wanted.itm_logits.iter());
+            let end_to_end = [together.itm_logit, together.itc_similarity];
+            self.check_relative("itc", end_to_end.iter(), [wanted.itm_logits[1], wanted.itc].iter());
+        }
+        Ok(())
+    }
+
+    fn embeddings(&mut self, wanted: &Embedded) -> Result<(), Error> {
+        let pair = self.pair(&wanted.input_ids)?;
+        let states: Array2<f32> = self.recorded(&wanted.multimodal_states)?;
+        self.check_relative("multimodal_states", pair.states.iter(), states.iter());
+        let (features, text) = (self.features()?, TokenBatch::new(std::slice::from_ref(&wanted.input_ids), 0));
+        let Reader::Stage1(stage1) = &mut self.engine.reader else { return Ok(()) };
+        let (image, text) = (stage1.see(&features)?.remove(0).0, stage1.read(&text)?.remove(0));
+        let embeds: Array2<f32> = self.recorded(&wanted.image_embeds)?;
+        self.check_relative("image_embeds", image.queries.iter(), embeds.iter());
+        let embeds: Array2<f32> = self.recorded(&wanted.text_embeds)?;
+        self.check_relative("text_embeds", text.pooled.iter(), embeds.row(0).iter());
+        Ok(())
+    }
+
+    /// The recorded features read together with a text.
+    fn pair(&mut self, ids: &[TokenId]) -> Result<PairEmbedding, Error> {
+        let features: Array2<f32> = self.recorded(&self.case.features)?;
+        let text = TokenBatch::new(&[ids.to_vec()], 0);
+        match &mut self.engine.reader {
+            Reader::Stage1(stage1) => Ok(stage1.compare(&[&features], &text)?.remove(0)),
+            Reader::Queries(_) => Err(self
+                .engine
+                .bundle()
+                .require(TaskName::Match)
+                .err()
+                .map_or_else(|| golden(self.engine, "matches texts, which this family cannot".into()).into(), Error::from)),
+        }
+    }
+
+    fn features(&self) -> Result<ImageFeatures, Error> {
+        let features: Array2<f32> = self.recorded(&self.case.features)?;
+        Ok(ImageFeatures::from_rows(&[&features]).map_err(|source| failed("qformer", source))?)
     }
 
     fn picture(&self) -> Result<Picture, Error> {
@@ -177,7 +292,7 @@ impl Checker<'_> {
     fn report(&mut self, stage: &str, holds: bool, found: String) {
         let what = match stage {
             "pixels" | "features" | "queries" => format!("{} {stage}", self.case.image),
-            _ => format!("{} {} {stage}", self.case.image, self.case.task),
+            _ => format!("{} {} {stage}", self.case.image, self.case.asked.task()),
         };
         (self.each)(Check { what, holds, found });
     }
@@ -185,22 +300,47 @@ impl Checker<'_> {
 
 fn read(engine: &Engine) -> Result<Golden, BundleError> {
     let bundle = engine.bundle();
-    let golden = |reason: String| BundleError::Golden { folder: bundle.folder().to_path_buf(), file: FILE.into(), reason };
-    let text = std::fs::read_to_string(bundle.path(FILE)).map_err(|error| golden(error.to_string()))?;
-    let read: Golden = serde_json::from_str(&text).map_err(|error| golden(error.to_string()))?;
+    let text = std::fs::read_to_string(bundle.path(FILE)).map_err(|error| golden(engine, error.to_string()))?;
+    let read: Golden = serde_json::from_str(&text).map_err(|error| golden(engine, error.to_string()))?;
     if read.format_version != 1 {
-        return Err(golden(format!("format version {}, this engine reads version 1", read.format_version)));
+        return Err(golden(engine, format!("format version {}, this engine reads version 1", read.format_version)));
     }
-    let files = read
-        .cases
-        .iter()
-        .flat_map(|case| [&case.image, &case.pixels.file, &case.features.file, &case.queries.file, &case.first_logits.file]);
-    for file in files {
+    for file in read.cases.iter().flat_map(Case::files) {
         if !bundle.facts().files.contains_key(file) {
-            return Err(golden(format!("names {file}, which bundle.json does not list")));
+            return Err(golden(engine, format!("names {file}, which bundle.json does not list")));
         }
     }
     Ok(read)
+}
+
+fn golden(engine: &Engine, reason: String) -> BundleError {
+    BundleError::Golden { folder: engine.bundle().folder().to_path_buf(), file: FILE.into(), reason }
+}
+
+impl Case {
+    fn files(&self) -> Vec<&String> {
+        let Self { image, pixels, features, queries, asked } = self;
+        let mut files = vec![image, &pixels.file, &features.file, &queries.file];
+        match asked {
+            Asked::Caption(written) | Asked::Ask(written) => files.push(&written.first_logits.file),
+            Asked::Match { .. } => {}
+            Asked::Embed(found) => {
+                files.extend([&found.image_embeds.file, &found.text_embeds.file, &found.multimodal_states.file]);
+            }
+        }
+        files
+    }
+}
+
+impl Asked {
+    fn task(&self) -> TaskName {
+        match self {
+            Self::Caption(_) => TaskName::Caption,
+            Self::Ask(_) => TaskName::Ask,
+            Self::Match { .. } => TaskName::Match,
+            Self::Embed(_) => TaskName::Embed,
+        }
+    }
 }
 
 fn failed(graph: &str, source: GraphError) -> RuntimeError {

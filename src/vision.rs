@@ -1,8 +1,10 @@
 //! [`Pixels`] → [`ImageFeatures`]: the frozen image encoder.
 
+use ndarray::{Array2, ArrayView2, Axis, Ix3};
+
 use crate::bundle::{Bundle, BundleError};
 use crate::pixels::Pixels;
-use crate::runtime::{Graph, Place, Runtime, RuntimeError, Tensor};
+use crate::runtime::{Graph, GraphError, Place, Runtime, RuntimeError, Tensor};
 
 /// `[batch, positions, hidden]`: class token and patches after the last layer norm. They stay where the graph runs.
 #[derive(Debug)]
@@ -22,6 +24,24 @@ impl Vision {
     pub fn encode(&mut self, pixels: Pixels) -> Result<ImageFeatures, RuntimeError> {
         let pixels = Tensor::from_f32(pixels.0).map_err(|source| self.0.failed("copying pixels", source))?;
         let mut outputs = self.0.run(&[("pixel_values", &pixels)], Place::Device)?;
-        Ok(ImageFeatures(outputs.remove(0)))
+        Ok(ImageFeatures(outputs.take("image_features")))
+    }
+}
+
+impl ImageFeatures {
+    /// Puts pictures, `[positions, hidden]` each, into one batch.
+    ///
+    /// # Panics
+    /// If their shapes differ.
+    pub fn from_rows(rows: &[&Array2<f32>]) -> Result<Self, GraphError> {
+        let views: Vec<ArrayView2<'_, f32>> = rows.iter().map(|row| row.view()).collect();
+        let batch = ndarray::stack(Axis(0), &views).expect("features of one image encoder have one shape");
+        Tensor::from_f32(batch).map(Self)
+    }
+
+    /// The pictures one by one, on the host.
+    pub fn rows(&self) -> Result<Vec<Array2<f32>>, GraphError> {
+        let all = self.0.to_f32()?.into_dimensionality::<Ix3>().expect("the rank was checked when the graph was opened");
+        Ok(all.outer_iter().map(|row| row.to_owned()).collect())
     }
 }

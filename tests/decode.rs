@@ -5,8 +5,8 @@
 use std::convert::Infallible;
 
 use blip2::decode::{
-    Beam, BeamOptions, BeamSample, EarlyStopping, Greedy, GreedyOptions, Model, Pick, Processors, Sample, SampleOptions, Scores,
-    Search, StepLoop, TokenId, Warpers,
+    Beam, BeamOptions, BeamSample, EarlyStopping, Ends, Greedy, GreedyOptions, Model, Pick, Processors, Sample, SampleOptions,
+    Scores, Search, StepLoop, TokenId, Warpers,
 };
 use serde_json::Value;
 
@@ -76,6 +76,15 @@ fn number(options: &Value, name: &str, default: f64) -> f64 {
     options[name].as_f64().unwrap_or(default)
 }
 
+fn ends(options: &Value) -> Ends {
+    let max_new_tokens = number(options, "max_new_tokens", 0.0) as usize;
+    Ends { max_new_tokens, end: tokens(&options["eos_token_id"]), stop: None }
+}
+
+fn limit(max_new_tokens: usize) -> Ends {
+    Ends { max_new_tokens, ..Ends::default() }
+}
+
 fn processors(options: &Value) -> Processors {
     let bad_words = options["bad_words_ids"].as_array().into_iter().flatten().map(tokens).collect();
     Processors {
@@ -102,8 +111,7 @@ fn beam(prompt: &[TokenId], options: &Value) -> Beam {
             beams: number(options, "num_beams", 1.0) as usize,
             length_penalty: number(options, "length_penalty", 1.0) as f32,
             early_stopping,
-            max_new_tokens: number(options, "max_new_tokens", 0.0) as usize,
-            end: tokens(&options["eos_token_id"]),
+            ends: ends(options),
             processors: processors(options),
             sample: None,
         },
@@ -154,11 +162,7 @@ fn greedy_search_with_every_processor_gives_the_text_of_the_reference() {
     let mut n_compared = 0;
     for case in cases.iter().filter(|case| case["scores"].is_null()) {
         let (prompt, options) = (tokens(&case["prompt"]), &case["options"]);
-        let greedy = GreedyOptions {
-            max_new_tokens: number(options, "max_new_tokens", 0.0) as usize,
-            end: tokens(&options["eos_token_id"]),
-            processors: processors(options),
-        };
+        let greedy = GreedyOptions { ends: ends(options), processors: processors(options) };
         let mut search = Greedy::new(&prompt, greedy);
         run(&mut search, tables[case["table"].as_u64().unwrap() as usize].clone(), prompt);
         assert_eq!(search.settled(), tokens(&case["tokens"][0]), "{options}");
@@ -219,7 +223,7 @@ fn every_warper_shapes_the_distribution_as_the_reference_does() {
     let shapes = recorded_shapes();
     assert!(shapes.len() > 50);
     for case in shapes {
-        let options = SampleOptions { warpers: warpers(&case["options"]), max_new_tokens: 1, ..SampleOptions::default() };
+        let options = SampleOptions { warpers: warpers(&case["options"]), ends: limit(1), ..SampleOptions::default() };
         let found = Sample::new(&[], options).probabilities(&numbers(&case["logits"]));
         for (found, wanted) in found.iter().zip(numbers(&case["probabilities"])) {
             assert!((found - wanted).abs() < 1e-6 && (*found > 0.0) == (wanted > 0.0), "{}: {found}, {wanted}", case["options"]);
@@ -240,7 +244,7 @@ fn drawn_tokens_follow_the_probabilities_of_the_reference() {
         let (logits, wanted) = (numbers(&case["logits"]), numbers(&case["probabilities"]));
         let mut counts = vec![0u64; logits.len()];
         for seed in 0..N_DRAWS {
-            let options = SampleOptions { warpers: warpers(&case["options"]), max_new_tokens: 1, seed, ..SampleOptions::default() };
+            let options = SampleOptions { warpers: warpers(&case["options"]), ends: limit(1), seed, ..SampleOptions::default() };
             let mut search = Sample::new(&[], options);
             search.advance(Scores::new(&logits, logits.len()), &mut Vec::new());
             counts[search.settled()[0] as usize] += 1;
@@ -287,8 +291,7 @@ fn beams_that_draw_take_continuations_without_putting_back() {
             beams: 1,
             length_penalty: 1.0,
             early_stopping: EarlyStopping::Unlikely,
-            max_new_tokens: 1,
-            end: vec![],
+            ends: limit(1),
             processors: Processors::default(),
             sample: Some(BeamSample { warpers: warpers(&case["options"]), seed }),
         };
@@ -303,7 +306,7 @@ fn beams_that_draw_take_continuations_without_putting_back() {
 fn the_same_seed_draws_the_same_text_and_another_seed_another() {
     let (tables, _) = recorded();
     let write = |seed| {
-        let mut search = Sample::new(&[3], SampleOptions { max_new_tokens: 30, seed, ..SampleOptions::default() });
+        let mut search = Sample::new(&[3], SampleOptions { ends: limit(30), seed, ..SampleOptions::default() });
         run(&mut search, tables[0].clone(), vec![3]);
         search.settled().to_vec()
     };

@@ -6,8 +6,8 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use blip2::bundle::{Bundle, TaskName};
-use blip2::decode::{Finish, Greedy, GreedyOptions, Pick, RequestId, Scores, Search, StepLoop, TokenId};
-use blip2::language::{DecoderOnly, Prefix};
+use blip2::decode::{Ends, Finish, Greedy, GreedyOptions, Pick, RequestId, Scores, Search, StepLoop, TokenId};
+use blip2::language::{LanguageModel, Prefix};
 use blip2::pixels::{Limits, Picture};
 use blip2::runtime::{Runtime, RuntimeOptions};
 use blip2::{Engine, Generation, Request, Task};
@@ -39,21 +39,25 @@ fn prefixes() -> Vec<Prefix> {
     for (index, task) in tasks.iter().enumerate() {
         for sight in &sights {
             let prompt = engine.prompt(task).unwrap().ids;
-            found.push(Prefix { queries: sight.queries().clone(), prompt, max_new_tokens: 10 + 3 * index });
+            found.push(Prefix { seen: sight.seen().unwrap(), prompt, max_new_tokens: 10 + 3 * index });
         }
     }
     found
 }
 
-fn decoding() -> StepLoop<DecoderOnly> {
+fn decoding() -> StepLoop<LanguageModel> {
     let bundle = Bundle::open(&demo()).unwrap();
     let runtime = Runtime::load(&RuntimeOptions::default()).unwrap();
-    StepLoop::new(DecoderOnly::open(&runtime, &bundle).unwrap())
+    StepLoop::new(LanguageModel::open(&runtime, &bundle).unwrap())
+}
+
+fn limit(prefix: &Prefix) -> Ends {
+    Ends { max_new_tokens: prefix.max_new_tokens, ..Ends::default() }
 }
 
 fn greedy(prefix: &Prefix) -> Box<dyn Search + Send> {
     // No end token: every row runs to its own limit, so that many are live together.
-    Box::new(Greedy::new(&prefix.prompt, GreedyOptions { max_new_tokens: prefix.max_new_tokens, ..GreedyOptions::default() }))
+    Box::new(Greedy::new(&prefix.prompt, GreedyOptions { ends: limit(prefix), ..GreedyOptions::default() }))
 }
 
 fn alone(prefixes: &[Prefix]) -> Vec<Vec<TokenId>> {
@@ -145,7 +149,7 @@ fn forked_and_reordered_rows_keep_their_own_past() {
     let mut decoding = decoding();
     let mut ids = Vec::new();
     for prefix in &prefixes {
-        let options = GreedyOptions { max_new_tokens: prefix.max_new_tokens, ..GreedyOptions::default() };
+        let options = GreedyOptions { ends: limit(prefix), ..GreedyOptions::default() };
         ids.push(
             decoding.join(prefix.clone(), Box::new(Shuffled { greedy: Greedy::new(&prefix.prompt, options), step: ids.len() })),
         );

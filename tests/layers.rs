@@ -5,14 +5,21 @@
 use std::path::{Path, PathBuf};
 
 /// Modules from the top down; each may use those that stand after it.
-const ORDER: [&str; 15] = [
-    "main", "cli", "verify", "engine", "error", "prompt", "language", "qformer", "vision", "runtime", "text", "decode", "bundle",
-    "pixels", "timing",
+const ORDER: [&str; 16] = [
+    "main", "cli", "verify", "engine", "error", "prompt", "language", "stage1", "qformer", "vision", "runtime", "text", "decode",
+    "bundle", "pixels", "timing",
 ];
 
 /// Outside libraries and the module that may name them.
-const DOORS: [(&str, &str); 6] =
-    [("ort", "runtime"), ("half", "runtime"), ("image", "pixels"), ("mozjpeg", "pixels"), ("tokenizers", "text"), ("clap", "cli")];
+const DOORS: [(&str, &str); 7] = [
+    ("ndarray_npy", "cli"),
+    ("ort", "runtime"),
+    ("half", "runtime"),
+    ("image", "pixels"),
+    ("mozjpeg", "pixels"),
+    ("tokenizers", "text"),
+    ("clap", "cli"),
+];
 
 fn sources() -> Vec<(String, PathBuf, String)> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");

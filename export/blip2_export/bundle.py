@@ -13,9 +13,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from transformers import Blip2Config
+from huggingface_hub.errors import StrictDataclassError
+from transformers import Blip2Config, InstructBlipConfig
 
-from blip2_export import decoder, golden, processor, qformer, vision
+from blip2_export import golden, language, processor, qformer, vision
 from blip2_export.checkpoint import Checkpoint, CheckpointError
 from blip2_export.graph import OPSET, sha256
 
@@ -25,11 +26,11 @@ _ONNXRUNTIME = "1.31"
 
 @dataclass(frozen=True)
 class Choices:
-    """What the caller decides; everything else comes from the checkpoint."""
+    """What the caller decides; everything else comes from the checkpoint. Prompts that are None are the model's usual ones."""
 
     name: str
-    caption_prompt: str = ""
-    ask_prompt: str = "Question: {} Answer:"
+    caption_prompt: str | None = None
+    ask_prompt: str | None = None
     caption_tokens: int = 30
     ask_tokens: int = 10
     golden: bool = True
@@ -38,7 +39,7 @@ class Choices:
 
 def convert(folder: Path, out: Path, choices: Choices) -> None:
     """Writes the bundle `out`. On any failure `out` is as it was before."""
-    if choices.ask_prompt.count("{}") != 1:
+    if choices.ask_prompt is not None and choices.ask_prompt.count("{}") != 1:
         raise CheckpointError("the prompt for questions needs exactly one {} for the question")
     checkpoint = Checkpoint(folder)
     with _aside(out, choices.force) as aside:
@@ -52,66 +53,62 @@ def convert(folder: Path, out: Path, choices: Choices) -> None:
 
 def _build(checkpoint: Checkpoint, out: Path, choices: Choices) -> dict[str, Any]:
     cfg = _config(checkpoint)
-    text = cfg.text_config
+    text, kind = cfg.text_config, checkpoint.config["model_type"]
     image = processor.image_facts(checkpoint.folder, cfg.vision_config.image_size)
-    processor.write_tokenizer(checkpoint.folder, out)
+    processor.write_tokenizer(checkpoint.folder, out / "tokenizer.json")
     n_positions = (cfg.vision_config.image_size // cfg.vision_config.patch_size) ** 2 + 1
     print("vision: building", file=sys.stderr)
     eye = vision.build(out, checkpoint, cfg.vision_config)
     print("qformer: building", file=sys.stderr)
-    bridge = qformer.build(
-        out, checkpoint, cfg.qformer_config, cfg.num_query_tokens, n_positions, text.word_embed_proj_dim
-    )
-    print("decoder: building", file=sys.stderr)
-    mouth = decoder.build(out, checkpoint, text)
+    shape = qformer.Shape(cfg.num_query_tokens, n_positions, language.width(text))
+    bridge, question = qformer.build(out, checkpoint, cfg.qformer_config, shape), None
+    if qformer.reads_text(cfg.qformer_config):
+        question = processor.question_facts(checkpoint.folder, out, cfg.qformer_config, kind)
+    print(f"{text.model_type}: building", file=sys.stderr)
+    mouth = language.build(out, checkpoint, cfg)
     return {
         "format_version": FORMAT_VERSION,
         "name": choices.name,
-        "family": "decoder_only",
+        "family": mouth.family,
         "tasks": ["caption", "ask"],
         "image": image,
         "vision": {"n_positions": n_positions, "hidden": cfg.vision_config.hidden_size},
-        "qformer": {"n_queries": cfg.num_query_tokens, "hidden": cfg.qformer_config.hidden_size},
-        "language": {
-            "hidden": text.word_embed_proj_dim,
-            "vocab_size": text.vocab_size,
-            "max_positions": text.max_position_embeddings,
-            "embedding": mouth.embedding,
-            "token_ids": _token_ids(cfg, checkpoint),
-            "kv_cache": mouth.kv_cache,
+        "qformer": {
+            "n_queries": cfg.num_query_tokens,
+            "hidden": cfg.qformer_config.hidden_size,
+            **({"text": question} if question else {}),
         },
-        "prompts": {"caption": choices.caption_prompt, "ask": choices.ask_prompt},
+        "language": mouth.facts,
+        "prompts": _prompts(choices, kind, text.model_type),
         "generation": {
             "caption": {"max_new_tokens": choices.caption_tokens},
             "ask": {"max_new_tokens": choices.ask_tokens},
         },
-        "graphs": {g.name: g.describe() for g in (eye, bridge, mouth.graph)},
+        "graphs": {g.name: g.describe() for g in (eye, bridge, *mouth.graphs)},
         "requires": {"onnxruntime": _ONNXRUNTIME, "opset": OPSET, "domains": ["", "com.microsoft"]},
         "target": "cpu",
         "made_by": {name: version(name) for name in ("onnx", "transformers", "numpy")},
-        "source": {"model_type": "blip-2", "language_model_type": text.model_type},
+        "source": {"model_type": kind, "language_model_type": text.model_type},
     }
 
 
-def _config(checkpoint: Checkpoint) -> Blip2Config:
+def _config(checkpoint: Checkpoint) -> language.Config:
+    kind = InstructBlipConfig if checkpoint.config["model_type"] == "instructblip" else Blip2Config
     try:
-        return Blip2Config(**checkpoint.config)
-    except (TypeError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{checkpoint.folder}: config.json is not understood ({error})") from error
+        return kind(**checkpoint.config)
+    except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
+        said = " ".join(str(error).split())
+        raise CheckpointError(f"{checkpoint.folder}: config.json is not understood ({said})") from error
 
 
-def _token_ids(cfg: Blip2Config, checkpoint: Checkpoint) -> dict[str, Any]:
-    """As `generate()` of the reference uses them: the language model's own, not a generation_config.json beside it."""
-    text = cfg.text_config
-    eos = text.eos_token_id
-    if eos is None or cfg.image_token_index is None:
-        missing = "text_config.eos_token_id" if eos is None else "image_token_index"
-        raise CheckpointError(f"{checkpoint.folder}: config.json has no {missing}")
+def _prompts(choices: Choices, kind: str, language_kind: str) -> dict[str, str]:
+    """The caller's, else those that the papers evaluate this kind of model with."""
+    long = kind == "blip-2" and language_kind != "t5"
+    caption = "" if kind == "blip-2" else "A short image description:"
+    ask = "Question: {} Answer:" if long else "Question: {} Short answer:"
     return {
-        "bos": text.bos_token_id,
-        "eos": eos if isinstance(eos, list) else [eos],
-        "pad": text.pad_token_id,
-        "image": cfg.image_token_index,
+        "caption": caption if choices.caption_prompt is None else choices.caption_prompt,
+        "ask": ask if choices.ask_prompt is None else choices.ask_prompt,
     }
 
 

@@ -10,7 +10,11 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-_SUPPORTED = "BLIP-2 with an OPT language model (`Blip2ForConditionalGeneration`)"
+_KINDS = ("blip-2", "instructblip")
+_LANGUAGES = ("opt", "llama", "t5")
+_SUPPORTED = (
+    "BLIP-2 or InstructBLIP with OPT, LLaMA or Flan-T5 (`blip-2` or `instructblip` with `opt`, `llama` or `t5`)"
+)
 
 
 class CheckpointError(ValueError):
@@ -68,10 +72,10 @@ def _config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder}: config.json is missing; expected a Hugging Face checkpoint folder")
     config = read_json(path)
     kind = config.get("model_type")
-    if kind != "blip-2":
+    if kind not in _KINDS:
         raise CheckpointError(f"{folder}: model_type is `{kind}`; supported is {_SUPPORTED}")
     language = config.get("text_config", {}).get("model_type", "opt")
-    if language != "opt":
+    if language not in _LANGUAGES:
         raise CheckpointError(f"{folder}: the language model is `{language}`; supported is {_SUPPORTED}")
     return config
 

@@ -19,11 +19,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="the bundle's name (default: the folder's)")
     parser.add_argument(
         "--caption-prompt",
-        default="",
-        help="text before a caption, `a photo of` for COCO-tuned checkpoints (default: none)",
+        help="text before a caption, `a photo of` for COCO-tuned checkpoints (default: none; "
+        "`A short image description:` for InstructBLIP)",
     )
     parser.add_argument(
-        "--ask-prompt", default="Question: {} Answer:", help="template around a question (default: %(default)s)"
+        "--ask-prompt",
+        help="template around a question (default: `Question: {} Answer:`, with `Short answer:` for Flan-T5 and InstructBLIP)",
     )
     parser.add_argument(
         "--caption-tokens", type=int, default=30, help="most new tokens of a caption (default %(default)s)"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from blip2_export import scenes
-from blip2_export.checkpoint import CheckpointError
+from blip2_export.checkpoint import Checkpoint, CheckpointError
 
 N_PICTURES = 2
 _QUESTION = "what colour is the star?"
@@ -27,25 +29,33 @@ def record(checkpoint: Path, bundle: Path, facts: dict[str, Any]) -> None:
     cases = []
     for i, picture in enumerate(scenes.sample_pictures(N_PICTURES, seed=7, side=_PICTURE_SIDE)):
         picture.save(folder / f"{i}.png")
-        pixels, features, queries = reference.stages(picture)
+        pixels, features = reference.look(picture)
         shared = {
             "pixels": _save(folder / f"{i}.pixels.bin", pixels),
             "features": _save(folder / f"{i}.features.bin", features),
-            "queries": _save(folder / f"{i}.queries.bin", queries),
         }
-        for task, prompt in (
-            ("caption", facts["prompts"]["caption"]),
-            ("ask", facts["prompts"]["ask"].format(_QUESTION)),
+        if reference.question is None:
+            shared["queries"] = _save(folder / f"{i}.queries.bin", reference.queries(features))
+        for task, question, prompt in (
+            ("caption", "", facts["prompts"]["caption"]),
+            ("ask", _QUESTION, facts["prompts"]["ask"].format(_QUESTION)),
         ):
-            ids, logits, tokens, text = reference.generate(pixels, prompt, facts["generation"][task]["max_new_tokens"])
+            own = (
+                {}
+                if reference.question is None
+                else _asked(reference, folder / f"{i}.{task}", features, prompt, question)
+            )
+            n_new = facts["generation"][task]["max_new_tokens"]
+            ids, logits, tokens, text = reference.generate(pixels, prompt, n_new, question)
             cases.append(
                 {
                     "task": task,
                     "image": f"golden/{i}.png",
                     "prompt": prompt,
                     "prompt_ids": ids,
-                    "max_new_tokens": facts["generation"][task]["max_new_tokens"],
+                    "max_new_tokens": n_new,
                     **shared,
+                    **own,
                     "first_logits": _save(folder / f"{i}.{task}.first_logits.bin", logits),
                     "tokens": tokens,
                     "text": text,
@@ -61,43 +71,71 @@ def record(checkpoint: Path, bundle: Path, facts: dict[str, Any]) -> None:
     (folder / "golden.json").write_text(json.dumps(golden, indent=1) + "\n")
 
 
+def _asked(reference: Reference, stem: Path, features: np.ndarray, prompt: str, question: str) -> dict[str, Any]:
+    """What a case holds of its own where the Q-Former reads a question."""
+    queries = reference.queries(features, prompt, question)
+    return {
+        "question_ids": reference.question_ids(prompt, question),
+        "queries": _save(stem.with_name(stem.name + ".queries.bin"), queries),
+    }
+
+
 class Reference:
-    """`Blip2ForConditionalGeneration` with the PIL image processor."""
+    """`Blip2ForConditionalGeneration` or `InstructBlipForConditionalGeneration` with the PIL image processor.
+
+    Where the Q-Former reads text, `facts` say whether that is the whole `prompt` or the `question` in it.
+    """
 
     def __init__(self, checkpoint: Path, facts: dict[str, Any]) -> None:
         import torch
-        from tokenizers import Tokenizer
-        from transformers import Blip2ForConditionalGeneration
+        from transformers import Blip2ForConditionalGeneration, InstructBlipForConditionalGeneration
 
         _check_memory(checkpoint)
-        self.torch = torch
-        self.model = Blip2ForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
-        self.tokenizer = (
-            Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
-            if (checkpoint / "tokenizer.json").exists()
-            else None
-        )
-        self.facts = facts
+        self.torch, self.facts = torch, facts
+        self.instruct = facts["source"]["model_type"] == "instructblip"
+        kind = InstructBlipForConditionalGeneration if self.instruct else Blip2ForConditionalGeneration
+        self.model = kind.from_pretrained(checkpoint, dtype=torch.float32).eval()
+        self.tokenizer = _tokenizer(checkpoint)
+        self.question = facts["qformer"].get("text")
+        if self.question is not None:
+            self._questions = _tokenizer(checkpoint / "qformer_tokenizer")
+            self._questions.enable_truncation(self.question["max_tokens"], direction=self.question["truncation_side"])
+            self._embed = None if self.instruct else _text_embeddings(checkpoint, self.model.config.qformer_config)
 
-    def stages(self, picture: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def stages(self, picture: Any, prompt: str = "", question: str = "") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Pixels [3, S, S], features [positions, hidden] and queries [n_queries, width] of one picture."""
+        pixels, features = self.look(picture)
+        return pixels, features, self.queries(features, prompt, question)
+
+    def look(self, picture: Any) -> tuple[np.ndarray, np.ndarray]:
         pixels = preprocess(picture, self.facts["image"])
         with self.torch.inference_mode():
             seen = self.model.vision_model(self.torch.from_numpy(pixels)[None]).last_hidden_state
+        return pixels, seen[0].numpy()
+
+    def queries(self, features: np.ndarray, prompt: str = "", question: str = "") -> np.ndarray:
+        with self.torch.inference_mode(), self._reading(prompt, question):
             tokens = self.model.query_tokens.expand(1, -1, -1)
-            queries = self.model.qformer(query_embeds=tokens, encoder_hidden_states=seen).last_hidden_state
-            projected = self.model.language_projection(queries)[0].numpy()
+            seen = self.torch.from_numpy(features)[None]
+            read = self._instruction(prompt, question, tokens.shape[1])
+            queries = self.model.qformer(query_embeds=tokens, encoder_hidden_states=seen, **read).last_hidden_state
+            projected = self.model.language_projection(queries[:, : tokens.shape[1]])[0].numpy()
         width = self.facts["language"]["hidden"]
-        return pixels, seen[0].numpy(), projected.reshape(-1)[: len(projected) * width].reshape(-1, width)
+        return projected.reshape(-1)[: len(projected) * width].reshape(-1, width)
+
+    def question_ids(self, prompt: str, question: str) -> list[int]:
+        """What the Q-Former reads, special tokens included."""
+        return self._questions.encode(prompt if self.question["reads"] == "prompt" else question).ids
 
     def generate(
-        self, pixels: np.ndarray, prompt: str, max_new_tokens: int, **search: Any
+        self, pixels: np.ndarray, prompt: str, max_new_tokens: int, question: str = "", **search: Any
     ) -> tuple[list[int], np.ndarray, list[int], str]:
         """Prompt ids, logits of the first new token, generated ids, and their text; greedy unless `search` says otherwise."""
         ids = self.tokenizer.encode(prompt).ids
         image = [self.model.config.image_token_index] * self.model.config.num_query_tokens
         row = self.torch.tensor([image + ids])
-        with self.torch.inference_mode():
+        read = {f"qformer_{name}": value for name, value in self._instruction(prompt, question).items()}
+        with self.torch.inference_mode(), self._reading(prompt, question):
             out = self.model.generate(
                 pixel_values=self.torch.from_numpy(pixels)[None],
                 input_ids=row,
@@ -106,10 +144,58 @@ class Reference:
                 do_sample=False,
                 output_logits=True,
                 return_dict_in_generate=True,
+                **read,
                 **search,
             )
-        tokens = out.sequences[0, row.shape[1] :].tolist()
+        started = 1 if self.facts["family"] == "encoder_decoder" else row.shape[1]
+        tokens = out.sequences[0, started:].tolist()
         return ids, out.logits[0][0].numpy(), tokens, self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+    def _instruction(self, prompt: str, question: str, n_queries: int = 0) -> dict[str, Any]:
+        """What InstructBLIP's Q-Former is told; its mask covers `n_queries` query tokens in front."""
+        if not self.instruct:
+            return {}
+        ids = self.torch.tensor([self.question_ids(prompt, question)])
+        return {"input_ids": ids, "attention_mask": self.torch.ones(1, n_queries + ids.shape[1], dtype=self.torch.long)}
+
+    @contextmanager
+    def _reading(self, prompt: str, question: str) -> Iterator[None]:
+        """BLIP-2's Q-Former gets the question beside the query tokens; `generate()` of its own passes none on."""
+        if self.question is None or self.instruct:
+            yield
+            return
+        qformer, ids = self.model.qformer, self.torch.tensor([self.question_ids(prompt, question)])
+        forward = qformer.forward
+
+        def with_question(query_embeds: Any, **kwargs: Any) -> Any:
+            n = query_embeds.shape[1]
+            out = forward(self._embed(ids, query_embeds=query_embeds), query_length=n, **kwargs)
+            out.last_hidden_state = out.last_hidden_state[:, :n]
+            return out
+
+        qformer.forward = with_question
+        try:
+            yield
+        finally:
+            qformer.forward = forward
+
+
+def _tokenizer(folder: Path) -> Any:
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(folder / "tokenizer.json")) if (folder / "tokenizer.json").exists() else None
+
+
+def _text_embeddings(folder: Path, cfg: Any) -> Any:
+    """Word and position embeddings, which BLIP-2's class for generation does not load."""
+    import torch
+    from transformers.models.blip_2.modeling_blip_2 import Blip2TextEmbeddings
+
+    checkpoint, embeddings = Checkpoint(folder), Blip2TextEmbeddings(cfg)
+    names = ("word_embeddings.weight", "position_embeddings.weight")
+    state = {n: torch.from_numpy(checkpoint.tensor(f"embeddings.{n}").astype(np.float32)) for n in names}
+    embeddings.load_state_dict(state)
+    return embeddings.eval()
 
 
 def preprocess(picture: Any, image: dict[str, Any]) -> np.ndarray:

@@ -144,6 +144,13 @@ class Graph:
         inputs = [x, scale] if bias is None else [x, scale, self.weight(bias)]
         return self.op("LayerNormalization", inputs, axis=-1, epsilon=float(epsilon))
 
+    def rms_norm(self, x: str, weight: np.ndarray, epsilon: float) -> str:
+        return self.op("SimplifiedLayerNormalization", [x, self.weight(weight)], axis=-1, epsilon=float(epsilon))
+
+    def rows(self, table: np.ndarray, ids: str) -> str:
+        """The rows `ids` of a table as float32; 16-bit rows are lifted after they are picked."""
+        return self._lifted(self.op("Gather", [self.raw(table), ids], axis=0), table)
+
     def activation(self, x: str, name: str) -> str:
         """The activation that `transformers` calls `name`."""
         if name == "gelu":
@@ -152,9 +159,11 @@ class Graph:
             return self.op("Gelu", [x], approximate="tanh")
         if name == "quick_gelu":
             return self.op("QuickGelu", [x], domain=MICROSOFT, alpha=1.702)
+        if name in ("silu", "swish"):
+            return self.op("QuickGelu", [x], domain=MICROSOFT, alpha=1.0)
         if name == "relu":
             return self.op("Relu", [x])
-        raise UnsupportedError(f"activation `{name}` is not supported; gelu, gelu_new, quick_gelu and relu are")
+        raise UnsupportedError(f"activation `{name}` is not supported; gelu, gelu_new, quick_gelu, silu and relu are")
 
     def repeat_batch(self, value: np.ndarray, like: str) -> str:
         """A constant [1, a, b] repeated to the batch size of `like`."""

@@ -9,6 +9,12 @@ from typing import Any
 from blip2_export.checkpoint import CheckpointError, read_json
 
 _FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}  # PIL's numbers
+_SLOW_VOCABULARIES = ("vocab.json", "spiece.model", "tokenizer.model", "vocab.txt")
+_QUESTION_TOKENIZER = "qformer_tokenizer.json"
+_QUESTIONS: dict[str, dict[str, Any]] = {  # as LAVIS' `blip2_t5_instruct.py` and `blip2.py` cut them
+    "instructblip": {"max_tokens": 128, "truncation_side": "left", "reads": "prompt"},
+    "blip-2": {"max_tokens": 32, "truncation_side": "right", "reads": "question"},
+}
 
 
 def image_facts(folder: Path, image_size: int) -> dict[str, Any]:
@@ -47,13 +53,34 @@ def _image_processor(folder: Path) -> dict[str, Any]:
     raise CheckpointError(f"{folder}: no preprocessor_config.json, nor image_processor in processor_config.json")
 
 
-def write_tokenizer(folder: Path, out: Path) -> None:
-    """`tokenizer.json`, copied, or made by `transformers` where only the slow tokenizer's files are there."""
+def write_tokenizer(folder: Path, path: Path) -> None:
+    """Copies tokenizer.json to `path`; `transformers` makes it where only the slow tokenizer's files are there."""
     if (folder / "tokenizer.json").is_file():
-        shutil.copyfile(folder / "tokenizer.json", out / "tokenizer.json")
+        shutil.copyfile(folder / "tokenizer.json", path)
         return
-    if not (folder / "vocab.json").is_file():
-        raise CheckpointError(f"{folder}: no tokenizer.json, nor vocab.json and merges.txt to make it from")
+    if not any((folder / name).is_file() for name in _SLOW_VOCABULARIES):
+        raise CheckpointError(f"{folder}: no tokenizer.json, nor {', '.join(_SLOW_VOCABULARIES)} to make it from")
     from transformers import AutoTokenizer
 
-    AutoTokenizer.from_pretrained(folder).backend_tokenizer.save(str(out / "tokenizer.json"))
+    AutoTokenizer.from_pretrained(folder).backend_tokenizer.save(str(path))
+
+
+def question_facts(folder: Path, out: Path, cfg: Any, kind: str) -> dict[str, Any]:
+    """The `qformer.text` entry of `bundle.json`, beside the Q-Former's tokenizer in `out`."""
+    source, own = folder / "qformer_tokenizer", {}
+    if not source.is_dir():
+        raise CheckpointError(
+            f"{folder}: the Q-Former reads questions, but its tokenizer folder qformer_tokenizer is missing"
+        )
+    write_tokenizer(source, out / _QUESTION_TOKENIZER)
+    if (source / "tokenizer_config.json").is_file():
+        own = read_json(source / "tokenizer_config.json")
+    usual = _QUESTIONS[kind]
+    return {
+        "tokenizer": _QUESTION_TOKENIZER,
+        "max_tokens": min(usual["max_tokens"], cfg.max_position_embeddings),
+        "max_positions": cfg.max_position_embeddings,
+        "pad": cfg.pad_token_id,
+        "truncation_side": own.get("truncation_side", usual["truncation_side"]),
+        "reads": usual["reads"],
+    }

@@ -1,4 +1,4 @@
-"""Random BLIP-2 OPT checkpoints for tests: every parameter drawn anew, so that no stage is degenerate.
+"""Random BLIP-2 and InstructBLIP checkpoints for tests: every parameter drawn anew, so that no stage is degenerate.
 
 `transformers` initialises the vision model with a standard deviation of 1e-10 and the query tokens with zeros; such a model
 answers alike whatever it sees, and any mistake in a graph would go unseen.
@@ -14,8 +14,15 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import Blip2Config, Blip2ForConditionalGeneration, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    InstructBlipConfig,
+    InstructBlipForConditionalGeneration,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 _BASE: dict[str, dict[str, Any]] = {
     "vision_config": {
@@ -34,8 +41,10 @@ _BASE: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4,
         "cross_attention_frequency": 2,
     },
-    "text_config": {
-        "model_type": "opt",
+    "top": {"num_query_tokens": 8},
+}
+_LANGUAGES: dict[str, dict[str, Any]] = {
+    "opt": {
         "hidden_size": 32,
         "word_embed_proj_dim": 32,
         "ffn_dim": 64,
@@ -43,7 +52,24 @@ _BASE: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4,
         "max_position_embeddings": 128,
     },
-    "top": {"num_query_tokens": 8},
+    "t5": {  # as BLIP-2's Flan-T5: its own head, unscaled, gated by the exact gelu
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_layers": 2,
+        "num_heads": 4,
+        "feed_forward_proj": "gated-gelu",
+        "dense_act_fn": "gelu",
+        "tie_word_embeddings": False,
+    },
+    "llama": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+    },
 }
 _OPT_350M = {"do_layer_norm_before": False, "word_embed_proj_dim": 16}
 SHAPES: dict[str, dict[str, dict[str, Any]]] = {
@@ -88,23 +114,79 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
         "text_config": {**_OPT_350M, "tie_word_embeddings": False},
     },
 }
+_T5, _LLAMA, _INSTRUCT = {"model_type": "t5"}, {"model_type": "llama"}, {"model_type": "instructblip"}
+_READS_TEXT = {"use_qformer_text_input": True}
+FAMILIES: dict[str, dict[str, dict[str, Any]]] = {  # other language models, and Q-Formers that read the question
+    "t5": {"text_config": _T5},
+    "t5-odd-1": {  # three heads of 12, together narrower than the model
+        "text_config": {**_T5, "d_model": 40, "d_kv": 12, "num_heads": 3, "d_ff": 52, "num_layers": 3},
+        "top": {"num_query_tokens": 5},
+    },
+    "t5-odd-2": {  # the first T5: relu without a gate, tied and scaled head; few buckets over few positions
+        "text_config": {
+            **_T5,
+            "d_kv": 5,
+            "num_layers": 3,
+            "feed_forward_proj": "relu",
+            "dense_act_fn": "relu",
+            "tie_word_embeddings": True,
+            "relative_attention_num_buckets": 10,
+            "relative_attention_max_distance": 20,
+        }
+    },
+    "t5-odd-3": {
+        "text_config": {**_T5, "dense_act_fn": "gelu_new", "d_kv": 16, "num_layers": 3, "num_decoder_layers": 1}
+    },
+    "llama": {"text_config": _LLAMA},
+    "instruct-t5": {"text_config": _T5, "top": _INSTRUCT},
+    "instruct-llama": {"text_config": {**_LLAMA, "num_attention_heads": 4, "num_key_value_heads": 2}, "top": _INSTRUCT},
+    "instruct-llama-odd-1": {  # heads of 22 and three query heads to each of the cache's; biases
+        "qformer_config": {"hidden_size": 48, "num_attention_heads": 6, "num_hidden_layers": 3},
+        "text_config": {
+            **_LLAMA,
+            "hidden_size": 60,
+            "head_dim": 22,
+            "num_attention_heads": 6,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+        },
+        "top": {**_INSTRUCT, "num_query_tokens": 5},
+    },
+    "instruct-llama-odd-2": {  # one head in the cache, tied
+        "qformer_config": {"cross_attention_frequency": 1, "num_hidden_layers": 1},
+        "text_config": {**_LLAMA, "num_attention_heads": 4, "num_key_value_heads": 1, "tie_word_embeddings": True},
+        "top": _INSTRUCT,
+    },
+    "instruct-opt": {"text_config": _OPT_350M, "top": _INSTRUCT},
+    "vqa-opt": {"qformer_config": _READS_TEXT},
+    "vqa-t5": {
+        "qformer_config": {**_READS_TEXT, "cross_attention_frequency": 3, "num_hidden_layers": 4},
+        "text_config": {**_T5, "d_kv": 12},
+        "top": {"num_query_tokens": 3},
+    },
+}
+_RELEASED = {
+    "vision_config": {
+        "hidden_size": 1408,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 39,
+        "num_attention_heads": 16,
+        "image_size": 224,
+    },
+    "qformer_config": {
+        "vocab_size": 30522,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "encoder_hidden_size": 1408,
+    },
+    "top": {"num_query_tokens": 32},
+}
 LARGE: dict[str, dict[str, dict[str, Any]]] = {
     "opt-2.7b": {  # the dimensions of the released blip2-opt-2.7b
-        "vision_config": {
-            "hidden_size": 1408,
-            "intermediate_size": 6144,
-            "num_hidden_layers": 39,
-            "num_attention_heads": 16,
-            "image_size": 224,
-        },
-        "qformer_config": {
-            "vocab_size": 30522,
-            "hidden_size": 768,
-            "intermediate_size": 3072,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 12,
-            "encoder_hidden_size": 1408,
-        },
+        **_RELEASED,
         "text_config": {
             "vocab_size": 50304,
             "hidden_size": 2560,
@@ -114,7 +196,18 @@ LARGE: dict[str, dict[str, dict[str, Any]]] = {
             "num_attention_heads": 32,
             "max_position_embeddings": 2048,
         },
-        "top": {"num_query_tokens": 32},
+    },
+    "flan-t5-xl": {  # the dimensions of the released blip2-flan-t5-xl
+        **_RELEASED,
+        "text_config": {
+            **_T5,
+            "vocab_size": 32128,
+            "d_model": 2048,
+            "d_kv": 64,
+            "d_ff": 5120,
+            "num_layers": 24,
+            "num_heads": 32,
+        },
     },
 }
 _SENTENCES = (
@@ -126,34 +219,57 @@ _SENTENCES = (
 
 
 def write(folder: Path, shape: str, seed: int, dtype: torch.dtype = torch.float32, shard_bytes: int = 2 << 30) -> None:
-    """Writes the folder: config, safetensors in shards, tokenizer, processor configs. Holds one shard in memory."""
-    tokenizer = _tokenizer()
-    parts = {key: {**base, **(SHAPES | LARGE)[shape].get(key, {})} for key, base in _BASE.items()}
-    newline = tokenizer.encode("\n", add_special_tokens=False)[0]
-    parts["text_config"] |= {"bos_token_id": 2, "eos_token_id": newline, "pad_token_id": 1}
-    parts["text_config"].setdefault("vocab_size", len(tokenizer))
+    """Writes the folder: config, safetensors in shards, tokenizers, processor configs. Holds one shard in memory."""
+    wanted = (SHAPES | FAMILIES | LARGE)[shape]
+    parts = {key: {**base, **wanted.get(key, {})} for key, base in _BASE.items()}
+    language = wanted.get("text_config", {}).get("model_type", "opt")
+    tokenizer, ids = _TOKENIZERS[language]()
+    parts["text_config"] = {
+        **_LANGUAGES[language],
+        **ids,
+        "vocab_size": len(tokenizer),
+        **wanted.get("text_config", {}),
+    }
+    parts["text_config"]["model_type"] = language
     top = parts.pop("top")
-    config = Blip2Config(**parts, **top, image_token_index=tokenizer.convert_tokens_to_ids("<image>"))
-    config.architectures, config.dtype = ["Blip2ForConditionalGeneration"], dtype
+    kind = top.pop("model_type", "blip-2")
+    asked = (
+        _word_piece_tokenizer()
+        if kind == "instructblip" or parts["qformer_config"].get("use_qformer_text_input")
+        else None
+    )
+    if asked:
+        parts["qformer_config"]["vocab_size"] = len(asked)
+    image_token = tokenizer.convert_tokens_to_ids("<image>")
+    config = (InstructBlipConfig if kind == "instructblip" else Blip2Config)(
+        **parts, **top, image_token_index=image_token
+    )
+    model = InstructBlipForConditionalGeneration if kind == "instructblip" else Blip2ForConditionalGeneration
+    config.architectures, config.dtype = [model.__name__], dtype
     config.save_pretrained(folder)
-    _write_shards(folder, _shapes(config), seed, dtype, shard_bytes)
+    _write_shards(folder, _shapes(model, config), seed, dtype, shard_bytes)
     tokenizer.save_pretrained(folder)
+    if asked:
+        asked.truncation_side = "left" if kind == "instructblip" else "right"
+        asked.save_pretrained(folder / "qformer_tokenizer")
     side = config.vision_config.image_size
     image = {"image_processor_type": "BlipImageProcessor", "size": {"height": side, "width": side}, "resample": 3}
     (folder / "preprocessor_config.json").write_text(json.dumps(image))
 
 
-def _shapes(config: Blip2Config) -> dict[str, torch.Size]:
+def _shapes(kind: type[PreTrainedModel], config: Blip2Config | InstructBlipConfig) -> dict[str, torch.Size]:
     """Name and shape of every parameter that a checkpoint stores."""
+    text, asked = config.text_config, config.qformer_config
     with torch.device("meta"):
-        model = Blip2ForConditionalGeneration(config)
-        if config.text_config.word_embed_proj_dim != config.text_config.hidden_size:
-            model.language_projection = torch.nn.Linear(
-                config.qformer_config.hidden_size, config.text_config.hidden_size
-            )
+        model = kind(config)
+        if getattr(text, "word_embed_proj_dim", text.hidden_size) != text.hidden_size:
+            model.language_projection = torch.nn.Linear(asked.hidden_size, text.hidden_size)
     shapes = {name: value.shape for name, value in model.named_parameters()}
-    if not config.text_config.tie_word_embeddings:
+    if not getattr(text, "scale_decoder_outputs", text.tie_word_embeddings):
         shapes["language_model.lm_head.weight"] = model.language_model.lm_head.weight.shape
+    if getattr(asked, "use_qformer_text_input", False):
+        shapes["embeddings.word_embeddings.weight"] = torch.Size((asked.vocab_size, asked.hidden_size))
+        shapes["embeddings.position_embeddings.weight"] = torch.Size((asked.max_position_embeddings, asked.hidden_size))
     return shapes
 
 
@@ -187,14 +303,23 @@ def _draw(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Ten
 def _spread(name: str, shape: torch.Size) -> float:
     if len(shape) < 2:
         return 0.3
-    if name.endswith(("query_tokens", "embed_positions.weight")):
+    if name.endswith(("query_tokens", "embed_positions.weight", "relative_attention_bias.weight")):
         return 1.0
-    if name.endswith("embed_tokens.weight"):
+    if name.endswith("shared.weight"):
+        return 0.3
+    if name.endswith(("embed_tokens.weight", "word_embeddings.weight", "position_embeddings.weight")):
         return 0.5
+    if name.endswith("SelfAttention.q.weight"):
+        return 0.4 / shape[-1] ** 0.5  # T5 does not scale its scores, its weights do
+    if name.endswith("EncDecAttention.q.weight"):
+        return 1 / shape[-1] ** 0.5  # picks out positions, so that pictures tell
+    if name.endswith("DenseReluDense.wo.weight"):
+        return 1 / shape[-1] ** 0.5  # what relu lets through points one way for all inputs
     return (2.5 if name.startswith(("language_model", "language_projection")) else 0.8) / shape[-1] ** 0.5
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def _byte_tokenizer() -> tuple[PreTrainedTokenizerFast, dict[str, int]]:
+    """Byte-level BPE that starts a text with </s> as OPT's does; a newline ends one. With the ids for config.json."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -206,19 +331,68 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator(_SENTENCES, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 2)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="</s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-        additional_special_tokens=["<image>"],
+    fast = _fast(tokenizer, bos_token="</s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+    return fast, {"bos_token_id": 2, "eos_token_id": fast.encode("\n", add_special_tokens=False)[0], "pad_token_id": 1}
+
+
+def _unigram_tokenizer() -> tuple[PreTrainedTokenizerFast, dict[str, int]]:
+    """A unigram model that ends a text with </s>, as T5's."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=120, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
     )
+    tokenizer.train_from_iterator(_SENTENCES, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    fast = _fast(tokenizer, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+    return fast, {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0, "decoder_start_token_id": 0}
+
+
+def _piece_tokenizer() -> tuple[PreTrainedTokenizerFast, dict[str, int]]:
+    """BPE over whole pieces that starts a text with <s>, as LLaMA's."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    tokenizer.train_from_iterator(_SENTENCES, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    fast = _fast(tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return fast, {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+
+_TOKENIZERS = {"opt": _byte_tokenizer, "t5": _unigram_tokenizer, "llama": _piece_tokenizer}
+
+
+def _fast(tokenizer: Tokenizer, **special: str) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=["<image>"], **special)
+
+
+def _word_piece_tokenizer() -> PreTrainedTokenizerFast:
+    """BERT's kind, with [DEC] behind the trained words, for the question that the Q-Former reads."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=120, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(_SENTENCES, trainer)
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    names = {
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "mask_token": "[MASK]",
+    }
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="[DEC]", **names)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, help="folder to write")
-    parser.add_argument("--shape", choices=sorted(SHAPES | LARGE), default="tiny", help="default: %(default)s")
+    parser.add_argument(
+        "--shape", choices=sorted(SHAPES | FAMILIES | LARGE), default="tiny", help="default: %(default)s"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
 

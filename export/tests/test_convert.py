@@ -120,7 +120,7 @@ def test_bundle_states_size_and_hash_of_every_file_and_records_goldens(made, tmp
         (lambda f: (f / "config.json").unlink(), "config.json is missing"),
         (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
         (lambda f: _edit(f, model_type="blip"), "model_type is `blip`"),
-        (lambda f: _edit(f, text_config={"model_type": "t5"}), "language model is `t5`"),
+        (lambda f: _edit(f, text_config={"model_type": "gpt2"}), "language model is `gpt2`"),
         (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors"),
         (lambda f: (f / "model.safetensors").write_bytes(b"abc"), "not a readable safetensors"),
         (lambda f: _truncate(f / "model.safetensors"), "not a readable safetensors"),
@@ -169,7 +169,7 @@ def test_a_killed_conversion_leaves_no_bundle_and_the_next_one_cleans_up(made, t
     program = (
         "import sys, time\nfrom pathlib import Path\nfrom blip2_export import bundle, decoder\n"
         "def slow(*a):\n    print('here', flush=True)\n    time.sleep(60)\n"
-        "bundle.decoder.build = slow\n"
+        "decoder.build = slow\n"
         "bundle.convert(Path(sys.argv[1]), Path(sys.argv[2]), bundle.Choices('x', golden=False))\n"
     )
     child = subprocess.Popen(

@@ -6,11 +6,12 @@ use std::path::{Path, PathBuf};
 use clap::{Parser, Subcommand};
 
 use super::Failure;
+use crate::bundle::{Bundle, GenerationFacts};
 use crate::decode::{EarlyStopping, Processors, Strategy, Warpers};
 use crate::engine::{Engine, Generation};
 use crate::error::Error;
 use crate::pixels::Limits;
-use crate::runtime::{ProviderChoice, RuntimeOptions};
+use crate::runtime::{ProviderChoice, Runtime, RuntimeOptions};
 
 const DEFAULT_MODEL: &str = "models/demo-opt";
 
@@ -31,6 +32,12 @@ pub(super) enum Command {
     Caption(Caption),
     /// Answer questions about a picture; it is looked at once
     Ask(Ask),
+    /// Tell how well texts fit a picture: matching probability (ITM) and similarity (ITC)
+    Match(Match),
+    /// Turn pictures or texts into vectors of one space
+    Embed(Embed),
+    /// Order candidate answers by their likelihood
+    Rank(Rank),
     /// Compare a bundle with the outputs recorded from its reference, and its files with their hashes
     Verify(Verify),
     /// Show what a bundle is and what it needs
@@ -59,6 +66,74 @@ pub(super) struct Ask {
     pub questions: Vec<String>,
     #[command(flatten)]
     pub write: Write,
+    #[command(flatten)]
+    pub model: Model,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Match {
+    /// The picture; `-` reads it from standard input
+    pub image: PathBuf,
+    /// Texts to compare it with
+    #[arg(required = true, value_name = "TEXT")]
+    pub texts: Vec<String>,
+    #[command(flatten)]
+    pub show: Show,
+    #[command(flatten)]
+    pub input: Input,
+    #[command(flatten)]
+    pub model: Model,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Embed {
+    /// What the items are
+    pub kind: EmbedKind,
+    /// Pictures or texts; for `pair` a picture and the texts that are read with it
+    #[arg(required = true, value_name = "ITEM")]
+    pub items: Vec<String>,
+    /// Write one array of float32 to this file instead of printing vectors
+    #[arg(long, value_name = "FILE")]
+    pub npy: Option<PathBuf>,
+    /// Of a picture, one vector a query instead of their mean
+    #[arg(long)]
+    pub per_query: bool,
+    #[command(flatten)]
+    pub input: Input,
+    #[command(flatten)]
+    pub model: Model,
+}
+
+/// What can become a vector.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(super) enum EmbedKind {
+    /// Pictures, in the space that they share with texts
+    Image,
+    /// Texts, in the space that they share with pictures
+    Text,
+    /// The Q-Former's states for a picture read together with a text
+    Pair,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Rank {
+    /// The picture; `-` reads it from standard input
+    pub image: PathBuf,
+    /// The question
+    pub question: String,
+    /// Candidate answers
+    #[arg(required = true, value_name = "ANSWER")]
+    pub answers: Vec<String>,
+    /// Order by the log-likelihood of a token on average; sums favour short answers
+    #[arg(long)]
+    pub normalize: bool,
+    /// Put the question into this text instead of the bundle's own prompt; `{}` takes it
+    #[arg(long, value_name = "RAW")]
+    pub prompt: Option<String>,
+    #[command(flatten)]
+    pub show: Show,
+    #[command(flatten)]
+    pub input: Input,
     #[command(flatten)]
     pub model: Model,
 }
@@ -99,12 +174,35 @@ pub(super) struct Write {
     /// Let the model continue this text instead of the task's own prompt; for `ask`, `{}` takes the question
     #[arg(long, value_name = "RAW")]
     pub prompt: Option<String>,
-    /// Print one JSON object per text
+    /// Order the texts of --num-return by how well they match the picture, as another bundle's matching head finds
+    #[arg(long, value_name = "HEAD", value_parser = ["itm"], requires = "itm_model")]
+    pub rerank: Option<String>,
+    /// The bundle that --rerank asks
+    #[arg(long, value_name = "DIR", requires = "rerank")]
+    pub itm_model: Option<PathBuf>,
+    /// Log-probability of every token, with this many of the most probable in its place; with --json
+    #[arg(long, value_name = "N", requires = "json")]
+    pub log_probs: Option<usize>,
+    #[command(flatten)]
+    pub show: Show,
+    #[command(flatten)]
+    pub input: Input,
+}
+
+/// How results are shown.
+#[derive(Debug, clap::Args)]
+pub(super) struct Show {
+    /// Print one JSON object per result
     #[arg(long)]
     pub json: bool,
     /// Print the time of every stage to standard error
     #[arg(long)]
     pub timings: bool,
+}
+
+/// What pictures may be.
+#[derive(Debug, clap::Args)]
+pub(super) struct Input {
     /// Largest picture in bytes
     #[arg(long, value_name = "N", default_value_t = Limits::default().max_bytes, hide_short_help = true)]
     pub max_bytes: u64,
@@ -117,18 +215,18 @@ pub(super) struct Write {
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Search")]
 pub(super) struct SearchArgs {
-    /// Tokens to write before the text may end
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    pub min_new_tokens: usize,
-    /// Beam search with this many beams; greedy search if absent
+    /// Tokens to write before the text may end [default: the bundle's]
+    #[arg(long, value_name = "N")]
+    pub min_new_tokens: Option<usize>,
+    /// Beam search with this many beams, 1 for greedy search [default: the bundle's]
     #[arg(long, value_name = "N")]
     pub beams: Option<usize>,
-    /// Exponent of the length that a beam's sum of log-probabilities is divided by [default: 1]
-    #[arg(long, value_name = "X", requires = "beams", allow_negative_numbers = true)]
+    /// Exponent of the length that a beam's sum of log-probabilities is divided by [default: the bundle's]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub length_penalty: Option<f32>,
     /// When beam search ends: true, when there is a finished text for every beam; false, when a better one is unlikely; never, when
     /// there can be none [default: false]
-    #[arg(long, value_name = "WHEN", requires = "beams")]
+    #[arg(long, value_name = "WHEN")]
     pub early_stopping: Option<EarlyStopping>,
     /// Texts for each picture or question, the best first
     #[arg(long, value_name = "N", default_value_t = 1)]
@@ -160,6 +258,24 @@ pub(super) struct SearchArgs {
     /// No run of this many tokens occurs twice; 0 is off
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub no_repeat_ngram: usize,
+    /// This word is never written; may be given several times
+    #[arg(long, value_name = "TEXT")]
+    pub bad_word: Vec<String>,
+    /// The text ends before this; may be given several times
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
+    /// Token ids that are never written
+    #[arg(long, value_name = "IDS", value_delimiter = ',', hide_short_help = true)]
+    pub suppress_tokens: Vec<u32>,
+    /// Token ids that the text does not begin with
+    #[arg(long, value_name = "IDS", value_delimiter = ',', hide_short_help = true)]
+    pub begin_suppress_tokens: Vec<u32>,
+    /// Token id behind a decoder's start token
+    #[arg(long, value_name = "ID", hide_short_help = true)]
+    pub forced_bos_token: Option<u32>,
+    /// Token ids, one of which comes last when the limit is reached
+    #[arg(long, value_name = "IDS", value_delimiter = ',', hide_short_help = true)]
+    pub forced_eos_tokens: Vec<u32>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -192,8 +308,14 @@ pub(super) struct Model {
 }
 
 impl Model {
-    pub fn open(&self) -> Result<Engine, Error> {
-        Engine::open(&self.folder.path(), &self.into())
+    /// The bundle, its facts checked.
+    pub fn bundle(&self) -> Result<Bundle, Error> {
+        Ok(Bundle::open(&self.folder.path())?)
+    }
+
+    /// Loads a bundle's graphs where the user wants them.
+    pub fn load(&self, bundle: Bundle) -> Result<Engine, Error> {
+        Engine::load(bundle, Runtime::load(&self.into())?)
     }
 }
 
@@ -215,41 +337,52 @@ impl From<&Model> for RuntimeOptions {
     }
 }
 
-impl TryFrom<&Write> for Generation {
-    type Error = Failure;
-
-    fn try_from(write: &Write) -> Result<Self, Failure> {
-        let search = &write.search;
-        let max_new_tokens = write.max_new_tokens.map(NonZeroUsize::get);
-        if let Some(most) = max_new_tokens.filter(|most| *most < search.min_new_tokens) {
-            return Err(Failure::Usage(format!("--min-new-tokens {} is more than --max-new-tokens {most}", search.min_new_tokens)));
+impl Write {
+    /// What was typed, with the bundle's defaults for the rest.
+    pub fn generation(&self, defaults: &GenerationFacts) -> Result<Generation, Failure> {
+        let search = &self.search;
+        let max_new_tokens = self.max_new_tokens.map(NonZeroUsize::get);
+        let min_new_tokens = search.min_new_tokens.unwrap_or(defaults.min_new_tokens);
+        if let Some(most) = max_new_tokens.filter(|most| *most < min_new_tokens) {
+            return Err(Failure::Usage(format!("--min-new-tokens {min_new_tokens} is more than --max-new-tokens {most}")));
         }
         let processors = Processors {
-            min_new_tokens: search.min_new_tokens,
+            min_new_tokens,
             repetition_penalty: search.repetition_penalty,
             no_repeat_ngram: search.no_repeat_ngram,
+            suppressed: search.suppress_tokens.clone(),
+            suppressed_first: search.begin_suppress_tokens.clone(),
+            forced_first: search.forced_bos_token,
+            forced_last: search.forced_eos_tokens.clone(),
             ..Processors::default()
         };
-        let strategy = search.strategy()?;
-        strategy.check(&processors).map_err(crate::Error::from)?;
-        Ok(Self { max_new_tokens, processors, strategy })
+        if search.stop.iter().chain(&search.bad_word).any(String::is_empty) {
+            return Err(Failure::Usage("--stop and --bad-word need a text".into()));
+        }
+        let strategy = search.strategy(defaults)?;
+        strategy.check(&processors).map_err(Error::from)?;
+        Ok(Generation { max_new_tokens, processors, strategy, stop: search.stop.clone(), log_probs: self.log_probs })
     }
 }
 
 impl SearchArgs {
-    fn strategy(&self) -> Result<Strategy, Failure> {
+    fn strategy(&self, defaults: &GenerationFacts) -> Result<Strategy, Failure> {
         let drawn = self.sample.then(|| (self.warpers(), self.seed));
-        match (self.beams, drawn) {
-            (Some(beams), sample) => Ok(Strategy::Beam {
+        let beams = self.beams.unwrap_or(if self.sample { 1 } else { defaults.beams });
+        if beams == 1 && (self.length_penalty.is_some() || self.early_stopping.is_some()) {
+            return Err(Failure::Usage("--length-penalty and --early-stopping are for beam search; --beams N asks for it".into()));
+        }
+        match (beams, drawn) {
+            (1, Some((warpers, seed))) => Ok(Strategy::Sample { warpers, seed, n_return: self.num_return }),
+            (1, None) if self.num_return == 1 => Ok(Strategy::Greedy),
+            (1, None) => Err(Failure::Usage("--num-return needs --beams or --sample: greedy search writes one text".into())),
+            (beams, sample) => Ok(Strategy::Beam {
                 beams,
-                length_penalty: self.length_penalty.unwrap_or(1.0),
+                length_penalty: self.length_penalty.unwrap_or(defaults.length_penalty),
                 early_stopping: self.early_stopping.unwrap_or_default(),
                 n_return: self.num_return,
                 sample,
             }),
-            (None, Some((warpers, seed))) => Ok(Strategy::Sample { warpers, seed, n_return: self.num_return }),
-            (None, None) if self.num_return == 1 => Ok(Strategy::Greedy),
-            (None, None) => Err(Failure::Usage("--num-return needs --beams or --sample: greedy search writes one text".into())),
         }
     }
 
@@ -265,9 +398,9 @@ impl SearchArgs {
     }
 }
 
-impl From<&Write> for Limits {
-    fn from(write: &Write) -> Self {
-        Self { max_bytes: write.max_bytes, max_pixels: write.max_pixels }
+impl From<&Input> for Limits {
+    fn from(input: &Input) -> Self {
+        Self { max_bytes: input.max_bytes, max_pixels: input.max_pixels }
     }
 }
 

@@ -3,45 +3,49 @@
 use std::path::Path;
 
 use super::Failure;
-use super::args::Caption;
-use super::output::{Line, Printer, each, options, picture};
+use super::args::{Caption, Input};
+use super::output::{Line, Printer, each, look, writer};
+use super::rerank::Reranker;
 use crate::bundle::TaskName;
 use crate::engine::{Engine, Generation, Request};
-use crate::pixels::Limits;
 use crate::prompt::Task;
 
 pub(super) fn run(command: &Caption) -> Result<(), Failure> {
-    let (generation, limits) = options(&command.write)?;
-    let task = command.write.prompt.clone().map_or(Task::Caption, |prompt| Task::Raw(TaskName::Caption, prompt));
-    let mut engine = command.model.open()?;
+    let write = &command.write;
+    let (mut engine, generation) = writer(&command.model, write, TaskName::Caption)?;
+    let task = write.prompt.clone().map_or(Task::Caption, |prompt| Task::Raw(TaskName::Caption, prompt));
     engine.prompt(&task)?;
-    let mut captions = Captions { engine: &mut engine, task, generation, limits, many: command.images.len() > 1 };
-    let mut printer = Printer::new(&command.write);
+    let (reranker, many) = (Reranker::open(write, &command.model)?, command.images.len() > 1);
+    let mut captions = Captions { engine: &mut engine, reranker, task, generation, input: &write.input, many };
+    let mut printer = Printer::new(&write.show);
+    printer.streams &= captions.reranker.is_none();
     each(&command.images, |image| captions.one(image, &mut printer))
 }
 
 struct Captions<'a> {
     engine: &'a mut Engine,
+    reranker: Option<Reranker>,
     task: Task,
     generation: Generation,
-    limits: Limits,
+    input: &'a Input,
     many: bool,
 }
 
 impl Captions<'_> {
     fn one(&mut self, image: &Path, printer: &mut Printer<'_>) -> Result<(), Failure> {
-        let (picture, timings) = picture(image, &self.limits)?;
-        let mut sight = self.engine.see(&[&picture])?.remove(0);
-        sight.add_timings(&timings);
+        let (picture, sight) = look(self.engine, image, self.input)?;
         let label = if self.many { format!("{}: ", image.display()) } else { String::new() };
         let request = Request { sight: &sight, task: self.task.clone(), generation: self.generation.clone() };
         let mut printed = if printer.streams { printer.begin(&label) } else { Ok(()) };
-        let answer = self.engine.ask(&[request], |_, piece| {
+        let mut answers = self.engine.ask(&[request], |_, piece| {
             if printer.streams && printed.is_ok() {
                 printed = printer.piece(piece);
             }
         })?;
         printed?;
-        Ok(printer.finish(&label, &Line::new(image, None, &answer[0]))?)
+        if let Some(reranker) = &mut self.reranker {
+            reranker.order(&picture, &mut answers)?;
+        }
+        Ok(printer.finish(&label, &Line::new(image, None, &answers[0]))?)
     }
 }

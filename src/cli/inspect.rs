@@ -4,7 +4,7 @@ use std::io::{Write as _, stdout};
 
 use super::Failure;
 use super::args::Inspect;
-use crate::bundle::{Bundle, Facts};
+use crate::bundle::{Bundle, Facts, LanguageFacts};
 use crate::error::Error;
 
 pub(super) fn run(command: &Inspect) -> Result<(), Failure> {
@@ -23,38 +23,33 @@ pub(super) fn run(command: &Inspect) -> Result<(), Failure> {
 }
 
 fn rows(facts: &Facts) -> Vec<(String, String)> {
-    let Facts { image, vision, qformer, language, .. } = facts;
-    let cache = &language.kv_cache;
+    let Facts { image, vision, qformer, .. } = facts;
     let mut rows = vec![
         ("name", format!("{} ({}, format version {}, for {})", facts.name, facts.family, facts.format_version, facts.target)),
         ("tasks", listed(facts.tasks.iter())),
         ("image", format!("{0}×{0}, {1}, mean {2:?}, std {3:?}", image.size, image.resample, image.mean, image.std)),
         ("vision", format!("{} positions of width {}", vision.n_positions, vision.hidden)),
         ("qformer", format!("{} query tokens of width {}", qformer.n_queries, qformer.hidden)),
-        (
-            "language",
-            format!("width {}, vocabulary {}, {} positions", language.hidden, language.vocab_size, language.max_positions),
-        ),
-        (
-            "KV cache",
-            format!(
-                "{} layers × {} heads × {} {}, {:.1} kB a position",
-                cache.n_layers,
-                cache.n_heads,
-                cache.head_dim,
-                cache.dtype,
-                cache.bytes_per_position() as f64 / 1e3
-            ),
-        ),
     ];
+    if let Some(text) = &qformer.text {
+        let joint = qformer.joint.map_or(String::new(), |joint| format!(", compares in {joint} dimensions"));
+        rows.push(("reads", format!("texts of up to {} tokens{joint}", text.max_positions)));
+    }
+    if let Some(language) = &facts.language {
+        rows.extend(language_rows(language));
+    }
     let needs = &facts.requires;
     rows.push(("needs", format!("ONNX Runtime {} or later, opset {}", needs.onnxruntime, needs.opset)));
     rows.push(("source", pairs(facts.source.iter())));
     rows.push(("made by", pairs(facts.made_by.iter())));
     let mut rows: Vec<(String, String)> = rows.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
     for (task, prompt) in &facts.prompts {
-        let most = facts.generation.get(task).map_or(0, |generation| generation.max_new_tokens);
-        rows.push((format!("{task}"), format!("prompt {prompt:?}, {most} new tokens at most")));
+        let Some(defaults) = facts.generation.get(task) else { continue };
+        let search = match defaults.beams {
+            1 => "greedy search".into(),
+            beams => format!("{beams} beams, length penalty {}", defaults.length_penalty),
+        };
+        rows.push((format!("{task}"), format!("prompt {prompt:?}, {} new tokens at most, {search}", defaults.max_new_tokens)));
     }
     for (name, graph) in &facts.graphs {
         let data = facts.files.get(&format!("{}.data", graph.file)).map_or(0, |file| file.bytes);
@@ -66,6 +61,19 @@ fn rows(facts: &Facts) -> Vec<(String, String)> {
     let bytes: u64 = facts.files.values().map(|file| file.bytes).sum();
     rows.push(("size".into(), format!("{:.1} MB in {} files", bytes as f64 / 1e6, facts.files.len())));
     rows
+}
+
+fn language_rows(language: &LanguageFacts) -> [(&'static str, String); 2] {
+    let cache = &language.kv_cache;
+    let bytes = cache.bytes_per_position() as f64 / 1e3;
+    let shape = format!("{} layers × {} heads × {} {}", cache.n_layers, cache.n_heads, cache.head_dim, cache.dtype);
+    [
+        (
+            "language",
+            format!("width {}, vocabulary {}, {} positions", language.hidden, language.vocab_size, language.max_positions),
+        ),
+        ("KV cache", format!("{shape}, {bytes:.1} kB a position")),
+    ]
 }
 
 fn listed(items: impl Iterator<Item = impl ToString>) -> String {

@@ -6,8 +6,12 @@ mod args;
 mod ask;
 mod caption;
 mod doctor;
+mod embed;
 mod inspect;
+mod matching;
 mod output;
+mod rank;
+mod rerank;
 mod verify;
 
 use std::path::PathBuf;
@@ -37,6 +41,14 @@ pub enum Failure {
     /// The engine reports an error.
     #[error(transparent)]
     Engine(#[from] Error),
+    /// A file cannot be written.
+    #[error("{} cannot be written", .path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: ndarray_npy::WriteNpyError,
+    },
     /// Standard output is closed or full.
     #[error("cannot write to standard output")]
     Output(#[from] std::io::Error),
@@ -61,6 +73,9 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     match &args.command {
         Command::Caption(command) => caption::run(command),
         Command::Ask(command) => ask::run(command),
+        Command::Match(command) => matching::run(command),
+        Command::Embed(command) => embed::run(command),
+        Command::Rank(command) => rank::run(command),
         Command::Verify(command) => verify::run(command),
         Command::Inspect(command) => inspect::run(command),
         Command::Doctor(command) => doctor::run(command),

@@ -6,9 +6,11 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use super::args::Write;
+use super::args::{Input, Model, Show, Write};
 use super::{Failure, chain};
-use crate::engine::{Answer, Candidate, Generation};
+use crate::bundle::TaskName;
+use crate::engine::{Answer, Candidate, Engine, Generation, Sight, TokenLogProb};
+use crate::error::Error;
 use crate::pixels::{Limits, Picture};
 use crate::timing::{Stage, Timings};
 
@@ -25,19 +27,36 @@ pub(super) struct Line<'a> {
     pub score: Option<f32>,
     #[serde(skip_serializing_if = "<[_]>::is_empty")]
     pub candidates: &'a [Candidate],
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    pub log_probs: &'a [TokenLogProb],
     pub timings_ms: &'a Timings,
 }
 
 /// Standard output with the form that was asked for.
 pub(super) struct Printer<'a> {
-    write: &'a Write,
+    show: &'a Show,
     out: StdoutLock<'static>,
     pub streams: bool,
 }
 
 impl<'a> Printer<'a> {
-    pub fn new(write: &'a Write) -> Self {
-        Self { write, out: stdout().lock(), streams: stdout().is_terminal() && !write.json }
+    pub fn new(show: &'a Show) -> Self {
+        Self { show, out: stdout().lock(), streams: stdout().is_terminal() && !show.json }
+    }
+
+    /// One result that is complete: as JSON, or as the text that `plain` writes.
+    pub fn row(&mut self, row: &impl Serialize, plain: &str, timings: &Timings) -> std::io::Result<()> {
+        if self.show.json {
+            serde_json::to_writer(&mut self.out, row)?;
+            writeln!(self.out)?;
+        } else {
+            writeln!(self.out, "{plain}")?;
+        }
+        self.out.flush()?;
+        if self.show.timings {
+            self.timings(timings, None);
+        }
+        Ok(())
     }
 
     /// Text in front of a streamed line.
@@ -54,7 +73,7 @@ impl<'a> Printer<'a> {
 
     /// A finished text; of a streamed one only the end of the line is missing.
     pub fn finish(&mut self, label: &str, line: &Line<'_>) -> std::io::Result<()> {
-        if self.write.json {
+        if self.show.json {
             serde_json::to_writer(&mut self.out, line)?;
             writeln!(self.out)?;
         } else {
@@ -65,15 +84,16 @@ impl<'a> Printer<'a> {
             }
         }
         self.out.flush()?;
-        if self.write.timings {
-            self.timings(line.timings_ms, line.tokens.len());
+        if self.show.timings {
+            self.timings(line.timings_ms, Some(line.tokens.len()));
         }
         Ok(())
     }
 
-    fn timings(&self, timings: &Timings, n_tokens: usize) {
+    fn timings(&self, timings: &Timings, n_tokens: Option<usize>) {
         for (stage, time) in timings.iter() {
-            let each = if stage == Stage::Decode { format!("  {n_tokens} tokens") } else { String::new() };
+            let written = n_tokens.filter(|_| stage == Stage::Decode);
+            let each = written.map_or(String::new(), |n_tokens| format!("  {n_tokens} tokens"));
             eprintln!("{:>14} {:9.2} ms{each}", stage.name(), time.as_secs_f64() * 1e3);
         }
         eprintln!("{:>14} {:9.2} ms", "total", timings.total().as_secs_f64() * 1e3);
@@ -90,6 +110,7 @@ impl<'a> Line<'a> {
             finish_reason: answer.finish.to_string(),
             score: answer.score,
             candidates: &answer.candidates,
+            log_probs: &answer.log_probs,
             timings_ms: &answer.timings,
         }
     }
@@ -107,9 +128,33 @@ pub(super) fn picture(path: &Path, limits: &Limits) -> Result<(Picture, Timings)
     }
 }
 
-/// What was typed, ready for the engine.
-pub(super) fn options(write: &Write) -> Result<(Generation, Limits), Failure> {
-    Ok((Generation::try_from(write)?, Limits::from(write)))
+/// Opens a picture and looks at it.
+pub(super) fn look(engine: &mut Engine, path: &Path, input: &Input) -> Result<(Picture, Sight), Failure> {
+    let (picture, timings) = picture(path, &input.into())?;
+    let mut sight = engine.see(&[&picture])?.remove(0);
+    sight.add_timings(&timings);
+    Ok((picture, sight))
+}
+
+/// Says on standard error that the end of a text will not be read.
+pub(super) fn warn_of_cut(engine: &Engine, text: &str) -> Result<(), Failure> {
+    let n_cut = engine.n_cut(text)?;
+    if n_cut > 0 {
+        eprintln!("blip2: a text is {n_cut} tokens longer than the Q-Former was trained on; the rest is not read: {text}");
+    }
+    Ok(())
+}
+
+/// Loads what writes; what was typed is checked before graphs are loaded.
+pub(super) fn writer(model: &Model, write: &Write, task: TaskName) -> Result<(Engine, Generation), Failure> {
+    let bundle = model.bundle()?;
+    bundle.require(task).map_err(Error::from)?;
+    let mut generation = write.generation(&bundle.facts().generation[&task])?;
+    let engine = model.load(bundle)?;
+    for word in &write.search.bad_word {
+        generation.processors.bad_words.extend(engine.spellings(word)?);
+    }
+    Ok((engine, generation))
 }
 
 /// Goes through a list to its end; failures are printed as they happen, and the first of them decides how the command ends.

@@ -10,7 +10,7 @@
 use super::processors::{Past, Processors};
 use super::random::Random;
 use super::warpers::Warpers;
-use super::{Finish, Pick, Scores, Search, TokenId};
+use super::{Ends, Finish, Pick, Scores, Search, TokenId};
 
 /// When beam search ends although rows could run on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -46,10 +46,8 @@ pub struct BeamOptions {
     pub length_penalty: f32,
     /// When to end.
     pub early_stopping: EarlyStopping,
-    /// Limit of new tokens, the end token included.
-    pub max_new_tokens: usize,
-    /// Tokens that end a text.
-    pub end: Vec<TokenId>,
+    /// Where a text ends.
+    pub ends: Ends,
     /// What changes scores.
     pub processors: Processors,
     /// Draws continuations instead of taking the best.
@@ -114,21 +112,16 @@ impl Beam {
 
     /// The continuations under consideration, the best (or the first drawn) first.
     fn continuations(&mut self, scores: Scores<'_>) -> Vec<Continuation> {
-        let keep = 2.max(1 + self.options.end.len()) * self.options.beams;
+        let keep = 2.max(1 + self.options.ends.end.len()) * self.options.beams;
         let mut found: Vec<Ranked> = Vec::new();
         let mut own = Vec::new();
         for (index, row) in self.rows.iter().enumerate() {
             own.clear();
             own.extend(log_softmax(scores.row(index)));
-            let past = Past {
-                tokens: &row.tokens,
-                n_prompt: self.n_prompt,
-                max_new_tokens: self.options.max_new_tokens,
-                end: &self.options.end,
-            };
+            let past = Past { tokens: &row.tokens, n_prompt: self.n_prompt, ends: &self.options.ends };
             self.options.processors.apply(past, &mut own);
             if let Some(sample) = self.options.sample {
-                sample.warpers.apply(1 + self.options.end.len(), &mut own);
+                sample.warpers.apply(1 + self.options.ends.end.len(), &mut own);
             }
             let (is_drawn, random) = (self.options.sample.is_some(), &mut self.random);
             let of_row = own.iter().enumerate().map(|(token, score)| Continuation {
@@ -146,8 +139,13 @@ impl Beam {
         found.into_iter().map(|ranked| ranked.next).collect()
     }
 
+    /// New tokens of a continuation.
+    fn written(&self, next: &Continuation) -> Vec<TokenId> {
+        [&self.rows[next.row].tokens[self.n_prompt..], &[next.token]].concat()
+    }
+
     fn ends(&self, next: &Continuation) -> bool {
-        self.options.end.contains(&next.token) || self.n_new() + 1 >= self.options.max_new_tokens
+        self.options.ends.finish(&self.written(next)).is_some()
     }
 
     /// New tokens of every running row.
@@ -161,11 +159,7 @@ impl Beam {
 
     fn take_finished(&mut self, found: &[Continuation]) {
         let length = self.n_new() + 1;
-        let ended = |next: &Continuation| {
-            let mut tokens = self.rows[next.row].tokens[self.n_prompt..].to_vec();
-            tokens.push(next.token);
-            Hypothesis { tokens, score: self.penalised(next.sum, length) }
-        };
+        let ended = |next: &Continuation| Hypothesis { tokens: self.written(next), score: self.penalised(next.sum, length) };
         let among_the_first = found.iter().take(self.options.beams);
         let new: Vec<Hypothesis> = among_the_first.filter(|next| self.ends(next)).map(ended).collect();
         self.finished.extend(new);
@@ -178,7 +172,7 @@ impl Beam {
         let is_full = self.finished.len() == self.options.beams;
         let reckoned = match self.options.early_stopping {
             EarlyStopping::Enough if is_full => return true,
-            EarlyStopping::Impossible if self.options.length_penalty > 0.0 => self.options.max_new_tokens,
+            EarlyStopping::Impossible if self.options.length_penalty > 0.0 => self.options.ends.max_new_tokens,
             _ => length,
         };
         is_full && self.finished.last().is_some_and(|worst| self.penalised(best, reckoned) <= worst.score)
@@ -186,8 +180,7 @@ impl Beam {
 
     fn settle(&mut self) {
         self.best = self.finished.first().map(|best| best.tokens.clone()).unwrap_or_default();
-        let stopped = self.best.last().is_some_and(|last| self.options.end.contains(last));
-        self.finish = Some(if stopped { Finish::Stop } else { Finish::Length });
+        self.finish = Some(self.options.ends.finish(&self.best).unwrap_or(Finish::Length));
     }
 }
 
@@ -226,7 +219,7 @@ impl Search for Beam {
 }
 
 /// Natural logarithms of the softmax.
-pub(super) fn log_softmax(logits: &[f32]) -> impl Iterator<Item = f32> {
+pub fn log_softmax(logits: &[f32]) -> impl Iterator<Item = f32> {
     let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let total: f32 = logits.iter().map(|logit| (logit - largest).exp()).sum();
     let shift = largest + total.ln();

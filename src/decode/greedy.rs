@@ -1,15 +1,13 @@
 //! Always the most probable token.
 
 use super::processors::{Past, Processors};
-use super::{Finish, Pick, Scores, Search, TokenId};
+use super::{Ends, Finish, Pick, Scores, Search, TokenId};
 
 /// How greedy search goes.
 #[derive(Clone, Debug, Default)]
 pub struct GreedyOptions {
-    /// Tokens to write at most, the end token included.
-    pub max_new_tokens: usize,
-    /// Tokens that end the text.
-    pub end: Vec<TokenId>,
+    /// Where the text ends.
+    pub ends: Ends,
     /// What changes scores.
     pub processors: Processors,
 }
@@ -37,12 +35,7 @@ impl Greedy {
         }
         self.changed.clear();
         self.changed.extend_from_slice(logits);
-        let past = Past {
-            tokens: &self.tokens,
-            n_prompt: self.n_prompt,
-            max_new_tokens: self.options.max_new_tokens,
-            end: &self.options.end,
-        };
+        let past = Past { tokens: &self.tokens, n_prompt: self.n_prompt, ends: &self.options.ends };
         self.options.processors.apply(past, &mut self.changed);
         largest(&self.changed)
     }
@@ -63,11 +56,8 @@ impl Search for Greedy {
     fn advance(&mut self, scores: Scores<'_>, picks: &mut Vec<Pick>) {
         let token = self.best(scores.row(0));
         self.tokens.push(token);
-        if self.options.end.contains(&token) {
-            self.finish = Some(Finish::Stop);
-        } else if self.settled().len() >= self.options.max_new_tokens {
-            self.finish = Some(Finish::Length);
-        } else {
+        self.finish = self.options.ends.finish(self.settled());
+        if self.finish.is_none() {
             picks.push(Pick { parent: 0, token });
         }
     }
@@ -88,7 +78,8 @@ mod tests {
     /// Feeds rows of logits until the search ends; gives the tokens and the reason.
     fn run(table: &[&[f32]], max_new_tokens: usize, min_new_tokens: usize) -> (Vec<TokenId>, Option<Finish>) {
         let processors = Processors { min_new_tokens, ..Processors::default() };
-        let mut search = Greedy::new(&[7, 7], GreedyOptions { max_new_tokens, end: vec![0, 3], processors });
+        let mut search =
+            Greedy::new(&[7, 7], GreedyOptions { ends: Ends { max_new_tokens, end: vec![0, 3], stop: None }, processors });
         for row in table {
             let mut picks = Vec::new();
             search.advance(Scores::new(row, row.len()), &mut picks);

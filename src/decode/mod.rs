@@ -13,17 +13,52 @@ mod step_loop;
 mod strategy;
 mod warpers;
 
-pub use beam::{Beam, BeamOptions, BeamSample, EarlyStopping, Hypothesis};
+pub use beam::{Beam, BeamOptions, BeamSample, EarlyStopping, Hypothesis, log_softmax};
 pub use greedy::{Greedy, GreedyOptions};
 pub use processors::{Past, Processors};
 pub use random::Random;
 pub use sample::{Sample, SampleOptions};
 pub use step_loop::{Event, RequestId, StepLoop};
-pub use strategy::{Ends, Strategy, StrategyError};
+pub use strategy::{Strategy, StrategyError};
 pub use warpers::Warpers;
 
 /// An index into the vocabulary.
 pub type TokenId = u32;
+
+/// What ends a text besides its end tokens: a look at the new tokens, the latest one included.
+#[derive(Clone)]
+pub struct Stop(pub std::sync::Arc<dyn Fn(&[TokenId]) -> bool + Send + Sync>);
+
+impl std::fmt::Debug for Stop {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Stop")
+    }
+}
+
+/// Where a text ends.
+#[derive(Clone, Debug, Default)]
+pub struct Ends {
+    /// Limit of new tokens, the end token included.
+    pub max_new_tokens: usize,
+    /// Tokens that end a text.
+    pub end: Vec<TokenId>,
+    /// Whatever else ends it.
+    pub stop: Option<Stop>,
+}
+
+impl Ends {
+    /// Why a text that has come to `new` is over, if it is.
+    fn finish(&self, new: &[TokenId]) -> Option<Finish> {
+        let is_end = new.last().is_some_and(|last| self.end.contains(last));
+        if is_end || self.stop.as_ref().is_some_and(|stop| stop.0(new)) {
+            Some(Finish::Stop)
+        } else if new.len() >= self.max_new_tokens {
+            Some(Finish::Length)
+        } else {
+            None
+        }
+    }
+}
 
 /// One row of the next step: the row it continues, and the token put behind it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

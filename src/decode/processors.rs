@@ -1,6 +1,6 @@
 //! What changes scores before a token is chosen, in the order of `transformers` (`generation/logits_process.py`).
 
-use super::TokenId;
+use super::{Ends, TokenId};
 
 /// Which scores are changed, and how. The default changes nothing.
 #[derive(Clone, Debug, PartialEq)]
@@ -45,10 +45,8 @@ pub struct Past<'a> {
     pub tokens: &'a [TokenId],
     /// How many of them are the prompt.
     pub n_prompt: usize,
-    /// Limit of new tokens.
-    pub max_new_tokens: usize,
-    /// Tokens that end a text.
-    pub end: &'a [TokenId],
+    /// Where the text ends.
+    pub ends: &'a Ends,
 }
 
 impl Past<'_> {
@@ -69,12 +67,12 @@ impl Processors {
         self.bar_repeated_ngrams(past.tokens, scores);
         self.bar_bad_words(past, scores);
         if past.n_new() < self.min_new_tokens {
-            bar(past.end, scores);
+            bar(&past.ends.end, scores);
         }
         if let Some(first) = self.forced_first.filter(|_| past.tokens.len() == 1) {
             force(&[first], scores);
         }
-        if !self.forced_last.is_empty() && past.n_new() + 1 == past.max_new_tokens {
+        if !self.forced_last.is_empty() && past.n_new() + 1 == past.ends.max_new_tokens {
             force(&self.forced_last, scores);
         }
         bar(&self.suppressed, scores);
@@ -113,7 +111,7 @@ impl Processors {
     fn bar_bad_words(&self, past: Past<'_>, scores: &mut [f32]) {
         for word in &self.bad_words {
             let Some((last, before)) = word.split_last() else { continue };
-            let is_end = before.is_empty() && past.end.contains(last);
+            let is_end = before.is_empty() && past.ends.end.contains(last);
             if !is_end && word.len() <= past.tokens.len().max(1) && past.tokens.ends_with(before) {
                 bar(&[*last], scores);
             }

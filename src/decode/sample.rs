@@ -3,15 +3,13 @@
 use super::processors::{Past, Processors};
 use super::random::Random;
 use super::warpers::{Warpers, softmax};
-use super::{Finish, Pick, Scores, Search, TokenId};
+use super::{Ends, Finish, Pick, Scores, Search, TokenId};
 
 /// How sampling goes.
 #[derive(Clone, Debug, Default)]
 pub struct SampleOptions {
-    /// Tokens to write at most, the end token included.
-    pub max_new_tokens: usize,
-    /// Tokens that end the text.
-    pub end: Vec<TokenId>,
+    /// Where the text ends.
+    pub ends: Ends,
     /// What changes scores, before they are shaped.
     pub processors: Processors,
     /// How the distribution is shaped.
@@ -41,12 +39,7 @@ impl Sample {
     /// The distribution that the next token is drawn from.
     pub fn probabilities(&self, logits: &[f32]) -> Vec<f32> {
         let mut scores = logits.to_vec();
-        let past = Past {
-            tokens: &self.tokens,
-            n_prompt: self.n_prompt,
-            max_new_tokens: self.options.max_new_tokens,
-            end: &self.options.end,
-        };
+        let past = Past { tokens: &self.tokens, n_prompt: self.n_prompt, ends: &self.options.ends };
         self.options.processors.apply(past, &mut scores);
         self.options.warpers.apply(1, &mut scores);
         softmax(&scores)
@@ -72,11 +65,8 @@ impl Search for Sample {
     fn advance(&mut self, scores: Scores<'_>, picks: &mut Vec<Pick>) {
         let token = self.draw(scores.row(0));
         self.tokens.push(token);
-        if self.options.end.contains(&token) {
-            self.finish = Some(Finish::Stop);
-        } else if self.settled().len() >= self.options.max_new_tokens {
-            self.finish = Some(Finish::Length);
-        } else {
+        self.finish = self.options.ends.finish(self.settled());
+        if self.finish.is_none() {
             picks.push(Pick { parent: 0, token });
         }
     }

@@ -134,7 +134,7 @@ impl<M: Model> StepLoop<M> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Greedy, GreedyOptions};
+    use super::super::{Ends, Greedy, GreedyOptions};
     use super::*;
 
     /// Writes its prompt backwards, then the end token 0. A row is the text that is still to come.
@@ -192,7 +192,10 @@ mod tests {
     }
 
     fn greedy(max_new_tokens: usize) -> Box<dyn Search + Send> {
-        Box::new(Greedy::new(&[], GreedyOptions { max_new_tokens, end: vec![0], ..GreedyOptions::default() }))
+        Box::new(Greedy::new(
+            &[],
+            GreedyOptions { ends: Ends { max_new_tokens, end: vec![0], stop: None }, ..GreedyOptions::default() },
+        ))
     }
 
     fn drain(all: &mut StepLoop<Backwards>, found: &mut Vec<(RequestId, Vec<TokenId>, Option<Finish>)>) {

@@ -1,7 +1,7 @@
 //! Which search writes a text, and whether its options make sense.
 
 use super::{
-    Beam, BeamOptions, BeamSample, EarlyStopping, Greedy, GreedyOptions, Processors, Sample, SampleOptions, Search, TokenId,
+    Beam, BeamOptions, BeamSample, EarlyStopping, Ends, Greedy, GreedyOptions, Processors, Sample, SampleOptions, Search, TokenId,
     Warpers,
 };
 
@@ -33,15 +33,6 @@ pub enum Strategy {
         /// Draws continuations with this shape and seed.
         sample: Option<(Warpers, u64)>,
     },
-}
-
-/// What every search needs.
-#[derive(Clone, Debug)]
-pub struct Ends {
-    /// Limit of new tokens, the end token included.
-    pub max_new_tokens: usize,
-    /// Tokens that end a text.
-    pub end: Vec<TokenId>,
 }
 
 /// Options that make no sense.
@@ -96,11 +87,11 @@ impl Strategy {
 
     /// The searches that write one request's texts behind `prompt`, image tokens included.
     pub fn searches(&self, prompt: &[TokenId], processors: &Processors, ends: &Ends) -> Vec<Box<dyn Search + Send>> {
-        let (max_new_tokens, end, processors) = (ends.max_new_tokens, ends.end.clone(), processors.clone());
+        let (ends, processors) = (ends.clone(), processors.clone());
         match *self {
-            Self::Greedy => vec![Box::new(Greedy::new(prompt, GreedyOptions { max_new_tokens, end, processors }))],
+            Self::Greedy => vec![Box::new(Greedy::new(prompt, GreedyOptions { ends, processors }))],
             Self::Sample { warpers, seed, n_return } => {
-                let options = SampleOptions { max_new_tokens, end, processors, warpers, seed };
+                let options = SampleOptions { ends, processors, warpers, seed };
                 let seeds = (0..n_return as u64).map(|k| seed.wrapping_add(k));
                 let sample =
                     |seed| Box::new(Sample::new(prompt, SampleOptions { seed, ..options.clone() })) as Box<dyn Search + Send>;
@@ -108,7 +99,7 @@ impl Strategy {
             }
             Self::Beam { beams, length_penalty, early_stopping, sample, .. } => {
                 let sample = sample.map(|(warpers, seed)| BeamSample { warpers, seed });
-                let options = BeamOptions { beams, length_penalty, early_stopping, max_new_tokens, end, processors, sample };
+                let options = BeamOptions { beams, length_penalty, early_stopping, ends, processors, sample };
                 vec![Box::new(Beam::new(prompt, options))]
             }
         }

@@ -1,9 +1,25 @@
-//! The KV cache: one slot a row in one buffer per layer and side, written in place by the graph.
+//! Keys and values: one slot a row in one buffer per layer and side.
 
-use crate::bundle::{KvCacheFacts, Side};
-use crate::runtime::{Binding, Graph, Place, RuntimeError, Tensor};
+use crate::bundle::{CrossAttentionFacts, Dtype, KvCacheFacts};
+use crate::runtime::{Binding, Graph, Outputs, Place, RuntimeError, Tensor};
 
-/// Buffers of `[slots, heads, capacity, head_dim]`, keys and values of every layer.
+/// Which tensors of a graph hold keys and values, and their shape `[slots, n_heads, capacity, head_dim]`.
+#[derive(Clone, Debug)]
+pub struct Layout {
+    tensors: Vec<Names>,
+    n_heads: usize,
+    head_dim: usize,
+    dtype: Dtype,
+}
+
+/// An input, and the output that carries it on where the graph writes to it.
+#[derive(Clone, Debug)]
+struct Names {
+    input: String,
+    output: Option<String>,
+}
+
+/// Buffers for the keys and values of every layer.
 #[derive(Debug)]
 pub struct Cache {
     n_slots: usize,
@@ -13,12 +29,11 @@ pub struct Cache {
 
 #[derive(Debug)]
 struct Layer {
-    past: String,
-    present: String,
+    names: Names,
     buffer: Tensor,
 }
 
-/// A row of a cache on its way to another place.
+/// A row on its way to another place.
 #[derive(Clone, Copy, Debug)]
 pub struct Move {
     /// Slot it comes from.
@@ -29,16 +44,40 @@ pub struct Move {
     pub n_positions: usize,
 }
 
+impl From<&KvCacheFacts> for Layout {
+    fn from(facts: &KvCacheFacts) -> Self {
+        let names = |(layer, side)| Names { input: facts.past(layer, side), output: Some(facts.present(layer, side)) };
+        Self { tensors: facts.tensors().map(names).collect(), n_heads: facts.n_heads, head_dim: facts.head_dim, dtype: facts.dtype }
+    }
+}
+
+impl From<&CrossAttentionFacts> for Layout {
+    fn from(facts: &CrossAttentionFacts) -> Self {
+        let names = |(layer, side)| Names { input: facts.name(layer, side), output: None };
+        Self { tensors: facts.tensors().map(names).collect(), n_heads: facts.n_heads, head_dim: facts.head_dim, dtype: facts.dtype }
+    }
+}
+
 impl Cache {
     /// Allocates buffers where the graph runs.
-    pub fn new(graph: &Graph, facts: &KvCacheFacts, n_slots: usize, capacity: usize) -> Result<Self, RuntimeError> {
-        let shape = [n_slots, facts.n_heads, capacity, facts.head_dim];
-        let layers = (0..facts.n_layers).flat_map(|layer| [(layer, Side::Key), (layer, Side::Value)]);
-        let layers = layers.map(|(layer, side)| {
-            let buffer = graph.allocate(facts.dtype, &shape, Place::Device)?;
-            Ok(Layer { past: facts.past(layer, side), present: facts.present(layer, side), buffer })
-        });
-        Ok(Self { n_slots, capacity, layers: layers.collect::<Result<_, RuntimeError>>()? })
+    pub fn new(graph: &Graph, layout: &Layout, n_slots: usize, capacity: usize) -> Result<Self, RuntimeError> {
+        let shape = [n_slots, layout.n_heads, capacity, layout.head_dim];
+        let layer = |names: &Names| {
+            let buffer = graph.allocate(layout.dtype, &shape, Place::Device)?;
+            Ok(Layer { names: names.clone(), buffer })
+        };
+        Ok(Self { n_slots, capacity, layers: layout.tensors.iter().map(layer).collect::<Result<_, RuntimeError>>()? })
+    }
+
+    /// What another graph computed under the names of this layout's inputs.
+    ///
+    /// # Panics
+    /// If it has no such outputs.
+    pub fn computed(layout: &Layout, outputs: &mut Outputs) -> Self {
+        let layer = |names: &Names| Layer { names: names.clone(), buffer: outputs.take(&names.input) };
+        let layers: Vec<Layer> = layout.tensors.iter().map(layer).collect();
+        let shape = layers.first().map_or(vec![0; 4], |layer| layer.buffer.shape());
+        Self { n_slots: shape[0], capacity: shape[2], layers }
     }
 
     /// Rows that fit.
@@ -51,21 +90,33 @@ impl Cache {
         self.capacity
     }
 
-    /// Ties every buffer to both its input and its output, so that the graph writes in place.
+    /// Ties every buffer to its input, and to its output where the graph writes in place.
     pub fn bind(&mut self, binding: &mut Binding) -> Result<(), RuntimeError> {
         for layer in &mut self.layers {
-            binding.input(&layer.past, &layer.buffer)?;
-            binding.output(&layer.present, &mut layer.buffer)?;
+            binding.input(&layer.names.input, &layer.buffer)?;
+            if let Some(output) = &layer.names.output {
+                binding.output(output, &mut layer.buffer)?;
+            }
         }
         Ok(())
     }
 
     /// Copies rows of another cache into this one.
     pub fn copy_from(&mut self, graph: &Graph, other: &Self, moves: &[Move]) -> Result<(), RuntimeError> {
+        self.copy_tensors(graph, other.layers.iter().map(|layer| &layer.buffer), moves)
+    }
+
+    /// Copies rows of tensors `[rows, n_heads, positions, head_dim]`, in this cache's order, into this cache.
+    pub fn copy_tensors<'a>(
+        &mut self,
+        graph: &Graph,
+        tensors: impl Iterator<Item = &'a Tensor>,
+        moves: &[Move],
+    ) -> Result<(), RuntimeError> {
         let moving = |source| graph.failed("moving rows of the KV cache", source);
-        for (layer, other) in self.layers.iter_mut().zip(&other.layers) {
-            let (to, from) = (Strides::of(&layer.buffer), Strides::of(&other.buffer));
-            let copied = other.buffer.read_f32(|values| {
+        for (layer, other) in self.layers.iter_mut().zip(tensors) {
+            let (to, from) = (Strides::of(&layer.buffer), Strides::of(other));
+            let copied = other.read_f32(|values| {
                 layer.buffer.edit_f32(|into| {
                     for step in moves {
                         to.copy(into, step.to, values, from, step.from, step.n_positions);

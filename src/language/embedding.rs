@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use crate::bundle::{Bundle, BundleError, EmbeddingFacts};
 use crate::decode::TokenId;
+use crate::qformer::Queries;
 use crate::runtime::{RuntimeError, f32_from};
 
 /// `[vocabulary, hidden]` on disk; the operating system keeps the rows in use in memory.
@@ -20,7 +21,7 @@ pub struct Embedding {
 impl Embedding {
     /// Opens the file that holds the table.
     pub fn open(bundle: &Bundle) -> Result<Self, BundleError> {
-        let facts = bundle.facts().language.embedding.clone();
+        let facts = bundle.language().embedding.clone();
         let path = bundle.path(&facts.file);
         let file = File::open(&path).map_err(|source| BundleError::File {
             folder: bundle.folder().to_path_buf(),
@@ -29,6 +30,18 @@ impl Embedding {
         })?;
         let row = vec![0; facts.shape[1] * facts.dtype.size()];
         Ok(Self { file, path, facts, row })
+    }
+
+    /// Writes query tokens and the embeddings of the prompt behind them to the beginning of `into`, `[positions, hidden]`.
+    pub fn write(&mut self, queries: Option<&Queries>, prompt: &[TokenId], into: &mut [f32]) -> Result<(), RuntimeError> {
+        let mut positions = into.chunks_exact_mut(self.facts.shape[1]);
+        for (query, into) in queries.iter().flat_map(|queries| queries.0.outer_iter()).zip(&mut positions) {
+            into.copy_from_slice(query.as_slice().expect("rows of a row-major array are contiguous"));
+        }
+        for (&token, into) in prompt.iter().zip(&mut positions) {
+            self.read(token, into)?;
+        }
+        Ok(())
     }
 
     /// Copies the embedding of `token` to `into`, `[hidden]`.

@@ -34,6 +34,13 @@ pub struct Binding {
     binding: IoBinding,
 }
 
+/// What a run gave, by name.
+#[derive(Debug)]
+pub struct Outputs {
+    graph: &'static str,
+    tensors: Vec<(String, Tensor)>,
+}
+
 impl Graph {
     /// Loads the graph that the bundle calls `name`.
     pub fn open(runtime: &Runtime, bundle: &Bundle, name: &'static str) -> Result<Self, BundleError> {
@@ -49,17 +56,22 @@ impl Graph {
         Ok(Self { name, session, device })
     }
 
-    /// One run; outputs come in the graph's order.
-    pub fn run(&mut self, inputs: &[(&str, &Tensor)], outputs_on: Place) -> Result<Vec<Tensor>, RuntimeError> {
+    /// One run; the outputs lie where `outputs_on` says.
+    pub fn run(&mut self, inputs: &[(&str, &Tensor)], outputs_on: Place) -> Result<Outputs, RuntimeError> {
         let name = self.name;
-        self.try_run(inputs, outputs_on).map_err(|source| RuntimeError::Failed { graph: name.into(), doing: "running", source })
+        let run = self.try_run(inputs, outputs_on).map_err(|source| RuntimeError::Failed {
+            graph: name.into(),
+            doing: "running",
+            source,
+        });
+        run.map(|tensors| Outputs { graph: name, tensors })
     }
 
-    fn try_run(&mut self, inputs: &[(&str, &Tensor)], outputs_on: Place) -> Result<Vec<Tensor>, ort::Error> {
+    fn try_run(&mut self, inputs: &[(&str, &Tensor)], outputs_on: Place) -> Result<Vec<(String, Tensor)>, ort::Error> {
         if outputs_on == Place::Host {
             let inputs: Vec<(String, SessionInputValue<'_>)> =
                 inputs.iter().map(|(name, tensor)| ((*name).to_owned(), (&tensor.0).into())).collect();
-            return tensors(self.session.run(inputs)?.into_iter().map(|(_, value)| value));
+            return tensors(self.session.run(inputs)?.into_iter().map(|(name, value)| (name.to_owned(), value)));
         }
         let mut binding = self.session.create_binding()?;
         for (name, tensor) in inputs {
@@ -70,7 +82,7 @@ impl Graph {
             binding.bind_output_to_device(name, &self.device)?;
         }
         let mut outputs = self.session.run_binding(&binding)?;
-        tensors(names.iter().filter_map(|name| outputs.remove(name)))
+        tensors(names.into_iter().filter_map(|name| outputs.remove(&name).map(|value| (name, value))))
     }
 
     /// An empty binding.
@@ -102,6 +114,33 @@ impl Graph {
     /// An error of this graph.
     pub fn failed(&self, doing: &'static str, source: ort::Error) -> RuntimeError {
         RuntimeError::Failed { graph: self.name.into(), doing, source }
+    }
+}
+
+impl Outputs {
+    /// The output `name`.
+    ///
+    /// # Panics
+    /// If there is none or it was taken before: names and graphs were compared when the bundle was opened.
+    pub fn take(&mut self, name: &str) -> Tensor {
+        let at = self.tensors.iter().position(|(found, _)| found == name).expect("the graph has the outputs that its facts name");
+        self.tensors.swap_remove(at).1
+    }
+
+    /// The output `name` as float32 on the host; NaN and infinity are errors.
+    ///
+    /// # Panics
+    /// As [`take`](Self::take), and if its rank is not that of `D`.
+    pub fn array<D: ndarray::Dimension>(&mut self, name: &str) -> Result<ndarray::Array<f32, D>, RuntimeError> {
+        let values = self.take(name).to_f32().map_err(|source| RuntimeError::Failed {
+            graph: self.graph.into(),
+            doing: "copying outputs",
+            source,
+        })?;
+        if values.iter().any(|value| !value.is_finite()) {
+            return Err(RuntimeError::NotANumber { graph: self.graph.into(), output: name.into() });
+        }
+        Ok(values.into_dimensionality().expect("the rank was checked when the graph was opened"))
     }
 }
 
@@ -141,8 +180,9 @@ fn device(runtime: &Runtime) -> Result<MemoryInfo<'static>, ort::Error> {
     MemoryInfo::new(device, id, AllocatorType::Device, MemoryType::Default)
 }
 
-fn tensors(values: impl Iterator<Item = ort::value::DynValue>) -> Result<Vec<Tensor>, ort::Error> {
-    values.map(|value| Ok(Tensor(value.downcast().map_err(|error| ort::Error::new(error.to_string()))?))).collect()
+fn tensors(values: impl Iterator<Item = (String, ort::value::DynValue)>) -> Result<Vec<(String, Tensor)>, ort::Error> {
+    let tensor = |value: ort::value::DynValue| value.downcast().map_err(|error| ort::Error::new(error.to_string()));
+    values.map(|(name, value)| Ok((name, Tensor(tensor(value)?)))).collect()
 }
 
 /// Every tensor of the graph must be what the facts say, and the facts must name no other.

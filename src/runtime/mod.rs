@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use ort::environment::Environment;
 
-pub use graph::{Binding, Graph, Place};
+pub use graph::{Binding, Graph, Outputs, Place};
 pub use library::{Library, LibraryError, Source};
 pub use provider::{Provider, ProviderChoice, ProviderError};
 pub use tensor::{Tensor, f32_from};

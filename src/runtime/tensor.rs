@@ -17,6 +17,11 @@ impl Tensor {
         Ok(Self(ort::value::Tensor::from_array(values)?.upcast()))
     }
 
+    /// An int64 tensor on the host.
+    pub fn from_i64<D: Dimension + 'static>(values: Array<i64, D>) -> Result<Self, ort::Error> {
+        Ok(Self(ort::value::Tensor::from_array(values)?.upcast()))
+    }
+
     /// Its shape.
     pub fn shape(&self) -> Vec<usize> {
         self.0.shape().iter().map(|size| usize::try_from(*size).unwrap_or(0)).collect()

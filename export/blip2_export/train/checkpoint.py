@@ -6,8 +6,16 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2VisionModel, PreTrainedTokenizerFast
+from safetensors.torch import load_file, save_file
+from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2ForImageTextRetrieval,
+    Blip2VisionModel,
+    PreTrainedTokenizerFast,
+)
 
+from blip2_export.train.qformer import QFormer
 from blip2_export.train.stage2 import Stage2
 from blip2_export.train.vision import MEAN, STD
 
@@ -30,10 +38,42 @@ def write_opt(folder: Path, vision: Blip2VisionModel, stage2: Stage2, tokenizer:
     model.language_model.load_state_dict(language.state_dict())
     with torch.no_grad():
         model.query_tokens.copy_(stage2.query_tokens)
-    folder.mkdir(parents=True, exist_ok=True)
     model.to(torch.float16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    side = vision.config.image_size
+    _write_processor(folder, vision.config.image_size, stage2.query_tokens.shape[1])
+
+
+def write_stage1(folder: Path, vision: Blip2VisionModel, stage1: QFormer, tokenizer: PreTrainedTokenizerFast) -> None:
+    """What `Blip2ForImageTextRetrieval` reads, and beside it what that class has no place for: the head that writes (`cls.*`)
+    and the temperature (`temp`)."""
+    config = Blip2Config(
+        vision_config=vision.config.to_dict(),
+        qformer_config=stage1.cfg.to_dict(),
+        num_query_tokens=stage1.n_queries,
+        image_text_hidden_size=stage1.vision_projection.out_features,
+    )
+    model = Blip2ForImageTextRetrieval(config)
+    model.vision_model.load_state_dict(vision.state_dict())
+    for name in ("qformer", "embeddings", "vision_projection", "text_projection", "itm_head"):
+        getattr(model, name).load_state_dict(getattr(stage1, name).state_dict())
+    with torch.no_grad():
+        model.query_tokens.copy_(stage1.query_tokens)
+    dense, norm, head = stage1.transform[0], stage1.transform[2], "cls.predictions."
+    extra = {
+        **{f"{head}transform.dense.{k}": v for k, v in dense.state_dict().items()},
+        **{f"{head}transform.LayerNorm.{k}": v for k, v in norm.state_dict().items()},
+        f"{head}bias": stage1.head_bias,
+        "temp": stage1.temperature,
+    }
+    model.to(torch.float16).save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors |= {name: value.detach().to(torch.float16).contiguous() for name, value in extra.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    tokenizer.save_pretrained(folder)
+    _write_processor(folder, vision.config.image_size, stage1.n_queries)
+
+
+def _write_processor(folder: Path, side: int, n_queries: int) -> None:
     image_processor = {
         "image_processor_type": "BlipImageProcessor",
         "do_resize": True,
@@ -50,5 +90,5 @@ def write_opt(folder: Path, vision: Blip2VisionModel, stage2: Stage2, tokenizer:
         json.dumps({**image_processor, "processor_class": "Blip2Processor"}, indent=2)
     )
     (folder / "processor_config.json").write_text(
-        json.dumps({"processor_class": "Blip2Processor", "num_query_tokens": stage2.query_tokens.shape[1]}, indent=2)
+        json.dumps({"processor_class": "Blip2Processor", "num_query_tokens": n_queries}, indent=2)
     )

@@ -1,0 +1,394 @@
+"""Flan-T5, LLaMA and Q-Formers that read the question against `transformers`, and what of them conversion refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from graphs import Graphs
+from safetensors.torch import load_file, save_file
+from test_convert import TOLERANCE, assert_close
+from transformers.models.t5.modeling_t5 import T5Attention
+
+from blip2_export import random_checkpoint, scenes
+from blip2_export.bundle import Choices, convert
+from blip2_export.checkpoint import CheckpointError
+from blip2_export.encoder_decoder import relative_buckets
+from blip2_export.golden import Reference
+from blip2_export.graph import UnsupportedError
+
+# Prompt and question; the question matters only where the Q-Former reads it and not the prompt.
+ASKED = (
+    ("", ""),
+    ("Question: what colour is the star? Answer:", "what colour is the star?"),
+    ("a photo of", "how many dogs play near the blue ring on the beach?"),
+)
+N_NEW = 8
+LONG = 150  # past T5's last bucket edge at 128
+
+
+class Case:
+    """A checkpoint with its bundle, made once."""
+
+    def __init__(self, root: Path, shape: str, dtype: torch.dtype = torch.float32) -> None:
+        self.checkpoint, self.folder = root / "checkpoint", root / "bundle"
+        random_checkpoint.write(self.checkpoint, shape, sorted(random_checkpoint.FAMILIES).index(shape), dtype)
+        self.convert()
+
+    def convert(self) -> None:
+        convert(self.checkpoint, self.folder, Choices("x", golden=False, force=True))
+        self.facts = json.loads((self.folder / "bundle.json").read_text())
+
+    def open(self) -> tuple[Graphs, Reference]:
+        return Graphs(self.folder), Reference(self.checkpoint, self.facts)
+
+
+@pytest.fixture(scope="session")
+def case(tmp_path_factory: pytest.TempPathFactory):
+    done: dict[str, Case] = {}
+
+    def make(shape: str) -> Case:
+        if shape not in done:
+            done[shape] = Case(tmp_path_factory.mktemp(shape), shape)
+        return done[shape]
+
+    return make
+
+
+@pytest.mark.parametrize("shape", sorted(random_checkpoint.FAMILIES))
+def test_every_stage_and_every_token_equal_the_reference(case, shape: str) -> None:
+    graphs, reference = case(shape).open()
+    seen = [reference.look(p) for p in scenes.sample_pictures(6, seed=3, side=120)]
+    features = graphs.features(np.stack([pixels for pixels, _ in seen]))
+    assert_close(features, np.stack([f for _, f in seen]), "features")
+    rows = [(i, *asked) for i in range(len(seen)) for asked in ASKED]
+    wanted = np.stack([reference.queries(seen[i][1], *asked) for i, *asked in rows])
+    assert np.std(wanted[:: len(ASKED)], axis=0).max() > 1e-2, "the checkpoint does not tell pictures apart"
+    questions = [reference.question_ids(*asked) for _, *asked in rows] if reference.question else None
+    queries = graphs.queries(np.repeat(features, len(ASKED), axis=0), questions)
+    assert_close(queries, wanted, "queries")
+    told = [reference.generate(seen[i][0], prompt, N_NEW, question) for i, prompt, question in rows]
+    ids = [t[0] for t in told]
+    logits, tokens = graphs.greedy(queries, ids, N_NEW)
+    assert_close(logits, np.stack([t[1] for t in told]), "first logits")
+    assert tokens == [t[2] for t in told]
+    assert len({tuple(t) for t in tokens}) > len(tokens) / 3, "it says nearly the same whatever it sees"
+    for i in (0, 1, len(rows) - 1):
+        alone = None if questions is None else questions[i : i + 1]
+        own = graphs.queries(features[i // len(ASKED)][None], alone)
+        assert graphs.greedy(own, ids[i : i + 1], N_NEW)[1] == tokens[i : i + 1], "alone a row gives other tokens"
+
+
+@pytest.mark.parametrize("shape", ["instruct-t5", "instruct-llama-odd-1", "vqa-opt", "vqa-t5"])
+def test_the_question_changes_the_queries_and_its_padding_does_not(case, shape: str) -> None:
+    graphs, reference = case(shape).open()
+    _, features = reference.look(scenes.sample_pictures(1, 0)[0])
+    questions = [reference.question_ids(*asked) for asked in ASKED]
+    assert len({len(q) for q in questions}) == len(questions), "questions of one length test no padding"
+    together = graphs.queries(np.repeat(features[None], len(questions), axis=0), questions)
+    for question, queries in zip(questions, together, strict=True):
+        assert_close(graphs.queries(features[None], [question])[0], queries, "queries alone")
+    assert np.std(together, axis=0).max() > 1e-2
+
+
+def encoder_inputs(
+    reference: Reference, n_queries: int, lengths: list[int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Queries and prompts of words drawn at random, padded on the right: embeddings, lengths and the reference's mask."""
+    rng = np.random.default_rng(4)
+    table = reference.model.language_model.get_input_embeddings().weight.detach().numpy()
+    embeds = np.zeros((len(lengths), max(lengths), table.shape[1]), np.float32)
+    for row, length in zip(embeds, lengths, strict=True):
+        row[:n_queries] = rng.standard_normal((n_queries, table.shape[1]))
+        row[n_queries:length] = table[rng.integers(0, len(table), length - n_queries)]
+    lengths_ = np.array(lengths)
+    return embeds, lengths_, (np.arange(max(lengths))[None] < lengths_[:, None]).astype(np.int64)
+
+
+@pytest.mark.parametrize("shape", ["t5", "t5-odd-1", "t5-odd-2"])
+@pytest.mark.parametrize(
+    ("encoded", "chunks"),
+    [
+        ([210, 9, 140], (1,) * 180),
+        ([210, 9, 140], (160, 1, 1)),
+        ([150], (3, 160, 1, 20)),
+    ],  # behind a cache a batch takes steps only
+)
+def test_flan_t5_decodes_alike_at_every_past_length(
+    case, shape: str, encoded: list[int], chunks: tuple[int, ...]
+) -> None:
+    graphs, reference = case(shape).open()
+    embeds, lengths, mask = encoder_inputs(reference, 4, encoded)
+    rng, language = np.random.default_rng(5), reference.model.language_model
+    ids = rng.integers(0, len(graphs.table), (len(lengths), sum(chunks)))
+    with torch.inference_mode():
+        wanted = language(
+            inputs_embeds=torch.from_numpy(embeds),
+            attention_mask=torch.from_numpy(mask),
+            decoder_input_ids=torch.from_numpy(ids),
+        ).logits.numpy()
+    seen, past, start = graphs.encode(embeds, lengths), graphs.empty_cache(len(ids), sum(chunks) + 3), 0
+    for n in chunks:
+        positions = np.tile(np.arange(start, start + n), (len(ids), 1))
+        found = graphs.decode(
+            graphs.table[ids[:, start : start + n]],
+            positions,
+            np.full(len(ids), start + n),
+            positions - start,
+            past,
+            seen,
+        )
+        assert_close(found, wanted[:, start : start + n], f"logits behind {start} positions")
+        start += n
+
+
+@pytest.mark.parametrize("shape", ["t5", "t5-odd-2", "llama", "instruct-llama-odd-1"])
+def test_rows_of_unequal_length_decode_as_they_would_alone(case, shape: str) -> None:
+    graphs, reference = case(shape).open()
+    language, rng, n_steps = reference.model.language_model, np.random.default_rng(6), 3
+    lengths = np.array([140, 3, 61])
+    ids = rng.integers(0, len(graphs.table), (len(lengths), int(lengths.max()) + n_steps))
+    seen: dict[str, np.ndarray] = {}
+    asked: dict[str, Any] = {"input_ids": torch.from_numpy(ids)}
+    if shape.startswith("t5"):
+        embeds, encoder_lengths, mask = encoder_inputs(reference, 4, [20, 50, 7])
+        seen = graphs.encode(embeds, encoder_lengths)
+        asked = {
+            "inputs_embeds": torch.from_numpy(embeds),
+            "attention_mask": torch.from_numpy(mask),
+            "decoder_input_ids": torch.from_numpy(ids),
+        }
+    with torch.inference_mode():
+        wanted = language(**asked).logits.numpy()
+    past = graphs.empty_cache(len(ids), ids.shape[1])
+    positions = np.tile(np.arange(lengths.max()), (len(ids), 1))
+    found = graphs.decode(graphs.table[ids[:, : lengths.max()]], positions, lengths, positions, past, seen)
+    for row, length in enumerate(lengths):
+        assert_close(found[row, :length], wanted[row, :length], f"row {row}")
+    for _ in range(n_steps):
+        new = np.take_along_axis(ids, lengths[:, None], axis=1)
+        found = graphs.decode(graphs.table[new], lengths[:, None], lengths + 1, np.zeros((len(ids), 1)), past, seen)
+        for row, length in enumerate(lengths):
+            assert_close(found[row, 0], wanted[row, length], f"row {row} behind {length} positions")
+        lengths = lengths + 1
+
+
+@pytest.mark.parametrize("shape", ["t5", "llama", "instruct-t5"])
+def test_long_texts_equal_the_reference(case, shape: str) -> None:
+    graphs, reference = case(shape).open()
+    prompts = ["a red star left of a blue ring " * n for n in (6, 1)]
+    seen = [reference.look(p) for p in scenes.sample_pictures(5, seed=2, side=100)]
+    rows = [(pixels, features, prompt) for pixels, features in seen for prompt in prompts]
+    queries = np.stack([reference.queries(features, prompt) for _, features, prompt in rows])
+    told = [reference.generate(pixels, prompt, LONG) for pixels, _, prompt in rows]
+    _, tokens = graphs.greedy(queries, [t[0] for t in told], LONG)
+    assert tokens == [t[2] for t in told]
+    assert max(map(len, tokens)) == LONG and len({tuple(t) for t in tokens}) > len(tokens) / 2
+
+
+def test_relative_buckets_are_those_of_the_reference() -> None:
+    distances = np.arange(-1000, 1001)
+    for n_buckets in (4, 10, 32, 64):
+        for most in (17, 20, 100, 128, 256):
+            for bidirectional in (True, False):
+                if n_buckets // (4 if bidirectional else 2) >= most:
+                    continue
+                found = relative_buckets(distances, n_buckets, most, bidirectional)
+                wanted = T5Attention._relative_position_bucket(
+                    torch.from_numpy(distances), bidirectional, n_buckets, most
+                )
+                assert (found == wanted.numpy()).all(), (n_buckets, most, bidirectional)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ("t5-odd-1", torch.bfloat16),
+        ("t5-odd-2", torch.float16),
+        ("instruct-llama-odd-1", torch.float16),
+        ("instruct-t5", torch.bfloat16),
+        ("vqa-opt", torch.bfloat16),
+    ],
+)
+def test_a_16_bit_checkpoint_keeps_its_size_and_equals_the_lifted_reference(
+    tmp_path: Path, shape: str, dtype: torch.dtype
+) -> None:
+    made = Case(tmp_path, shape, dtype)
+    stored = {p.name: p.stat().st_size for p in made.folder.glob("*.data")}
+    rotary = made.facts["language"]["max_positions"] * 32 * 4 if "llama" in shape else 0  # angles stay float32
+    assert sum(stored.values()) - rotary < 1.25 * (made.checkpoint / "model.safetensors").stat().st_size, stored
+    graphs, reference = made.open()
+    pixels, features, queries = reference.stages(scenes.sample_pictures(1, 0)[0], *ASKED[1])
+    assert_close(graphs.features(pixels[None])[0], features, "features")
+    questions = [reference.question_ids(*ASKED[1])] if reference.question else None
+    assert_close(graphs.queries(features[None], questions)[0], queries, "queries")
+    ids, logits, tokens, _ = reference.generate(pixels, ASKED[1][0], N_NEW, ASKED[1][1])
+    found, written = graphs.greedy(queries[None], [ids], N_NEW)
+    assert_close(found[0], logits, "first logits")
+    assert written == [tokens]
+
+
+def first_logits(made: Case) -> np.ndarray:
+    graphs, reference = made.open()
+    pixels, _, queries = reference.stages(scenes.sample_pictures(1, 0)[0])
+    ids, logits, _, _ = reference.generate(pixels, "a photo of", 1)
+    found, _ = graphs.greedy(queries[None], [ids], 1)
+    assert_close(found[0], logits, "first logits")
+    return found
+
+
+def test_flan_t5_runs_the_activation_and_the_scaling_that_its_config_means(tmp_path: Path) -> None:
+    made = Case(tmp_path, "t5")
+    exact = first_logits(made)
+    released = {"tie_word_embeddings": False, "dense_act_fn": "gelu", "feed_forward_proj": "gated-gelu"}
+    edit_text(made.checkpoint, "scale_decoder_outputs", **released)  # the key that only newer files hold is gone
+    made.convert()
+    assert (first_logits(made) == exact).all()
+    edit_text(made.checkpoint, "dense_act_fn")  # a plain Flan-T5 says no more than this: tanh
+    made.convert()
+    assert np.abs(first_logits(made) - exact).max() > TOLERANCE * np.abs(exact).max()
+    edit_text(made.checkpoint, "tie_word_embeddings", dense_act_fn="gelu")
+    made.convert()
+    np.testing.assert_allclose(first_logits(made), exact * 32**-0.5, rtol=TOLERANCE, atol=1e-6)
+
+
+def test_bundles_state_what_the_engine_needs_of_each_family(case) -> None:
+    facts = case("t5-odd-1").facts
+    language = facts["language"]
+    assert facts["family"] == "encoder_decoder" and set(facts["graphs"]) == {"vision", "qformer", "encoder", "decoder"}
+    assert language["token_ids"].items() >= {"decoder_start": 0, "eos": [1], "pad": 0, "bos": 1}.items()
+    assert language["cross_attention"] == {
+        "n_layers": 3,
+        "n_heads": 3,
+        "head_dim": 16,
+        "dtype": "float32",
+        "key": "cross.{}.key",
+        "value": "cross.{}.value",
+    }
+    assert (language["max_positions"], language["hidden"], language["kv_cache"]["head_dim"]) == (2048, 40, 16)
+    assert "text" not in facts["qformer"] and facts["prompts"] == {"caption": "", "ask": "Question: {} Short answer:"}
+    crossing = {"name": "cross.2.value", "dtype": "float32", "shape": ["batch", 3, "sequence", 16]}
+    assert crossing in facts["graphs"]["encoder"]["outputs"]
+
+    facts = case("instruct-llama-odd-1").facts
+    cache = facts["language"]["kv_cache"]
+    assert (facts["family"], cache["n_heads"], cache["head_dim"]) == ("decoder_only", 2, 32)
+    assert "cross_attention" not in facts["language"] and "decoder_start" not in facts["language"]["token_ids"]
+    text = {
+        "tokenizer": "qformer_tokenizer.json",
+        "max_tokens": 128,
+        "max_positions": 512,
+        "pad": 0,
+        "truncation_side": "left",
+        "reads": "prompt",
+    }
+    assert facts["qformer"]["text"] == text
+    assert case("vqa-t5").facts["qformer"]["text"] == {
+        **text,
+        "max_tokens": 32,
+        "truncation_side": "right",
+        "reads": "question",
+    }
+    assert facts["graphs"]["qformer"]["inputs"][1:] == [
+        {"name": name, "dtype": "int64", "shape": ["batch", "question"]} for name in ("question_ids", "question_mask")
+    ]
+
+
+@pytest.mark.parametrize("shape", ["t5", "llama", "instruct-t5", "instruct-llama", "vqa-opt"])
+def test_goldens_hold_what_the_graphs_give(case, tmp_path: Path, shape: str) -> None:
+    convert(case(shape).checkpoint, tmp_path / "b", Choices("x", ask_prompt="Question: {} Answer:", caption_prompt="a"))
+    cases = json.loads((tmp_path / "b" / "golden" / "golden.json").read_text())["cases"]
+    facts, graphs = json.loads((tmp_path / "b" / "bundle.json").read_text()), Graphs(tmp_path / "b")
+    assert [c["task"] for c in cases] == ["caption", "ask"] * 2
+    assert cases[0]["pixels"] == cases[1]["pixels"] and cases[0]["features"] == cases[1]["features"]
+    reads = facts["qformer"].get("text")
+    assert (cases[0]["queries"] != cases[1]["queries"]) == (reads is not None)
+    for found in cases:
+        features = tensor(tmp_path / "b", found["features"])
+        questions = [found["question_ids"]] if reads else None
+        assert ("question_ids" in found) == (reads is not None)
+        queries = graphs.queries(features[None], questions)
+        assert_close(queries[0], tensor(tmp_path / "b", found["queries"]), "queries")
+        logits, tokens = graphs.greedy(queries, [found["prompt_ids"]], found["max_new_tokens"])
+        assert_close(logits[0], tensor(tmp_path / "b", found["first_logits"]), "first logits")
+        assert tokens == [found["tokens"]]
+    if reads:
+        said = {"prompt": len(cases[0]["prompt"]), "question": 0}[reads["reads"]]
+        assert (len(cases[0]["question_ids"]) > 2) == (said > 0), "[CLS] and [SEP] alone where there is no question"
+
+
+def tensor(folder: Path, described: dict[str, Any]) -> np.ndarray:
+    return np.fromfile(folder / described["file"], "<f4").reshape(described["shape"])
+
+
+@pytest.mark.parametrize(("shape", "kept"), [("instruct-t5", "end"), ("vqa-opt", "start")])
+def test_long_questions_are_cut_on_the_side_that_the_bundle_names(case, shape: str, kept: str) -> None:
+    reference = Reference(case(shape).checkpoint, case(shape).facts)
+    question = "water " + "dogs " * 200 + "star"
+    ids = reference.question_ids(question, question)
+    assert len(ids) == case(shape).facts["qformer"]["text"]["max_tokens"]
+    end = reference.question_ids("star", "star")[1:-1]
+    start = reference.question_ids("water", "water")[1:-1]
+    assert (ids[-1 - len(end) : -1] == end, ids[1 : 1 + len(start)] == start) == (kept == "end", kept == "start")
+
+
+def edit_text(folder: Path, *without: str, **values: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    text = {k: v for k, v in config["text_config"].items() if k not in without}
+    (folder / "config.json").write_text(json.dumps({**config, "text_config": {**text, **values}}))
+
+
+def drop_tensors(folder: Path, part: str) -> None:
+    path = folder / "model.safetensors"
+    left = {k: v for k, v in load_file(path).items() if part not in k}
+    path.unlink()
+    save_file(left, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("shape", "damage", "said"),
+    [
+        ("llama", lambda f: edit_text(f, rope_scaling={"type": "linear", "factor": 2.0}), "of type `linear`"),
+        (
+            "llama",
+            lambda f: edit_text(f, "rope_parameters", rope_parameters={"rope_type": "yarn", "factor": 2.0}),
+            "`yarn`",
+        ),
+        ("llama", lambda f: edit_text(f, head_dim=15), "requires an even rotary dimension"),
+        ("llama", lambda f: edit_text(f, num_key_value_heads=1), "k_proj.weight` is"),
+        ("llama", lambda f: edit_text(f, hidden_act="mish"), "activation `mish` is not supported"),
+        ("t5", lambda f: edit_text(f, dense_act_fn="gelu_fast"), "activation `gelu_fast` is not supported"),
+        ("t5", lambda f: edit_text(f, relative_attention_max_distance=8), "32 relative position buckets over 8"),
+        (
+            "t5",
+            lambda f: edit_text(f, "decoder_start_token_id", "bos_token_id"),
+            "no text_config.decoder_start_token_id",
+        ),
+        (
+            "t5",
+            lambda f: drop_tensors(f, "decoder.block.1.layer.1.EncDecAttention.k"),
+            "EncDecAttention.k.weight` is missing",
+        ),
+        (
+            "instruct-t5",
+            lambda f: shutil.rmtree(f / "qformer_tokenizer"),
+            "tokenizer folder qformer_tokenizer is missing",
+        ),
+        ("instruct-t5", lambda f: (f / "qformer_tokenizer" / "tokenizer.json").unlink(), "no tokenizer.json"),
+        ("vqa-opt", lambda f: drop_tensors(f, "word_embeddings"), "`embeddings.word_embeddings.weight` is missing"),
+        ("vqa-opt", lambda f: drop_tensors(f, "0.intermediate."), "intermediate.dense.weight` is missing"),
+    ],
+)
+def test_what_cannot_be_converted_gets_one_sentence_and_leaves_nothing(
+    case, tmp_path: Path, shape: str, damage, said: str
+) -> None:
+    shutil.copytree(case(shape).checkpoint, tmp_path / "c")
+    damage(tmp_path / "c")
+    with pytest.raises((CheckpointError, UnsupportedError), match=said):
+        convert(tmp_path / "c", tmp_path / "b", Choices("x", golden=False))
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]

@@ -1,0 +1,38 @@
+//! `--rerank itm`: several texts in the order in which another bundle's matching head finds them fitting.
+
+use super::Failure;
+use super::args::{Model, Write};
+use crate::bundle::{Bundle, TaskName};
+use crate::engine::{Answer, Engine};
+use crate::error::Error;
+use crate::pixels::Picture;
+
+/// The second bundle.
+pub(super) struct Reranker(Engine);
+
+impl Reranker {
+    /// Opens the bundle, where one is asked for.
+    pub fn open(write: &Write, model: &Model) -> Result<Option<Self>, Failure> {
+        let Some(folder) = &write.itm_model else { return Ok(None) };
+        let bundle = Bundle::open(folder).map_err(Error::from)?;
+        bundle.require(TaskName::Match).map_err(Error::from)?;
+        Ok(Some(Self(model.load(bundle)?)))
+    }
+
+    /// Puts each answer's candidates in order, the best match first.
+    pub fn order(&mut self, picture: &Picture, answers: &mut [Answer]) -> Result<(), Failure> {
+        let sight = self.0.see(&[picture])?.remove(0);
+        for answer in answers.iter_mut().filter(|answer| !answer.candidates.is_empty()) {
+            // A model may write nothing at all; that matches no picture.
+            let written: Vec<usize> = (0..answer.candidates.len()).filter(|k| !answer.candidates[*k].text.is_empty()).collect();
+            let pairs: Vec<_> = written.iter().map(|k| (&sight, answer.candidates[*k].text.as_str())).collect();
+            let found: Vec<f32> = self.0.match_texts(&pairs)?.iter().map(|found| found.itm_probability).collect();
+            answer.candidates.iter_mut().for_each(|candidate| candidate.itm_probability = Some(0.0));
+            for (k, probability) in written.into_iter().zip(found) {
+                answer.candidates[k].itm_probability = Some(probability);
+            }
+            answer.reorder(|a, b| b.itm_probability.unwrap_or(0.0).total_cmp(&a.itm_probability.unwrap_or(0.0)));
+        }
+        Ok(())
+    }
+}

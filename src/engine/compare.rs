@@ -1,0 +1,76 @@
+//! Pictures beside texts: matching, similarity, vectors.
+
+use super::{Engine, Reader, Sight};
+use crate::bundle::TaskName;
+use crate::error::Error;
+use crate::prompt::PromptError;
+use crate::stage1::{PairEmbedding, Stage1, TextEmbedding};
+use crate::text::TokenBatch;
+
+/// Pairs that run in one batch; more make no picture faster and cost memory.
+const BATCH: usize = 32;
+
+/// How a text fits a picture.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Match {
+    /// Image–text matching: the probability that the text is about the picture.
+    pub itm_probability: f32,
+    /// The logit behind it, which retrieval adds to the similarity.
+    pub itm_logit: f32,
+    /// Image–text contrastive similarity: a cosine, the largest over the queries.
+    pub itc_similarity: f32,
+}
+
+impl Engine {
+    /// How well each text fits its picture. Pairs are read in batches; texts of different lengths give what they give alone.
+    pub fn match_texts(&mut self, pairs: &[(&Sight, &str)]) -> Result<Vec<Match>, Error> {
+        self.bundle.require(TaskName::Match)?;
+        let texts: Vec<&str> = pairs.iter().map(|(_, text)| *text).collect();
+        let embeddings = self.embed_texts(&texts)?;
+        let read = self.embed_pairs(pairs)?;
+        let of = |(((sight, _), text), pair): ((&(&Sight, &str), &TextEmbedding), &PairEmbedding)| Match {
+            itm_probability: pair.probability(),
+            itm_logit: pair.itm_logits[1],
+            itc_similarity: sight.embedding().map_or(f32::NAN, |image| image.similarity(text)),
+        };
+        Ok(pairs.iter().zip(&embeddings).zip(&read).map(of).collect())
+    }
+
+    /// Texts in the space of pictures and texts.
+    pub fn embed_texts(&mut self, texts: &[&str]) -> Result<Vec<TextEmbedding>, Error> {
+        self.bundle.require(TaskName::Embed)?;
+        let mut found = Vec::with_capacity(texts.len());
+        for texts in texts.chunks(BATCH) {
+            let batch = self.qformer_tokens(texts)?;
+            found.extend(self.stage1().read(&batch)?);
+        }
+        Ok(found)
+    }
+
+    /// Pictures read together with a text each.
+    pub fn embed_pairs(&mut self, pairs: &[(&Sight, &str)]) -> Result<Vec<PairEmbedding>, Error> {
+        self.bundle.require(TaskName::Match)?;
+        let mut found = Vec::with_capacity(pairs.len());
+        for pairs in pairs.chunks(BATCH) {
+            let batch = self.qformer_tokens(&pairs.iter().map(|(_, text)| *text).collect::<Vec<_>>())?;
+            let features: Vec<_> = pairs.iter().filter_map(|(sight, _)| sight.features()).collect();
+            found.extend(self.stage1().compare(&features, &batch)?);
+        }
+        Ok(found)
+    }
+
+    fn qformer_tokens(&self, texts: &[&str]) -> Result<TokenBatch, PromptError> {
+        let (text, facts) = self.qformer_text.as_ref().zip(self.bundle.facts().qformer.text.as_ref()).expect("stage 1 reads text");
+        let tokens = texts
+            .iter()
+            .map(|words| if words.trim().is_empty() { Err(PromptError::EmptyText) } else { Ok(text.encode_cut(words, facts)?) });
+        Ok(TokenBatch::new(&tokens.collect::<Result<Vec<_>, PromptError>>()?, facts.pad))
+    }
+
+    fn stage1(&mut self) -> &mut Stage1 {
+        match &mut self.reader {
+            Reader::Stage1(stage1) => stage1,
+            Reader::Queries(_) => unreachable!("only a stage-1 bundle has the tasks that come here"),
+        }
+    }
+}
