@@ -312,7 +312,7 @@ def _spread(name: str, shape: torch.Size) -> float:
     if name.endswith("SelfAttention.q.weight"):
         return 0.4 / shape[-1] ** 0.5  # T5 does not scale its scores, its weights do
     if name.endswith("EncDecAttention.q.weight"):
-        return 1 / shape[-1] ** 0.5  # picks out positions, so that pictures tell
+        return 0.6 / shape[-1] ** 0.5  # picks out positions, so that pictures tell
     if name.endswith("DenseReluDense.wo.weight"):
         return 1 / shape[-1] ** 0.5  # what relu lets through points one way for all inputs
     return (2.5 if name.startswith(("language_model", "language_projection")) else 0.8) / shape[-1] ** 0.5
