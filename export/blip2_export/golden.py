@@ -9,35 +9,54 @@ from typing import Any
 
 import numpy as np
 
-from blip2_export import scenes
-from blip2_export.checkpoint import CheckpointError
+from blip2_export import processor, reference, scenes
+from blip2_export.checkpoint import Checkpoint, CheckpointError
 
 N_PICTURES = 2
 _QUESTION = "what colour is the star?"
 _PICTURE_SIDE = 240
 
 
-def record(checkpoint: Path, bundle: Path, facts: dict[str, Any]) -> None:
-    """Writes `bundle/golden/`: drawn pictures, each captioned and asked one question."""
+def record(checkpoint: Checkpoint, bundle: Path, facts: dict[str, Any]) -> None:
+    """Writes `bundle/golden/`."""
     import torch
 
-    reference = Reference(checkpoint, facts)
     folder = bundle / "golden"
     folder.mkdir()
+    _check_memory(checkpoint)
+    if facts["family"] == "qformer":
+        from blip2_export import golden_retrieval
+
+        cases, tolerance = golden_retrieval.cases(checkpoint, bundle, facts)
+    else:
+        cases, tolerance = _cases(checkpoint, folder, facts), ("features", "queries", "first_logits")
+    facts["made_by"]["torch"] = version("torch")
+    golden = {
+        "format_version": 1,
+        "reference": f"transformers {version('transformers')}, torch {torch.__version__.split('+')[0]}, float32 on cpu",
+        "tolerance": {"pixels": 0.0157, **dict.fromkeys(tolerance, 1e-4)},
+        "cases": cases,
+    }
+    (folder / "golden.json").write_text(json.dumps(golden, indent=1) + "\n")
+
+
+def _cases(checkpoint: Checkpoint, folder: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Drawn pictures, each captioned and asked one question."""
+    model = Reference(checkpoint, facts)
     cases = []
     for i, picture in enumerate(scenes.sample_pictures(N_PICTURES, seed=7, side=_PICTURE_SIDE)):
         picture.save(folder / f"{i}.png")
-        pixels, features, queries = reference.stages(picture)
+        pixels, features, queries = model.stages(picture)
         shared = {
-            "pixels": _save(folder / f"{i}.pixels.bin", pixels),
-            "features": _save(folder / f"{i}.features.bin", features),
-            "queries": _save(folder / f"{i}.queries.bin", queries),
+            "pixels": save(folder / f"{i}.pixels.bin", pixels),
+            "features": save(folder / f"{i}.features.bin", features),
+            "queries": save(folder / f"{i}.queries.bin", queries),
         }
         for task, prompt in (
             ("caption", facts["prompts"]["caption"]),
             ("ask", facts["prompts"]["ask"].format(_QUESTION)),
         ):
-            ids, logits, tokens, text = reference.generate(pixels, prompt, facts["generation"][task]["max_new_tokens"])
+            ids, logits, tokens, text = model.generate(pixels, prompt, facts["generation"][task]["max_new_tokens"])
             cases.append(
                 {
                     "task": task,
@@ -46,37 +65,25 @@ def record(checkpoint: Path, bundle: Path, facts: dict[str, Any]) -> None:
                     "prompt_ids": ids,
                     "max_new_tokens": facts["generation"][task]["max_new_tokens"],
                     **shared,
-                    "first_logits": _save(folder / f"{i}.{task}.first_logits.bin", logits),
+                    "first_logits": save(folder / f"{i}.{task}.first_logits.bin", logits),
                     "tokens": tokens,
                     "text": text,
                 }
             )
-    facts["made_by"]["torch"] = version("torch")
-    golden = {
-        "format_version": 1,
-        "reference": f"transformers {version('transformers')}, torch {torch.__version__.split('+')[0]}, float32 on cpu",
-        "tolerance": {"pixels": 0.0157, "features": 1e-4, "queries": 1e-4, "first_logits": 1e-4},
-        "cases": cases,
-    }
-    (folder / "golden.json").write_text(json.dumps(golden, indent=1) + "\n")
+    return cases
 
 
 class Reference:
     """`Blip2ForConditionalGeneration` with the PIL image processor."""
 
-    def __init__(self, checkpoint: Path, facts: dict[str, Any]) -> None:
+    def __init__(self, checkpoint: Path | Checkpoint, facts: dict[str, Any]) -> None:
         import torch
-        from tokenizers import Tokenizer
         from transformers import Blip2ForConditionalGeneration
 
-        _check_memory(checkpoint)
+        checkpoint = Checkpoint(checkpoint) if isinstance(checkpoint, Path) else checkpoint
         self.torch = torch
-        self.model = Blip2ForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
-        self.tokenizer = (
-            Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
-            if (checkpoint / "tokenizer.json").exists()
-            else None
-        )
+        self.model = reference.load(checkpoint, Blip2ForConditionalGeneration, facts["image"]["size"])
+        self.tokenizer = processor.tokenizer(checkpoint.tokenizer_folder)
         self.facts = facts
 
     def stages(self, picture: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -129,13 +136,13 @@ def preprocess(picture: Any, image: dict[str, Any]) -> np.ndarray:
     return np.asarray(processor(images=picture, return_tensors="np")["pixel_values"][0], np.float32)
 
 
-def _save(path: Path, value: np.ndarray) -> dict[str, Any]:
+def save(path: Path, value: np.ndarray) -> dict[str, Any]:
     value.astype("<f4").tofile(path)
     return {"file": f"golden/{path.name}", "shape": list(value.shape)}
 
 
-def _check_memory(checkpoint: Path) -> None:
-    stored = sum(p.stat().st_size for p in checkpoint.glob("*.safetensors"))
+def _check_memory(checkpoint: Checkpoint) -> None:
+    stored = checkpoint.n_bytes
     free = _available_bytes()
     if free is not None and 2 * stored > free:
         raise CheckpointError(

@@ -6,15 +6,21 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from blip2_export.checkpoint import CheckpointError, read_json
 
 _FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}  # PIL's numbers
+_SLOW_FILES = ("vocab.json", "spiece.model", "vocab.txt")
 
 
-def image_facts(folder: Path, image_size: int) -> dict[str, Any]:
-    """The `image` entry of `bundle.json`, from preprocessor_config.json or a nested processor_config.json."""
-    config = _image_processor(folder)
-    size = config.get("size", {"height": image_size, "width": image_size})
+def image_facts(folder: Path | None, image_size: int, resized: bool = False) -> dict[str, Any]:
+    """The `image` entry of `bundle.json`, from preprocessor_config.json or a nested processor_config.json.
+
+    No `folder`: the preprocessing of the reference. `resized`: `image_size` is chosen, whatever those files say.
+    """
+    config = _image_processor(folder) if folder else {}
+    size = {"height": image_size, "width": image_size} if resized else config.get("size", image_size)
     side = {size} if isinstance(size, int) else set(size.values())
     if side != {image_size}:
         raise CheckpointError(
@@ -52,8 +58,19 @@ def write_tokenizer(folder: Path, out: Path) -> None:
     if (folder / "tokenizer.json").is_file():
         shutil.copyfile(folder / "tokenizer.json", out / "tokenizer.json")
         return
-    if not (folder / "vocab.json").is_file():
-        raise CheckpointError(f"{folder}: no tokenizer.json, nor vocab.json and merges.txt to make it from")
-    from transformers import AutoTokenizer
+    tokenizer(folder).save(str(out / "tokenizer.json"))
 
-    AutoTokenizer.from_pretrained(folder).backend_tokenizer.save(str(out / "tokenizer.json"))
+
+def tokenizer(folder: Path) -> Tokenizer:
+    """From tokenizer.json, or from the slow tokenizer's files by `transformers`."""
+    if (folder / "tokenizer.json").is_file():
+        try:
+            return Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the library raises nothing more precise
+            raise CheckpointError(f"{folder / 'tokenizer.json'}: not a tokenizer ({error})") from error
+    if not any((folder / name).is_file() for name in _SLOW_FILES):
+        raise CheckpointError(f"{folder}: no tokenizer.json, nor {', '.join(_SLOW_FILES)} to make it from")
+    from transformers import AutoTokenizer, BertTokenizer
+
+    kind = BertTokenizer if (folder / "vocab.txt").is_file() else AutoTokenizer
+    return kind.from_pretrained(folder).backend_tokenizer

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import Blip2Config, Blip2ForConditionalGeneration, PreTrainedTokenizerFast
 
-_BASE: dict[str, dict[str, Any]] = {
+BASE: dict[str, dict[str, Any]] = {
     "vision_config": {
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -127,8 +127,8 @@ _SENTENCES = (
 
 def write(folder: Path, shape: str, seed: int, dtype: torch.dtype = torch.float32, shard_bytes: int = 2 << 30) -> None:
     """Writes the folder: config, safetensors in shards, tokenizer, processor configs. Holds one shard in memory."""
-    tokenizer = _tokenizer()
-    parts = {key: {**base, **(SHAPES | LARGE)[shape].get(key, {})} for key, base in _BASE.items()}
+    tokenizer = bpe_tokenizer()
+    parts = {key: {**base, **(SHAPES | LARGE)[shape].get(key, {})} for key, base in BASE.items()}
     newline = tokenizer.encode("\n", add_special_tokens=False)[0]
     parts["text_config"] |= {"bos_token_id": 2, "eos_token_id": newline, "pad_token_id": 1}
     parts["text_config"].setdefault("vocab_size", len(tokenizer))
@@ -136,7 +136,7 @@ def write(folder: Path, shape: str, seed: int, dtype: torch.dtype = torch.float3
     config = Blip2Config(**parts, **top, image_token_index=tokenizer.convert_tokens_to_ids("<image>"))
     config.architectures, config.dtype = ["Blip2ForConditionalGeneration"], dtype
     config.save_pretrained(folder)
-    _write_shards(folder, _shapes(config), seed, dtype, shard_bytes)
+    write_shards(folder, _shapes(config), seed, dtype, shard_bytes)
     tokenizer.save_pretrained(folder)
     side = config.vision_config.image_size
     image = {"image_processor_type": "BlipImageProcessor", "size": {"height": side, "width": side}, "resample": 3}
@@ -157,7 +157,7 @@ def _shapes(config: Blip2Config) -> dict[str, torch.Size]:
     return shapes
 
 
-def _write_shards(folder: Path, shapes: dict[str, torch.Size], seed: int, dtype: torch.dtype, most: int) -> None:
+def write_shards(folder: Path, shapes: dict[str, torch.Size], seed: int, dtype: torch.dtype, most: int) -> None:
     """Every parameter drawn anew: `transformers`' own initialisation gives an image encoder and queries that do nothing."""
     groups: list[list[str]] = [[]]
     size = 0
@@ -172,14 +172,16 @@ def _write_shards(folder: Path, shapes: dict[str, torch.Size], seed: int, dtype:
     files = files if len(files) > 1 else ["model.safetensors"]
     generator = torch.Generator().manual_seed(seed)
     for file, names in zip(files, groups, strict=True):
-        save_file({n: _draw(n, shapes[n], generator).to(dtype) for n in names}, folder / file, {"format": "pt"})
+        save_file({n: draw(n, shapes[n], generator).to(dtype) for n in names}, folder / file, {"format": "pt"})
     if len(files) > 1:
         where = {name: file for file, names in zip(files, groups, strict=True) for name in names}
         (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
 
 
-def _draw(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+def draw(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
     """The language model's blocks outweigh its embeddings; a tied head would otherwise repeat the last token for ever."""
+    if not shape:
+        return 0.05 + 0.1 * torch.rand(shape, generator=generator)
     centre = 1.0 if "norm" in name.lower() and name.endswith("weight") else 0.0
     return centre + _spread(name, shape) * torch.randn(shape, generator=generator)
 
@@ -187,14 +189,17 @@ def _draw(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Ten
 def _spread(name: str, shape: torch.Size) -> float:
     if len(shape) < 2:
         return 0.3
-    if name.endswith(("query_tokens", "embed_positions.weight")):
+    if name.endswith(
+        ("query_tokens", "embed_positions.weight", "word_embeddings.weight", "position_embeddings.weight")
+    ):
         return 1.0
     if name.endswith("embed_tokens.weight"):
         return 0.5
-    return (2.5 if name.startswith(("language_model", "language_projection")) else 0.8) / shape[-1] ** 0.5
+    strong = ("language_model", "language_projection", "cls.", "text_projection")
+    return (2.5 if name.startswith(strong) else 0.8) / shape[-1] ** 0.5
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def bpe_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -218,7 +223,10 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, help="folder to write")
-    parser.add_argument("--shape", choices=sorted(SHAPES | LARGE), default="tiny", help="default: %(default)s")
+    from blip2_export import random_retrieval as stage1
+
+    shapes = sorted(SHAPES | LARGE | stage1.SHAPES | stage1.LARGE)
+    parser.add_argument("--shape", choices=shapes, default="tiny", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
 
@@ -227,5 +235,8 @@ def run(args: argparse.Namespace) -> int:
     if args.out.exists():
         print(f"error: {args.out} exists", file=sys.stderr)
         return 2
-    write(args.out, args.shape, args.seed, getattr(torch, args.dtype))
+    from blip2_export import random_retrieval as stage1
+
+    writer = stage1.write if args.shape in stage1.SHAPES | stage1.LARGE else write
+    writer(args.out, args.shape, args.seed, getattr(torch, args.dtype))
     return 0
