@@ -13,6 +13,8 @@ from blip2_export.checkpoint import Checkpoint
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+_HEAD = "language_model.lm_head.weight"
+
 
 def load(checkpoint: Checkpoint, kind: Any, side: int) -> Any:
     """`kind`, a model class of BLIP-2, with the checkpoint's weights, for pictures of `side` × `side`."""
@@ -26,6 +28,8 @@ def load(checkpoint: Checkpoint, kind: Any, side: int) -> Any:
             for name, parameter in model.named_parameters():
                 if not (name.endswith("patch_embedding.bias") and vision.has_pre_layernorm(model.config.vision_config)):
                     parameter.copy_(tensor(checkpoint, name, tuple(parameter.shape)))
+        if checkpoint.has(_HEAD):  # `transformers` builds T5 with a tied head, and unties it when it loads a folder
+            model.language_model.lm_head.weight = torch.nn.Parameter(tensor(checkpoint, _HEAD))
     _adapt(model.vision_model, checkpoint, side)
     return model.eval()
 
