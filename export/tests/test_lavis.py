@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -100,7 +99,7 @@ def test_a_stage_1_file_equals_the_formulas(tmp_path: Path, name: str) -> None:
     assert graphs.facts["qformer"]["temperature"] == pytest.approx(float(state["temp"]), rel=1e-6)
 
 
-def test_a_large_epsilon_tells_the_last_norm_from_the_blocks(tmp_path: Path) -> None:
+def test_the_last_norm_has_its_own_epsilon(tmp_path: Path) -> None:
     """The image encoder's outputs are made so small that 1e-5 and 1e-6 differ."""
     write_lavis(tmp_path / "l", EVA, 3)
     eye = torch.load(tmp_path / "l" / "vision.pth", weights_only=True)
@@ -364,5 +363,4 @@ def test_parts_go_with_a_file_only(tmp_path: Path) -> None:
     random_checkpoint.write(tmp_path / "c", "tiny", 0)
     with pytest.raises(CheckpointError, match="go with a LAVIS file"):
         convert(tmp_path / "c", tmp_path / "b", Choices("x", parts=Parts(llm=tmp_path / "c")))
-    shutil.rmtree(tmp_path / "c")
-    assert not list(tmp_path.iterdir())
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
