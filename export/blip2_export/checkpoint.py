@@ -10,10 +10,12 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+RETRIEVAL = "Blip2ForImageTextRetrieval"
 _KINDS = ("blip-2", "instructblip")
 _LANGUAGES = ("opt", "llama", "t5")
 _SUPPORTED = (
-    "BLIP-2 or InstructBLIP with OPT, LLaMA or Flan-T5 (`blip-2` or `instructblip` with `opt`, `llama` or `t5`)"
+    "BLIP-2 or InstructBLIP with OPT, LLaMA or Flan-T5 (`blip-2` or `instructblip` with `opt`, `llama` or `t5`), "
+    f"or `{RETRIEVAL}`"
 )
 
 
@@ -22,34 +24,66 @@ class CheckpointError(ValueError):
 
 
 class Checkpoint:
-    """A folder with config.json and safetensors (one file or shards)."""
+    """A configuration and tensors under their Hugging Face names; here those of a folder with config.json and safetensors."""
+
+    asks = "config.json asks for"
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config = _config(folder)
-        self._where = _tensor_files(folder)
-        self._open: dict[str, Any] = {}
+        self.tokenizer_folder: Path = folder
+        self.processor_folder: Path | None = folder  # none: the reference's own preprocessing
+        self._files = TensorFiles(folder)
+
+    @property
+    def is_retrieval(self) -> bool:
+        return RETRIEVAL in (self.config.get("architectures") or ())
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the stored tensors, in files."""
+        return self._files.n_bytes
 
     def has(self, name: str) -> bool:
-        return name in self._where
+        return self._files.has(name)
 
     def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
         """One tensor in its own dtype (float32, float16 or bfloat16). With `shape`, anything else is an error."""
-        if name not in self._where:
+        if not self.has(name):
             raise CheckpointError(
                 f"{self.folder}: tensor `{name}` is missing; the checkpoint is incomplete or of another kind"
             )
         value = self._read(name)
         if shape is not None and value.shape != shape:
-            raise CheckpointError(
-                f"{self.folder}: tensor `{name}` is {list(value.shape)}, config.json asks for {list(shape)}"
-            )
+            raise CheckpointError(f"{self.folder}: tensor `{name}` is {list(value.shape)}, {self.asks} {list(shape)}")
         return value
 
     def optional(self, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray | None:
         return self.tensor(name, shape) if self.has(name) else None
 
     def _read(self, name: str) -> np.ndarray:
+        return self._files.read(name)
+
+
+class TensorFiles:
+    """The safetensors of a folder, one file or shards."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._where = _tensor_files(folder)
+        self._open: dict[str, Any] = {}
+
+    @property
+    def n_bytes(self) -> int:
+        return sum((self.folder / file).stat().st_size for file in set(self._where.values()))
+
+    def names(self) -> list[str]:
+        return list(self._where)
+
+    def has(self, name: str) -> bool:
+        return name in self._where
+
+    def read(self, name: str) -> np.ndarray:
         file = self._where[name]
         try:
             if file not in self._open:
@@ -75,7 +109,7 @@ def _config(folder: Path) -> dict[str, Any]:
     if kind not in _KINDS:
         raise CheckpointError(f"{folder}: model_type is `{kind}`; supported is {_SUPPORTED}")
     language = config.get("text_config", {}).get("model_type", "opt")
-    if language not in _LANGUAGES:
+    if language not in _LANGUAGES and RETRIEVAL not in (config.get("architectures") or ()):
         raise CheckpointError(f"{folder}: the language model is `{language}`; supported is {_SUPPORTED}")
     return config
 

@@ -9,11 +9,14 @@ from pathlib import Path
 from blip2_export.bundle import Choices, convert
 from blip2_export.checkpoint import CheckpointError
 from blip2_export.graph import UnsupportedError
+from blip2_export.lavis import Parts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "checkpoint", type=Path, help="folder with config.json, safetensors, tokenizer and processor files"
+        "checkpoint",
+        type=Path,
+        help="folder with config.json, safetensors, tokenizer and processor files, or a .pth file of LAVIS",
     )
     parser.add_argument("out", type=Path, help="folder of the new bundle")
     parser.add_argument("--name", help="the bundle's name (default: the folder's)")
@@ -33,6 +36,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-golden", action="store_true", help="record no reference; `blip2 verify` then checks files and shapes only"
     )
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        metavar="N",
+        help="pictures of N×N pixels instead of the checkpoint's size; position embeddings are interpolated",
+    )
+    lavis = parser.add_argument_group("what a LAVIS file leaves out")
+    lavis.add_argument(
+        "--vision",
+        type=Path,
+        help="its image encoder: eva_vit_g.pth, clip_vit_L.pth, another LAVIS file that holds one, or a BLIP-2 folder",
+    )
+    lavis.add_argument("--llm", type=Path, metavar="FOLDER", help="the OPT or Flan-T5 model of a stage-2 file")
+    lavis.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="FOLDER",
+        help="bert-base-uncased for a stage-1 file; for a stage-2 file the language model's, if not in its folder",
+    )
     parser.add_argument("--force", action="store_true", help="replace an existing bundle, once the new one is complete")
 
 
@@ -45,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
         args.ask_tokens,
         not args.no_golden,
         args.force,
+        args.image_size,
+        Parts(args.vision, args.llm, args.tokenizer),
     )
     try:
         convert(args.checkpoint, args.out, choices)

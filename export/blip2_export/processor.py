@@ -6,10 +6,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from blip2_export.checkpoint import CheckpointError, read_json
 
 _FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}  # PIL's numbers
-_SLOW_VOCABULARIES = ("vocab.json", "spiece.model", "tokenizer.model", "vocab.txt")
+_SLOW_FILES = ("vocab.json", "spiece.model", "tokenizer.model", "vocab.txt")
+QUESTION_FOLDER = "qformer_tokenizer"
 _QUESTION_TOKENIZER = "qformer_tokenizer.json"
 _QUESTIONS: dict[str, dict[str, Any]] = {  # as LAVIS' `blip2_t5_instruct.py` and `blip2.py` cut them
     "instructblip": {"max_tokens": 128, "truncation_side": "left", "reads": "prompt"},
@@ -17,10 +20,13 @@ _QUESTIONS: dict[str, dict[str, Any]] = {  # as LAVIS' `blip2_t5_instruct.py` an
 }
 
 
-def image_facts(folder: Path, image_size: int) -> dict[str, Any]:
-    """The `image` entry of `bundle.json`, from preprocessor_config.json or a nested processor_config.json."""
-    config = _image_processor(folder)
-    size = config.get("size", {"height": image_size, "width": image_size})
+def image_facts(folder: Path | None, image_size: int, resized: bool = False) -> dict[str, Any]:
+    """The `image` entry of `bundle.json`, from preprocessor_config.json or a nested processor_config.json.
+
+    No `folder`: the preprocessing of the reference. `resized`: `image_size` is chosen, whatever those files say.
+    """
+    config = _image_processor(folder) if folder else {}
+    size = {"height": image_size, "width": image_size} if resized else config.get("size", image_size)
     side = {size} if isinstance(size, int) else set(size.values())
     if side != {image_size}:
         raise CheckpointError(
@@ -58,19 +64,30 @@ def write_tokenizer(folder: Path, path: Path) -> None:
     if (folder / "tokenizer.json").is_file():
         shutil.copyfile(folder / "tokenizer.json", path)
         return
-    if not any((folder / name).is_file() for name in _SLOW_VOCABULARIES):
-        raise CheckpointError(f"{folder}: no tokenizer.json, nor {', '.join(_SLOW_VOCABULARIES)} to make it from")
-    from transformers import AutoTokenizer
+    tokenizer(folder).save(str(path))
 
-    AutoTokenizer.from_pretrained(folder).backend_tokenizer.save(str(path))
+
+def tokenizer(folder: Path) -> Tokenizer:
+    """From tokenizer.json, or from the slow tokenizer's files by `transformers`."""
+    if (folder / "tokenizer.json").is_file():
+        try:
+            return Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the library raises nothing more precise
+            raise CheckpointError(f"{folder / 'tokenizer.json'}: not a tokenizer ({error})") from error
+    if not any((folder / name).is_file() for name in _SLOW_FILES):
+        raise CheckpointError(f"{folder}: no tokenizer.json, nor {', '.join(_SLOW_FILES)} to make it from")
+    from transformers import AutoTokenizer, BertTokenizer
+
+    kind = BertTokenizer if (folder / "vocab.txt").is_file() else AutoTokenizer
+    return kind.from_pretrained(folder).backend_tokenizer
 
 
 def question_facts(folder: Path, out: Path, cfg: Any, kind: str) -> dict[str, Any]:
     """The `qformer.text` entry of `bundle.json`, beside the Q-Former's tokenizer in `out`."""
-    source, own = folder / "qformer_tokenizer", {}
+    source, own = folder / QUESTION_FOLDER, {}
     if not source.is_dir():
         raise CheckpointError(
-            f"{folder}: the Q-Former reads questions, but its tokenizer folder qformer_tokenizer is missing"
+            f"{folder}: the Q-Former reads questions, but its tokenizer folder {QUESTION_FOLDER} is missing"
         )
     write_tokenizer(source, out / _QUESTION_TOKENIZER)
     if (source / "tokenizer_config.json").is_file():
