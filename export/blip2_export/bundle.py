@@ -54,7 +54,7 @@ def _build(checkpoint: Checkpoint, out: Path, choices: Choices) -> dict[str, Any
     cfg = _config(checkpoint)
     text = cfg.text_config
     image = processor.image_facts(checkpoint.folder, cfg.vision_config.image_size)
-    processor.write_tokenizer(checkpoint.folder, out)
+    processor.write_tokenizer(checkpoint.folder, out, text.vocab_size)
     n_positions = (cfg.vision_config.image_size // cfg.vision_config.patch_size) ** 2 + 1
     print("vision: building", file=sys.stderr)
     eye = vision.build(out, checkpoint, cfg.vision_config)
@@ -104,14 +104,14 @@ def _token_ids(cfg: Blip2Config, checkpoint: Checkpoint) -> dict[str, Any]:
     """As `generate()` of the reference uses them: the language model's own, not a generation_config.json beside it."""
     text = cfg.text_config
     eos = text.eos_token_id
-    if eos is None or cfg.image_token_index is None:
-        missing = "text_config.eos_token_id" if eos is None else "image_token_index"
-        raise CheckpointError(f"{checkpoint.folder}: config.json has no {missing}")
+    if eos is None:
+        raise CheckpointError(f"{checkpoint.folder}: config.json has no text_config.eos_token_id")
+    image = cfg.image_token_index
     return {
         "bos": text.bos_token_id,
         "eos": eos if isinstance(eos, list) else [eos],
         "pad": text.pad_token_id,
-        "image": cfg.image_token_index,
+        "image": processor.image_token(checkpoint.folder) if image is None else image,
     }
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from blip2_export import scenes
-from blip2_export.checkpoint import CheckpointError
+from blip2_export import processor, scenes
+from blip2_export.checkpoint import CheckpointError, weight_files
 
 N_PICTURES = 2
 _QUESTION = "what colour is the star?"
@@ -66,18 +66,21 @@ class Reference:
 
     def __init__(self, checkpoint: Path, facts: dict[str, Any]) -> None:
         import torch
-        from tokenizers import Tokenizer
         from transformers import Blip2ForConditionalGeneration
 
         _check_memory(checkpoint)
         self.torch = torch
         self.model = Blip2ForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
-        self.tokenizer = (
-            Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
-            if (checkpoint / "tokenizer.json").exists()
-            else None
-        )
+        self.tokenizer = processor.read_tokenizer(checkpoint)
         self.facts = facts
+        self._place_image_tokens(facts["language"]["token_ids"]["image"])
+
+    def _place_image_tokens(self, image: int) -> None:
+        """Old checkpoints name no image token and may have no embedding for it; any will do, features replace it."""
+        self.model.config.image_token_index = image
+        table = self.model.get_input_embeddings()
+        last = table.num_embeddings - 1
+        table.register_forward_pre_hook(lambda _, ids: (ids[0].clamp(max=last),))
 
     def stages(self, picture: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Pixels [3, S, S], features [positions, hidden] and queries [n_queries, width] of one picture."""
@@ -135,7 +138,7 @@ def _save(path: Path, value: np.ndarray) -> dict[str, Any]:
 
 
 def _check_memory(checkpoint: Path) -> None:
-    stored = sum(p.stat().st_size for p in checkpoint.glob("*.safetensors"))
+    stored = sum(file.stat().st_size for file in weight_files(checkpoint))
     free = _available_bytes()
     if free is not None and 2 * stored > free:
         raise CheckpointError(

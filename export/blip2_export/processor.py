@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from tokenizers import AddedToken, Tokenizer
 
 from blip2_export.checkpoint import CheckpointError, read_json
 
 _FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}  # PIL's numbers
+_PIECES = ("spiece.model", "tokenizer.model")
 
 
 def image_facts(folder: Path, image_size: int) -> dict[str, Any]:
-    """The `image` entry of `bundle.json`, from preprocessor_config.json or a nested processor_config.json."""
+    """The `image` entry of `bundle.json`, from processor_config.json or preprocessor_config.json."""
     config = _image_processor(folder)
     size = config.get("size", {"height": image_size, "width": image_size})
     side = {size} if isinstance(size, int) else set(size.values())
@@ -38,22 +43,62 @@ def image_facts(folder: Path, image_size: int) -> dict[str, Any]:
 
 
 def _image_processor(folder: Path) -> dict[str, Any]:
-    if (folder / "preprocessor_config.json").is_file():
-        return read_json(folder / "preprocessor_config.json")
+    """As the reference reads it: nested into processor_config.json, or else a file of its own."""
     if (folder / "processor_config.json").is_file():
         nested = read_json(folder / "processor_config.json").get("image_processor")
         if nested:
             return dict(nested)
+    if (folder / "preprocessor_config.json").is_file():
+        return read_json(folder / "preprocessor_config.json")
     raise CheckpointError(f"{folder}: no preprocessor_config.json, nor image_processor in processor_config.json")
 
 
-def write_tokenizer(folder: Path, out: Path) -> None:
-    """`tokenizer.json`, copied, or made by `transformers` where only the slow tokenizer's files are there."""
-    if (folder / "tokenizer.json").is_file():
-        shutil.copyfile(folder / "tokenizer.json", out / "tokenizer.json")
-        return
-    if not (folder / "vocab.json").is_file():
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The language model's tokenizer, made by `transformers` where only a slow tokenizer's files are there."""
+    fast = _has_fast_tokenizer(folder)
+    pieces = next((name for name in _PIECES if (folder / name).is_file()), None)
+    if not fast and pieces and find_spec("sentencepiece") is None:
+        raise CheckpointError(
+            f"{folder}: no tokenizer.json; to make it from {pieces}, `pip install sentencepiece` beside transformers"
+        )
+    if not fast and not pieces and not all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
         raise CheckpointError(f"{folder}: no tokenizer.json, nor vocab.json and merges.txt to make it from")
+    try:
+        return Tokenizer.from_file(str(folder / "tokenizer.json")) if fast else _converted(folder)
+    except Exception as error:  # the tokenizers package raises nothing narrower
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{folder}: the tokenizer cannot be read ({reason})") from error
+
+
+def _converted(folder: Path) -> Tokenizer:
     from transformers import AutoTokenizer
 
-    AutoTokenizer.from_pretrained(folder).backend_tokenizer.save(str(out / "tokenizer.json"))
+    return AutoTokenizer.from_pretrained(folder).backend_tokenizer
+
+
+def write_tokenizer(folder: Path, out: Path, vocab_size: int) -> None:
+    """`tokenizer.json`, without the added tokens that lie behind the `vocab_size` rows of the embedding table."""
+    tokenizer = read_tokenizer(folder)
+    if max(tokenizer.get_vocab(with_added_tokens=False).values(), default=0) >= vocab_size:
+        raise CheckpointError(
+            f"{folder}: the tokenizer writes more tokens than the {vocab_size} that have an embedding"
+        )
+    if max(tokenizer.get_vocab().values(), default=0) >= vocab_size:
+        content = json.loads(tokenizer.to_str())
+        content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < vocab_size]
+        (out / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    elif _has_fast_tokenizer(folder):
+        shutil.copyfile(folder / "tokenizer.json", out / "tokenizer.json")
+    else:
+        tokenizer.save(str(out / "tokenizer.json"))
+
+
+def image_token(folder: Path) -> int:
+    """Id of `<image>`. A tokenizer without it gets it behind its last token, as the reference's processor does."""
+    tokenizer = read_tokenizer(folder)
+    tokenizer.add_special_tokens([AddedToken("<image>", normalized=False, special=True)])
+    return tokenizer.token_to_id("<image>")
+
+
+def _has_fast_tokenizer(folder: Path) -> bool:
+    return (folder / "tokenizer.json").is_file()
