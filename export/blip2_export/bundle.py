@@ -69,7 +69,7 @@ def _build(checkpoint: Checkpoint, out: Path, choices: Choices) -> dict[str, Any
     if checkpoint.is_retrieval:
         tokenizer = retrieval.write_tokenizer(checkpoint, out, cfg.qformer_config.vocab_size)
     else:
-        processor.write_tokenizer(checkpoint.tokenizer_folder, out / "tokenizer.json")
+        processor.write_tokenizer(checkpoint.tokenizer_folder, out / "tokenizer.json", cfg.text_config.vocab_size)
     print("vision: building", file=sys.stderr)
     eye = vision.build(out, checkpoint, cfg.vision_config, side)
     print("qformer: building", file=sys.stderr)

@@ -9,16 +9,18 @@ from pathlib import Path
 from blip2_export.bundle import Choices, convert
 from blip2_export.checkpoint import CheckpointError
 from blip2_export.graph import UnsupportedError
+from blip2_export.hub import locate
 from blip2_export.lavis import Parts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint",
-        type=Path,
-        help="folder with config.json, safetensors, tokenizer and processor files, or a .pth file of LAVIS",
+        help="folder with config.json, weights (safetensors or .bin), tokenizer and processor files, an id on the "
+        "Hugging Face hub such as Salesforce/blip2-opt-2.7b, or a .pth file of LAVIS",
     )
     parser.add_argument("out", type=Path, help="folder of the new bundle")
+    parser.add_argument("--revision", help="branch, tag or commit of the id on the hub (default: main)")
     parser.add_argument("--name", help="the bundle's name (default: the folder's)")
     parser.add_argument(
         "--caption-prompt",
@@ -71,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         Parts(args.vision, args.llm, args.tokenizer),
     )
     try:
-        convert(args.checkpoint, args.out, choices)
+        convert(locate(args.checkpoint, args.revision), args.out, choices)
     except (CheckpointError, UnsupportedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 3

@@ -103,12 +103,20 @@ class Reference:
         self.instruct = facts["source"]["model_type"] == "instructblip"
         kind = InstructBlipForConditionalGeneration if self.instruct else Blip2ForConditionalGeneration
         self.model = reference.load(checkpoint, kind, facts["image"]["size"])
-        self.tokenizer = processor.tokenizer(checkpoint.tokenizer_folder)
+        self._place_image_tokens(facts["language"]["token_ids"]["image"])
+        self.tokenizer = processor.read_tokenizer(checkpoint.tokenizer_folder)
         self.question = facts["qformer"].get("text")
         if self.question is not None:
-            self._questions = processor.tokenizer(checkpoint.tokenizer_folder / processor.QUESTION_FOLDER)
+            self._questions = processor.read_tokenizer(checkpoint.tokenizer_folder / processor.QUESTION_FOLDER)
             self._questions.enable_truncation(self.question["max_tokens"], direction=self.question["truncation_side"])
             self._embed = None if self.instruct else _text_embeddings(checkpoint, self.model.config.qformer_config)
+
+    def _place_image_tokens(self, image: int) -> None:
+        """Old checkpoints name no image token and may have no embedding for it; any will do, features replace it."""
+        self.model.config.image_token_index = image
+        table = self.model.get_input_embeddings()
+        last = table.num_embeddings - 1
+        table.register_forward_pre_hook(lambda _, ids: (ids[0].clamp(max=last),))
 
     def stages(self, picture: Any, prompt: str = "", question: str = "") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Pixels [3, S, S], features [positions, hidden] and queries [n_queries, width] of one picture."""

@@ -7,7 +7,6 @@ The image encoder is in the file when it was trained, and in a file of its own o
 from __future__ import annotations
 
 import re
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import ml_dtypes
 import numpy as np
 from transformers import Blip2VisionConfig
 
-from blip2_export import processor
+from blip2_export import pickled, processor
 from blip2_export.checkpoint import RETRIEVAL, Checkpoint, CheckpointError, TensorFiles, read_json
 
 if TYPE_CHECKING:
@@ -356,10 +355,10 @@ class _Language:
             raise CheckpointError(
                 f"{parts.llm}: the language model is `{found}`; {file.name} was trained with `{kind}`"
             )
-        self.tensors = _Prefixed(_weights(parts.llm))
+        self.tensors = _Prefixed(TensorFiles(parts.llm))
 
     def config(self, tokenizer_folder: Path) -> dict[str, Any]:
-        tokenizer = processor.tokenizer(tokenizer_folder)
+        tokenizer = processor.read_tokenizer(tokenizer_folder)
         text = dict(self.said)
         if self.kind == "opt":
             # Captions were trained to end with a line feed, not with OPT's own end token.
@@ -399,14 +398,6 @@ class _Prefixed:
     def _find(self, name: str) -> str | None:
         candidates = [new + name.removeprefix(old) for old, new in self._STEMS if name.startswith(old)]
         return next((c for c in candidates if self.source.has(c)), None)
-
-
-def _weights(folder: Path) -> _Source:
-    """The safetensors of a folder, or its PyTorch files where there are none."""
-    bins = sorted(folder.glob("pytorch_model*.bin"))
-    if bins and not any(folder.glob("model*.safetensors")):
-        return _Reader(folder, {name: value for path in bins for name, value in _load(path).items()})
-    return TensorFiles(folder)
 
 
 # Reading
@@ -472,19 +463,10 @@ def _read_state(file: Path) -> State:
 
 
 def _load(file: Path) -> dict[str, Any]:
-    """Unpickles tensors and plain values, and nothing that could run."""
-    import pickle
-
-    import torch
-
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"`{found[1]}`" if found else "something else than tensors"
-        raise CheckpointError(f"{file}: its pickle asks for {what}; only files of plain tensors are read") from error
-    except Exception as error:  # a damaged file fails in many ways
-        raise CheckpointError(f"{file}: not a readable PyTorch file ({type(error).__name__})") from error
+        content = pickled.load(file, mmap=True)
+    except pickled.PickledError as error:
+        raise CheckpointError(f"{file}: not a readable PyTorch file ({error})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: no named tensors are in it")
     return content

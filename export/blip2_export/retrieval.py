@@ -85,9 +85,10 @@ def write_tokenizer(checkpoint: Checkpoint, out: Path, vocab_size: int) -> Token
     Where `[DEC]` is one token short of the embedding table it is added as the last id, as the reference does.
     """
     folder = checkpoint.tokenizer_folder
-    tokenizer = processor.tokenizer(folder)
+    tokenizer = processor.read_tokenizer(folder)
     if tokenizer.token_to_id(_START) is None and tokenizer.get_vocab_size() == vocab_size - 1:
         tokenizer.add_special_tokens([_START])
+    tokenizer = processor.embedded(tokenizer, vocab_size)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     for token in (_CLASS, _END, _PAD, *([_START] if checkpoint.has(itg.BIAS) else [])):

@@ -266,7 +266,7 @@ def _without_start(folder: Path) -> None:
         (lambda f: _put(f, "cls.predictions.bias", 5), r"`cls.predictions.bias` is \[5\]"),
         (lambda f: _put(f, "temp", 2), "`temp` is no single number"),
         (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer.json"),
-        (lambda f: (f / "tokenizer.json").write_text("{"), "not a tokenizer"),
+        (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer cannot be read"),
         (_without_start, r"no \[DEC\]"),
     ],
 )
