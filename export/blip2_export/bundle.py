@@ -22,6 +22,7 @@ from blip2_export.graph import OPSET, Graph, sha256
 
 FORMAT_VERSION = 1
 _ONNXRUNTIME = "1.31"
+_BEAMS, _STAGE_1_BEAMS = 5, 3  # of the paper's evaluations (section 4) and of LAVIS' `blip2_qformer.py`
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Choices:
     ask_prompt: str | None = None
     caption_tokens: int = 30
     ask_tokens: int = 10
+    beams: int | None = None  # of both tasks; None: as the papers evaluate each
     golden: bool = True
     force: bool = False
     image_size: int | None = None  # other than the checkpoint's
@@ -43,6 +45,8 @@ def convert(source: Path, out: Path, choices: Choices) -> None:
     """Writes the bundle `out` from a Hugging Face folder or a LAVIS file. On any failure `out` is as it was before."""
     if choices.ask_prompt is not None and choices.ask_prompt.count("{}") != 1:
         raise CheckpointError("the prompt for questions needs exactly one {} for the question")
+    if choices.beams is not None and choices.beams < 1:
+        raise CheckpointError(f"{choices.beams} beams cannot search; 1 is greedy search")
     checkpoint = open_checkpoint(source, choices.parts)
     with _aside(out, choices.force) as aside:
         facts = _build(checkpoint, aside, choices)
@@ -75,7 +79,9 @@ def _build(checkpoint: Checkpoint, out: Path, choices: Choices) -> dict[str, Any
     print("qformer: building", file=sys.stderr)
     if checkpoint.is_retrieval:
         stage = retrieval.Stage1(checkpoint, cfg, tokenizer, n_positions)
-        graphs, facts = retrieval.build(out, stage, choices.caption_prompt or "", choices.caption_tokens)
+        graphs, facts = retrieval.build(out, stage)
+        if stage.writes:
+            facts |= _captions(checkpoint, choices)
     else:
         graphs, facts = _generation(checkpoint, cfg, n_positions, out, choices)
     return {
@@ -113,9 +119,23 @@ def _generation(
         "language": mouth.facts,
         "prompts": _prompts(choices, kind, text.model_type),
         "generation": {
-            "caption": {"max_new_tokens": choices.caption_tokens},
-            "ask": {"max_new_tokens": choices.ask_tokens},
+            "caption": {"max_new_tokens": choices.caption_tokens, "beams": choices.beams or _BEAMS},
+            "ask": {
+                "max_new_tokens": choices.ask_tokens,
+                "beams": choices.beams or _BEAMS,
+                "length_penalty": -1.0 if text.model_type == "t5" else 0.0,
+            },
         },
+    }
+
+
+def _captions(checkpoint: Checkpoint, choices: Choices) -> dict[str, Any]:
+    """How the Q-Former of stage 1 writes: behind its start token, as LAVIS' `generate()` of it."""
+    if choices.caption_prompt:
+        raise CheckpointError(f"{checkpoint.folder}: captions of a stage-1 checkpoint take no prompt")
+    return {
+        "prompts": {"caption": ""},
+        "generation": {"caption": {"max_new_tokens": choices.caption_tokens, "beams": choices.beams or _STAGE_1_BEAMS}},
     }
 
 

@@ -36,6 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--ask-tokens", type=int, default=10, help="most new tokens of an answer (default %(default)s)")
     parser.add_argument(
+        "--beams",
+        type=int,
+        metavar="N",
+        help="beams of captions and answers, 1 for greedy search (default: 5, and 3 for captions of stage 1)",
+    )
+    parser.add_argument(
         "--no-golden", action="store_true", help="record no reference; `blip2 verify` then checks files and shapes only"
     )
     parser.add_argument(
@@ -67,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
         args.ask_prompt,
         args.caption_tokens,
         args.ask_tokens,
+        args.beams,
         not args.no_golden,
         args.force,
         args.image_size,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,14 @@ def _asked(model: Reference, stem: Path, features: np.ndarray, prompt: str, ques
     }
 
 
+@dataclass(frozen=True)
+class Found:
+    """Generated ids of every row, up to and with the end token, and all that `generate()` gave."""
+
+    tokens: list[list[int]]
+    given: Any
+
+
 class Reference:
     """`Blip2ForConditionalGeneration` or `InstructBlipForConditionalGeneration` with the PIL image processor.
 
@@ -147,32 +156,50 @@ class Reference:
         self, pixels: np.ndarray, prompt: str, max_new_tokens: int, question: str = "", **search: Any
     ) -> tuple[list[int], np.ndarray, list[int], str]:
         """Prompt ids, logits of the first new token, generated ids, and their text; greedy unless `search` says otherwise."""
-        ids = self.tokenizer.encode(prompt).ids
+        out = self.search(pixels[None], prompt, max_new_tokens, question, output_logits=True, **search)
+        tokens = out.tokens[0]
+        return self.tokenizer.encode(prompt).ids, out.given.logits[0][0].numpy(), tokens, self.text(tokens)
+
+    def search(self, pixels: np.ndarray, prompt: str, max_new_tokens: int, question: str = "", **search: Any) -> Found:
+        """The tokens that `generate()` finds for every picture of a batch [n, 3, S, S] behind the same prompt."""
         image = [self.model.config.image_token_index] * self.model.config.num_query_tokens
-        row = self.torch.tensor([image + ids])
-        read = {f"qformer_{name}": value for name, value in self._instruction(prompt, question).items()}
+        rows = self.torch.tensor([image + self.tokenizer.encode(prompt).ids]).expand(len(pixels), -1)
+        read = self._instruction(prompt, question, n_rows=len(pixels))
         with self.torch.inference_mode(), self._reading(prompt, question):
             out = self.model.generate(
-                pixel_values=self.torch.from_numpy(pixels)[None],
-                input_ids=row,
-                attention_mask=self.torch.ones_like(row),
+                pixel_values=self.torch.from_numpy(pixels),
+                input_ids=rows,
+                attention_mask=self.torch.ones_like(rows),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
-                output_logits=True,
                 return_dict_in_generate=True,
-                **read,
+                **{f"qformer_{name}": value for name, value in read.items()},
                 **search,
             )
-        started = 1 if self.facts["family"] == "encoder_decoder" else row.shape[1]
-        tokens = out.sequences[0, started:].tolist()
-        return ids, out.logits[0][0].numpy(), tokens, self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        started = 1 if self.facts["family"] == "encoder_decoder" else rows.shape[1]
+        return Found([self._up_to_the_end(row) for row in out.sequences[:, started:].tolist()], out)
 
-    def _instruction(self, prompt: str, question: str, n_queries: int = 0) -> dict[str, Any]:
+    def text(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
+    def spellings(self, word: str) -> list[list[int]]:
+        """Token ids of a word at the beginning of a text and, where tokens carry it, behind a space."""
+        spaced = f" {word}" if type(self.tokenizer.pre_tokenizer).__name__ == "ByteLevel" else word
+        found = [self.tokenizer.encode(text, add_special_tokens=False).ids for text in (word, spaced)]
+        return found if found[0] != found[1] else found[:1]
+
+    def _up_to_the_end(self, tokens: list[int]) -> list[int]:
+        """Without what fills up a row behind its end."""
+        ends = self.facts["language"]["token_ids"]["eos"]
+        return tokens[: next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))]
+
+    def _instruction(self, prompt: str, question: str, n_queries: int = 0, n_rows: int = 1) -> dict[str, Any]:
         """What InstructBLIP's Q-Former is told; its mask covers `n_queries` query tokens in front."""
         if not self.instruct:
             return {}
-        ids = self.torch.tensor([self.question_ids(prompt, question)])
-        return {"input_ids": ids, "attention_mask": self.torch.ones(1, n_queries + ids.shape[1], dtype=self.torch.long)}
+        ids = self.torch.tensor([self.question_ids(prompt, question)]).expand(n_rows, -1)
+        mask = self.torch.ones(n_rows, n_queries + ids.shape[1], dtype=self.torch.long)
+        return {"input_ids": ids, "attention_mask": mask}
 
     @contextmanager
     def _reading(self, prompt: str, question: str) -> Iterator[None]:
@@ -184,8 +211,9 @@ class Reference:
         forward = qformer.forward
 
         def with_question(query_embeds: Any, **kwargs: Any) -> Any:
-            n = query_embeds.shape[1]
-            out = forward(self._embed(ids, query_embeds=query_embeds), query_length=n, **kwargs)
+            rows, n = query_embeds.shape[:2]
+            both = self._embed(ids.expand(rows, -1), query_embeds=query_embeds)
+            out = forward(both, query_length=n, **kwargs)
             out.last_hidden_state = out.last_hidden_state[:, :n]
             return out
 

@@ -60,12 +60,12 @@ def cases(checkpoint: Checkpoint, bundle: Path, facts: dict[str, Any]) -> tuple[
             }
         )
         if "caption" in facts["tasks"]:
-            prompt, most = facts["prompts"]["caption"], facts["generation"]["caption"]["max_new_tokens"]
-            ids, logits, tokens, text = model.write(features, prompt, most)
+            most = facts["generation"]["caption"]["max_new_tokens"]
+            ids, logits, tokens, text = model.write(features, most)
             out.append(
                 {
                     "task": "caption",
-                    "prompt": prompt,
+                    "prompt": "",
                     "prompt_ids": ids,
                     "max_new_tokens": most,
                     **shared,
@@ -140,10 +140,10 @@ class Reference:
             "itc": float((image_embeds @ self.text(ids)[0]).max()),
         }
 
-    def write(self, features: np.ndarray, prompt: str, most: int) -> tuple[list[int], np.ndarray, list[int], str]:
-        """Prompt ids, logits of the first new token, greedy ids and their text. Every step computes the whole sequence anew."""
+    def write(self, features: np.ndarray, most: int) -> tuple[list[int], np.ndarray, list[int], str]:
+        """Ids in front, logits of the first new token, greedy ids and their text. Every step computes the whole sequence anew."""
         ids = self.facts["language"]["token_ids"]
-        started = [ids["bos"], *self.tokenizer.encode(prompt, add_special_tokens=False).ids]
+        started = [ids["bos"]]
         first, tokens = None, []
         while len(tokens) < most and not (tokens and tokens[-1] in ids["eos"]):
             logits = self.logits(features, [*started, *tokens])

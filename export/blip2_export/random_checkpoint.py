@@ -25,7 +25,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-BASE: dict[str, dict[str, Any]] = {
+Shape = dict[str, dict[str, Any]]  # what differs from the base, part by part
+BASE: Shape = {
     "vision_config": {
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -73,7 +74,7 @@ _LANGUAGES: dict[str, dict[str, Any]] = {
     },
 }
 _OPT_350M = {"do_layer_norm_before": False, "word_embed_proj_dim": 16}
-SHAPES: dict[str, dict[str, dict[str, Any]]] = {
+SHAPES: dict[str, Shape] = {
     "tiny": {},
     "odd-1": {  # head dimensions 12 (vision), 20 (decoder): no powers of two; three Q-Former layers
         "vision_config": {
@@ -117,7 +118,7 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
 }
 _T5, _LLAMA, _INSTRUCT = {"model_type": "t5"}, {"model_type": "llama"}, {"model_type": "instructblip"}
 _READS_TEXT = {"use_qformer_text_input": True}
-FAMILIES: dict[str, dict[str, dict[str, Any]]] = {  # other language models, and Q-Formers that read the question
+FAMILIES: dict[str, Shape] = {  # other language models, and Q-Formers that read the question
     "t5": {"text_config": _T5},
     "t5-odd-1": {  # three heads of 12, together narrower than the model
         "text_config": {**_T5, "d_model": 40, "d_kv": 12, "num_heads": 3, "d_ff": 52, "num_layers": 3},
@@ -185,7 +186,7 @@ _RELEASED = {
     },
     "top": {"num_query_tokens": 32},
 }
-LARGE: dict[str, dict[str, dict[str, Any]]] = {
+LARGE: dict[str, Shape] = {
     "opt-2.7b": {  # the dimensions of the released blip2-opt-2.7b
         **_RELEASED,
         "text_config": {
@@ -221,9 +222,11 @@ _SENTENCES = (
 )
 
 
-def write(folder: Path, shape: str, seed: int, dtype: torch.dtype = torch.float32, shard_bytes: int = 2 << 30) -> None:
+def write(
+    folder: Path, shape: str | Shape, seed: int, dtype: torch.dtype = torch.float32, shard_bytes: int = 2 << 30
+) -> None:
     """Writes the folder: config, safetensors in shards, tokenizers, processor configs. Holds one shard in memory."""
-    wanted = (SHAPES | FAMILIES | LARGE)[shape]
+    wanted = (SHAPES | FAMILIES | LARGE)[shape] if isinstance(shape, str) else shape
     parts = {key: {**base, **wanted.get(key, {})} for key, base in BASE.items()}
     language = wanted.get("text_config", {}).get("model_type", "opt")
     tokenizer, ids = TOKENIZERS[language]()

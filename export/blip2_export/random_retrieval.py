@@ -28,7 +28,7 @@ _BASE: dict[str, dict[str, Any]] = {
     "qformer_config": {**_TINY["qformer_config"], "use_qformer_text_input": True, "max_position_embeddings": 64},
     "top": {**_TINY["top"], "image_text_hidden_size": 24},
 }
-_CLIP = {"pre_layernorm": True, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+CLIP = {"pre_layernorm": True, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
 SHAPES: dict[str, dict[str, Any]] = {
     "itm-tiny": {"writes": False},
     "itm-odd": {  # as the published files: an image token behind the embedded ones
@@ -54,7 +54,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "top": {"num_query_tokens": 32},
     },
     "itg-one-layer": {"qformer_config": {"num_hidden_layers": 1}, "top": {"num_query_tokens": 1}},
-    "itg-clip": {"vision_config": {**_CLIP, "num_hidden_layers": 3, "post_layernorm_eps": 1e-3}},
+    "itg-clip": {"vision_config": {**CLIP, "num_hidden_layers": 3, "post_layernorm_eps": 1e-3}},
 }
 LARGE: dict[str, dict[str, Any]] = {
     "itm-vit-g": {  # the dimensions of the released blip2-itm-vit-g
@@ -69,9 +69,9 @@ LARGE: dict[str, dict[str, Any]] = {
 }
 
 
-def write(folder: Path, shape: str, seed: int, dtype: torch.dtype = torch.float32) -> None:
+def write(folder: Path, shape: str | dict[str, Any], seed: int, dtype: torch.dtype = torch.float32) -> None:
     """A `Blip2ForImageTextRetrieval` folder; those that write have the head and the temperature as extra tensors."""
-    chosen = (SHAPES | LARGE)[shape]
+    chosen = (SHAPES | LARGE)[shape] if isinstance(shape, str) else shape
     tokenizer = random_checkpoint.word_piece_tokenizer()
     tokenizer.add_special_tokens(["[DEC]"])
     base = {**_BASE, "qformer_config": {**_BASE["qformer_config"], "vocab_size": tokenizer.get_vocab_size()}}

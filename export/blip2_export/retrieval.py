@@ -35,8 +35,8 @@ class Stage1:
         return self.checkpoint.has(itg.BIAS)
 
 
-def build(out: Path, stage: Stage1, prompt: str, max_new_tokens: int) -> tuple[list[Graph], dict[str, Any]]:
-    """The graphs behind the image encoder, and what `bundle.json` says of them. `prompt`, `max_new_tokens`: of captions."""
+def build(out: Path, stage: Stage1) -> tuple[list[Graph], dict[str, Any]]:
+    """The graphs behind the image encoder, and what `bundle.json` says of them."""
     cfg, tokenizer = stage.cfg.qformer_config, stage.tokenizer
     graphs = [_queries(out, stage), _text(out, stage), _matching(out, stage)]
     facts: dict[str, Any] = {
@@ -52,8 +52,6 @@ def build(out: Path, stage: Stage1, prompt: str, max_new_tokens: int) -> tuple[l
         ids = {"bos": _id(tokenizer, _START), "eos": [_id(tokenizer, _END)], "pad": _id(tokenizer, _PAD)}
         facts["tasks"].append("caption")
         facts["language"] = {**language, "token_ids": ids}
-        facts["prompts"]["caption"] = prompt
-        facts["generation"]["caption"] = {"max_new_tokens": max_new_tokens}
     return graphs, facts
 
 
