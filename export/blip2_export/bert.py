@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import numpy as np
-from transformers import Blip2QFormerConfig
+from transformers import Blip2QFormerConfig, InstructBlipQFormerConfig
 
 from blip2_export.checkpoint import Checkpoint
+from blip2_export.decoding import Heads
 from blip2_export.graph import MICROSOFT, Graph
 
 QUERY, TEXT = "_query", ""  # queries and text have their own feed-forward networks
-HEAD_MULTIPLE = 8  # GroupQueryAttention takes no other head dimensions
+Config = Blip2QFormerConfig | InstructBlipQFormerConfig
 
 
 class Layers:
     """Adds layers to a graph. Every method takes and gives values of [batch, positions, hidden]."""
 
-    def __init__(self, graph: Graph, checkpoint: Checkpoint, cfg: Blip2QFormerConfig) -> None:
+    def __init__(self, graph: Graph, checkpoint: Checkpoint, cfg: Config) -> None:
         self.g, self.checkpoint, self.cfg = graph, checkpoint, cfg
-        self.width, self.heads = cfg.hidden_size, cfg.num_attention_heads
-        self.head = self.width // self.heads
-        self.padded_head = -(-self.head // HEAD_MULTIPLE) * HEAD_MULTIPLE
+        self.width, n = cfg.hidden_size, cfg.num_attention_heads
+        self.heads = Heads(n, n, self.width // n)
+        own = isinstance(cfg, InstructBlipQFormerConfig)
+        self.embeddings = "qformer.embeddings." if own else "embeddings."
+        self.first_norm = "qformer.embeddings.layernorm" if own else "qformer.layernorm"
 
     def read(self, name: str, *shape: int) -> np.ndarray:
         return self.checkpoint.tensor(name, shape)
@@ -33,19 +36,19 @@ class Layers:
 
     def embed_text(self, ids: str) -> str:
         """Word and position embeddings, not yet normalised. Positions of text count from 0, whatever stands before it."""
-        g, cfg = self.g, self.cfg
-        words = self.read("embeddings.word_embeddings.weight", cfg.vocab_size, self.width)
-        x = g.op("Gather", [g.weight(words), ids], axis=0)
-        length = g.op("Shape", [ids], start=1, end=2)
-        positions = self.read("embeddings.position_embeddings.weight", cfg.max_position_embeddings, self.width)
-        return g.op("Add", [x, g.op("Slice", [g.weight(positions), g.constant([0]), length, g.constant([0])])])
+        g, cfg, name = self.g, self.cfg, self.embeddings
+        words = self.read(name + "word_embeddings.weight", cfg.vocab_size, self.width)
+        places = self.read(name + "position_embeddings.weight", cfg.max_position_embeddings, self.width)
+        end = g.op("Shape", [ids], start=1, end=2)
+        places = g.op("Slice", [g.weight(places), g.constant([0]), end, g.constant([0])])
+        return str(g.op("Add", [g.rows(words, ids), places]))
 
     def query_tokens(self, n_queries: int) -> np.ndarray:
         return self.read("query_tokens", 1, n_queries, self.width).astype(np.float32)
 
     def embedding_norm(self, x: str) -> str:
         """The one layer norm that queries and text share."""
-        return self.norm("qformer.layernorm", x)
+        return self.norm(self.first_norm, x)
 
     def self_attention(self, i: int, x: str, mask: str = "", queries: str | None = None) -> str:
         """`mask`: int32 [batch, positions], 1 where a position may be seen. `queries`: the positions that look, if not all."""
@@ -63,7 +66,7 @@ class Layers:
         query = self.linear(name + "attention.query", x, self.width, self.width)
         key, value = (self.linear(f"{name}attention.{part}", source, n_source, self.width) for part in ("key", "value"))
         inputs = [query, key, value, *(["", mask] if mask else [])]
-        y = self.g.op("MultiHeadAttention", inputs, domain=MICROSOFT, num_heads=self.heads)
+        y = self.g.op("MultiHeadAttention", inputs, domain=MICROSOFT, num_heads=self.heads.n)
         return self.add_and_norm(name + "output", y, x, self.width)
 
     def feed_forward(self, i: int, x: str, branch: str) -> str:
@@ -78,9 +81,9 @@ class Layers:
         """Keys or values of layer `i` as the cache holds them: [batch, heads, positions, padded head]."""
         g = self.g
         y = self.linear(f"qformer.encoder.layer.{i}.attention.attention.{part}", x, self.width, self.width)
-        y = g.op("Reshape", [y, g.constant([0, 0, self.heads, self.head])])
+        y = g.op("Reshape", [y, g.constant([0, 0, self.heads.n, self.heads.width])])
         y = g.op("Transpose", [y], perm=[0, 2, 1, 3])
-        more = self.padded_head - self.head
+        more = self.heads.padded - self.heads.width
         return g.op("Pad", [y, g.constant([0, 0, 0, 0, 0, 0, 0, more])]) if more else y
 
     def expand(self, x: str, like: str) -> str:

@@ -47,11 +47,17 @@ def build(out: Path, stage: Stage1) -> tuple[list[Graph], dict[str, Any]]:
         "generation": {},
     }
     if stage.writes:
-        decoder, language = itg.build(out, stage.checkpoint, cfg, stage.cfg.num_query_tokens)
-        graphs.append(decoder)
-        ids = {"bos": _id(tokenizer, _START), "eos": [_id(tokenizer, _END)], "pad": _id(tokenizer, _PAD)}
+        writer = itg.build(out, stage.checkpoint, cfg)
+        graphs.append(writer.graph)
         facts["tasks"].append("caption")
-        facts["language"] = {**language, "token_ids": ids}
+        facts["language"] = {
+            "hidden": cfg.hidden_size,
+            "vocab_size": cfg.vocab_size,
+            "max_positions": stage.cfg.num_query_tokens + cfg.max_position_embeddings,
+            "embedding": writer.embedding,
+            "token_ids": {"bos": _id(tokenizer, _START), "eos": [_id(tokenizer, _END)], "pad": _id(tokenizer, _PAD)},
+            "kv_cache": writer.kv_cache,
+        }
     return graphs, facts
 
 
@@ -125,7 +131,7 @@ def _queries(out: Path, stage: Stage1) -> Graph:
     projected = layers.normalise(layers.linear("vision_projection", x, cfg.hidden_size, joint))
     g.output(projected, "image_embeds", "float32", ["batch", n_queries, joint])
     for name, value in keys_and_values:
-        g.output(value, name, "float32", ["batch", layers.heads, n_queries, layers.padded_head])
+        g.output(value, name, "float32", ["batch", layers.heads.n, n_queries, layers.heads.padded])
     g.save()
     return g
 

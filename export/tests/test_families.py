@@ -272,6 +272,7 @@ def test_bundles_state_what_the_engine_needs_of_each_family(case) -> None:
     }
     assert (language["max_positions"], language["hidden"], language["kv_cache"]["head_dim"]) == (2048, 40, 16)
     assert "text" not in facts["qformer"] and facts["prompts"] == {"caption": "", "ask": "Question: {} Short answer:"}
+    assert facts["generation"]["ask"] == {"max_new_tokens": 10, "beams": 5, "length_penalty": -1.0}
     crossing = {"name": "cross.2.value", "dtype": "float32", "shape": ["batch", 3, "sequence", 16]}
     assert crossing in facts["graphs"]["encoder"]["outputs"]
 
@@ -279,6 +280,10 @@ def test_bundles_state_what_the_engine_needs_of_each_family(case) -> None:
     cache = facts["language"]["kv_cache"]
     assert (facts["family"], cache["n_heads"], cache["head_dim"]) == ("decoder_only", 2, 32)
     assert "cross_attention" not in facts["language"] and "decoder_start" not in facts["language"]["token_ids"]
+    assert facts["generation"] == {
+        "caption": {"max_new_tokens": 30, "beams": 5},
+        "ask": {"max_new_tokens": 10, "beams": 5, "length_penalty": 0.0},
+    }
     text = {
         "tokenizer": "qformer_tokenizer.json",
         "max_tokens": 128,

@@ -181,10 +181,14 @@ def test_a_stage_2_file_with_opt_equals_formulas_and_transformers_end_to_end(tmp
             )
         assert_close(logits[row], out.logits[0][0], "first logits")
         assert tokens[row] == out.sequences[0].tolist()
-    golden = json.loads((tmp_path / "b" / "golden" / "golden.json").read_text())
-    assert len(golden["cases"]) == 4
-    for case in golden["cases"]:
-        given = np.fromfile(tmp_path / "b" / case["queries"]["file"], "<f4").reshape(1, 3, -1)
+    assert_goldens_equal_the_graphs(tmp_path / "b", graphs)
+
+
+def assert_goldens_equal_the_graphs(bundle: Path, graphs: Graphs) -> None:
+    cases = json.loads((bundle / "golden" / "golden.json").read_text())["cases"]
+    assert len(cases) == 4
+    for case in cases:
+        given = np.fromfile(bundle / case["queries"]["file"], "<f4").reshape(1, 3, -1)
         assert graphs.greedy(given, [case["prompt_ids"]], case["max_new_tokens"])[1] == [case["tokens"]]
 
 
@@ -194,7 +198,7 @@ def random_pictures(n: int) -> list:
     return scenes.sample_pictures(n, seed=3, side=120)
 
 
-def test_a_stage_2_file_with_t5_is_an_ordinary_checkpoint_of_transformers(tmp_path: Path) -> None:
+def test_a_stage_2_file_with_t5_equals_formulas_and_transformers_end_to_end(tmp_path: Path) -> None:
     folder = tmp_path / "l"
     write_lavis(folder, replace(STAGE_2, kind="t5"), 9)
     said = json.loads((folder / "llm" / "config.json").read_text())
@@ -210,15 +214,34 @@ def test_a_stage_2_file_with_t5_is_an_ordinary_checkpoint_of_transformers(tmp_pa
         assert torch.equal(value, alone[name]), name
     assert not torch.equal(model.language_model.lm_head.weight, model.language_model.shared.weight)
     state, _ = weights(folder)
-    pixels = torch.rand(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    pixels = torch.rand(3, 3, 28, 28, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         seen = see(STAGE_2, folder, pixels.numpy())
         found = model.vision_model(pixels).last_hidden_state
         assert_close(found.numpy(), seen, "features")
-        tokens = model.query_tokens.expand(2, -1, -1)
+        tokens = model.query_tokens.expand(3, -1, -1)
         bridge = model.qformer(query_embeds=tokens, encoder_hidden_states=found).last_hidden_state
         wanted = linear(state, "t5_proj", Stage1(state, LAVIS, STAGE_2.width // 64).queries(seen))
         assert_close(model.language_projection(bridge).numpy(), wanted, "queries")
+    convert(folder / "model.pth", tmp_path / "b", Choices("x", parts=parts(folder)))
+    graphs, table = Graphs(tmp_path / "b"), model.language_model.get_input_embeddings()
+    queries, prompts = graphs.queries(graphs.features(pixels.numpy())), [[1], [40, 41, 42, 17, 1], [5, 9, 1]]
+    assert_close(queries, wanted.detach(), "queries")
+    logits, written = graphs.greedy(queries, prompts, N_NEW)
+    for row, prompt in enumerate(prompts):
+        embeds = torch.cat([wanted[row].detach(), table(torch.tensor(prompt))])[None]
+        with torch.inference_mode():
+            out = model.language_model.generate(
+                inputs_embeds=embeds,
+                attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
+                max_new_tokens=N_NEW,
+                do_sample=False,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        assert_close(logits[row], out.logits[0][0], "first logits")
+        assert written[row] == out.sequences[0, 1:].tolist()
+    assert_goldens_equal_the_graphs(tmp_path / "b", graphs)
 
 
 def test_the_image_encoder_of_a_folder_or_of_another_file_serves_too(tmp_path: Path) -> None:

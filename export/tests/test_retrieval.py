@@ -170,6 +170,9 @@ def test_facts_say_what_the_checkpoint_can(made) -> None:
     assert facts["qformer"]["temperature"] == pytest.approx(float(weights["temp"]), rel=1e-6)
     assert (facts["qformer"]["n_queries"], facts["qformer"]["hidden"], facts["qformer"]["joint"]) == (5, 60, 13)
     assert facts["language"]["max_positions"] == 5 + 64
+    assert facts["generation"] == {"caption": {"max_new_tokens": 30, "beams": 3}} and facts["prompts"] == {
+        "caption": ""
+    }
     assert facts["language"]["kv_cache"]["head_dim"] == 24
     tokenizer = Tokenizer.from_file(str(graphs.folder / "qformer_tokenizer.json"))
     assert facts["language"]["token_ids"]["bos"] == tokenizer.token_to_id("[DEC]") == tokenizer.get_vocab_size() - 1
@@ -181,8 +184,9 @@ def test_facts_say_what_the_checkpoint_can(made) -> None:
 
 def test_goldens_of_every_task_are_recorded_and_equal_the_graphs(tmp_path: Path) -> None:
     random_retrieval.write(tmp_path / "c", "itg-clip", 0)
-    convert(tmp_path / "c", tmp_path / "b", Choices("x", caption_tokens=N_NEW))
+    convert(tmp_path / "c", tmp_path / "b", Choices("x", caption_tokens=N_NEW, beams=1))
     graphs = Stage1Graphs(tmp_path / "b")
+    assert graphs.facts["generation"] == {"caption": {"max_new_tokens": N_NEW, "beams": 1}}
     golden = json.loads((tmp_path / "b" / "golden" / "golden.json").read_text())
     assert [c["task"] for c in golden["cases"]] == ["match", "embed", "caption"] * 2
 
@@ -238,6 +242,13 @@ def test_another_image_size_equals_transformers_interpolation(made, tmp_path: Pa
     with pytest.raises(UnsupportedError, match="no multiple of the patch size"):
         convert(checkpoint, tmp_path / "no", Choices("x", image_size=71))
     assert [p.name for p in tmp_path.iterdir()] == ["b"]
+
+
+def test_captions_of_stage_1_take_no_prompt_and_a_search_needs_a_beam(made, tmp_path: Path) -> None:
+    for choices, said in ((Choices("x", caption_prompt="a"), "take no prompt"), (Choices("x", beams=0), "0 beams")):
+        with pytest.raises(CheckpointError, match=said):
+            convert(made("itg-tiny")[0], tmp_path / "b", choices)
+    assert not list(tmp_path.iterdir())
 
 
 def _drop(folder: Path, name: str) -> None:
