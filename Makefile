@@ -5,9 +5,10 @@ PYTHON ?= python3
 MODEL_PYTHON := export/.venv/bin/python
 WORK ?= target/demo
 SCENES ?= 1000
+GENERATIONS ?= 10000
 
 .DEFAULT_GOAL := help
-.PHONY: help run setup setup-export build test test-rust test-python fmt demo-models evaluate clean
+.PHONY: help run setup setup-export build test test-rust test-python fmt demo-models evaluate parity clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -55,6 +56,9 @@ demo-models: setup-export ## train models/demo-opt from nothing (hours; goes on 
 
 evaluate: setup-export setup build ## how true the demo's captions and answers are on SCENES held-out scenes
 	PYTHONPATH=export $(MODEL_PYTHON) -m blip2_export evaluate --count $(SCENES)
+
+parity: setup-export setup build ## GENERATIONS texts of random checkpoints of every family in the engine and in transformers
+	PYTHONPATH=export $(MODEL_PYTHON) -m blip2_export parity --all --generations $(GENERATIONS)
 
 clean: ## remove what the build made, keep the environments
 	cargo clean

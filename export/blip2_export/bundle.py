@@ -16,12 +16,13 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import Blip2Config, InstructBlipConfig
 
-from blip2_export import golden, language, processor, qformer, vision
+from blip2_export import golden, language, lavis, processor, qformer, retrieval, vision
 from blip2_export.checkpoint import Checkpoint, CheckpointError
-from blip2_export.graph import OPSET, sha256
+from blip2_export.graph import OPSET, Graph, sha256
 
 FORMAT_VERSION = 1
 _ONNXRUNTIME = "1.31"
+_BEAMS, _STAGE_1_BEAMS = 5, 3  # of the paper's evaluations (section 4) and of LAVIS' `blip2_qformer.py`
 
 
 @dataclass(frozen=True)
@@ -33,62 +34,108 @@ class Choices:
     ask_prompt: str | None = None
     caption_tokens: int = 30
     ask_tokens: int = 10
+    beams: int | None = None  # of both tasks; None: as the papers evaluate each
     golden: bool = True
     force: bool = False
+    image_size: int | None = None  # other than the checkpoint's
+    parts: lavis.Parts = lavis.Parts()  # what a LAVIS file does not hold
 
 
-def convert(folder: Path, out: Path, choices: Choices) -> None:
-    """Writes the bundle `out`. On any failure `out` is as it was before."""
+def convert(source: Path, out: Path, choices: Choices) -> None:
+    """Writes the bundle `out` from a Hugging Face folder or a LAVIS file. On any failure `out` is as it was before."""
     if choices.ask_prompt is not None and choices.ask_prompt.count("{}") != 1:
         raise CheckpointError("the prompt for questions needs exactly one {} for the question")
-    checkpoint = Checkpoint(folder)
+    if choices.beams is not None and choices.beams < 1:
+        raise CheckpointError(f"{choices.beams} beams cannot search; 1 is greedy search")
+    checkpoint = open_checkpoint(source, choices.parts)
     with _aside(out, choices.force) as aside:
         facts = _build(checkpoint, aside, choices)
         if choices.golden:
             print("golden: recording the reference", file=sys.stderr)
-            golden.record(folder, aside, facts)
+            golden.record(checkpoint, aside, facts)
         facts["files"] = {str(p.relative_to(aside)): _file(p) for p in sorted(aside.rglob("*")) if p.is_file()}
         (aside / "bundle.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
+def open_checkpoint(source: Path, parts: lavis.Parts) -> Checkpoint:
+    if source.is_file():
+        return lavis.LavisCheckpoint(source, parts)
+    if parts != lavis.Parts():
+        raise CheckpointError(f"{source}: --vision, --llm and --tokenizer go with a LAVIS file, not with a folder")
+    return Checkpoint(source)
+
+
 def _build(checkpoint: Checkpoint, out: Path, choices: Choices) -> dict[str, Any]:
     cfg = _config(checkpoint)
-    text, kind = cfg.text_config, checkpoint.config["model_type"]
-    image = processor.image_facts(checkpoint.folder, cfg.vision_config.image_size)
-    processor.write_tokenizer(checkpoint.folder, out / "tokenizer.json")
-    n_positions = (cfg.vision_config.image_size // cfg.vision_config.patch_size) ** 2 + 1
+    side = choices.image_size or cfg.vision_config.image_size
+    image = processor.image_facts(checkpoint.processor_folder, side, choices.image_size is not None)
+    n_positions = vision.n_positions(cfg.vision_config, side)
+    if checkpoint.is_retrieval:
+        tokenizer = retrieval.write_tokenizer(checkpoint, out, cfg.qformer_config.vocab_size)
+    else:
+        processor.write_tokenizer(checkpoint.tokenizer_folder, out / "tokenizer.json", cfg.text_config.vocab_size)
     print("vision: building", file=sys.stderr)
-    eye = vision.build(out, checkpoint, cfg.vision_config)
+    eye = vision.build(out, checkpoint, cfg.vision_config, side)
     print("qformer: building", file=sys.stderr)
-    shape = qformer.Shape(cfg.num_query_tokens, n_positions, language.width(text))
-    bridge, question = qformer.build(out, checkpoint, cfg.qformer_config, shape), None
-    if qformer.reads_text(cfg.qformer_config):
-        question = processor.question_facts(checkpoint.folder, out, cfg.qformer_config, kind)
-    print(f"{text.model_type}: building", file=sys.stderr)
-    mouth = language.build(out, checkpoint, cfg)
+    if checkpoint.is_retrieval:
+        stage = retrieval.Stage1(checkpoint, cfg, tokenizer, n_positions)
+        graphs, facts = retrieval.build(out, stage)
+        if stage.writes:
+            facts |= _captions(checkpoint, choices)
+    else:
+        graphs, facts = _generation(checkpoint, cfg, n_positions, out, choices)
     return {
         "format_version": FORMAT_VERSION,
         "name": choices.name,
-        "family": mouth.family,
-        "tasks": ["caption", "ask"],
+        "family": facts.pop("family"),
+        "tasks": facts.pop("tasks"),
         "image": image,
         "vision": {"n_positions": n_positions, "hidden": cfg.vision_config.hidden_size},
-        "qformer": {
-            "n_queries": cfg.num_query_tokens,
-            "hidden": cfg.qformer_config.hidden_size,
-            **({"text": question} if question else {}),
-        },
-        "language": mouth.facts,
-        "prompts": _prompts(choices, kind, text.model_type),
-        "generation": {
-            "caption": {"max_new_tokens": choices.caption_tokens},
-            "ask": {"max_new_tokens": choices.ask_tokens},
-        },
-        "graphs": {g.name: g.describe() for g in (eye, bridge, *mouth.graphs)},
+        **facts,
+        "graphs": {g.name: g.describe() for g in (eye, *graphs)},
         "requires": {"onnxruntime": _ONNXRUNTIME, "opset": OPSET, "domains": ["", "com.microsoft"]},
         "target": "cpu",
         "made_by": {name: version(name) for name in ("onnx", "transformers", "numpy")},
-        "source": {"model_type": kind, "language_model_type": text.model_type},
+        "source": _source(checkpoint, cfg),
+    }
+
+
+def _generation(
+    checkpoint: Checkpoint, cfg: language.Config, n_positions: int, out: Path, choices: Choices
+) -> tuple[list[Graph], dict[str, Any]]:
+    """The graphs behind the image encoder, and what `bundle.json` says of them."""
+    text, kind = cfg.text_config, checkpoint.config["model_type"]
+    shape = qformer.Shape(cfg.num_query_tokens, n_positions, language.width(text))
+    bridge = qformer.build(out, checkpoint, cfg.qformer_config, shape)
+    bridge_facts: dict[str, Any] = {"n_queries": cfg.num_query_tokens, "hidden": cfg.qformer_config.hidden_size}
+    if qformer.reads_text(cfg.qformer_config):
+        bridge_facts["text"] = processor.question_facts(checkpoint.tokenizer_folder, out, cfg.qformer_config, kind)
+    print(f"{text.model_type}: building", file=sys.stderr)
+    mouth = language.build(out, checkpoint, cfg)
+    return [bridge, *mouth.graphs], {
+        "family": mouth.family,
+        "tasks": ["caption", "ask"],
+        "qformer": bridge_facts,
+        "language": mouth.facts,
+        "prompts": _prompts(choices, kind, text.model_type),
+        "generation": {
+            "caption": {"max_new_tokens": choices.caption_tokens, "beams": choices.beams or _BEAMS},
+            "ask": {
+                "max_new_tokens": choices.ask_tokens,
+                "beams": choices.beams or _BEAMS,
+                "length_penalty": -1.0 if text.model_type == "t5" else 0.0,
+            },
+        },
+    }
+
+
+def _captions(checkpoint: Checkpoint, choices: Choices) -> dict[str, Any]:
+    """How the Q-Former of stage 1 writes: behind its start token, as LAVIS' `generate()` of it."""
+    if choices.caption_prompt:
+        raise CheckpointError(f"{checkpoint.folder}: captions of a stage-1 checkpoint take no prompt")
+    return {
+        "prompts": {"caption": ""},
+        "generation": {"caption": {"max_new_tokens": choices.caption_tokens, "beams": choices.beams or _STAGE_1_BEAMS}},
     }
 
 
@@ -99,6 +146,11 @@ def _config(checkpoint: Checkpoint) -> language.Config:
     except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
         said = " ".join(str(error).split())
         raise CheckpointError(f"{checkpoint.folder}: config.json is not understood ({said})") from error
+
+
+def _source(checkpoint: Checkpoint, cfg: language.Config) -> dict[str, str]:
+    source = {"model_type": checkpoint.config["model_type"]}
+    return source if checkpoint.is_retrieval else {**source, "language_model_type": cfg.text_config.model_type}
 
 
 def _prompts(choices: Choices, kind: str, language_kind: str) -> dict[str, str]:

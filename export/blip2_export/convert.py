@@ -9,13 +9,18 @@ from pathlib import Path
 from blip2_export.bundle import Choices, convert
 from blip2_export.checkpoint import CheckpointError
 from blip2_export.graph import UnsupportedError
+from blip2_export.hub import locate
+from blip2_export.lavis import Parts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "checkpoint", type=Path, help="folder with config.json, safetensors, tokenizer and processor files"
+        "checkpoint",
+        help="folder with config.json, weights (safetensors or .bin), tokenizer and processor files, an id on the "
+        "Hugging Face hub such as Salesforce/blip2-opt-2.7b, or a .pth file of LAVIS",
     )
     parser.add_argument("out", type=Path, help="folder of the new bundle")
+    parser.add_argument("--revision", help="branch, tag or commit of the id on the hub (default: main)")
     parser.add_argument("--name", help="the bundle's name (default: the folder's)")
     parser.add_argument(
         "--caption-prompt",
@@ -31,7 +36,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--ask-tokens", type=int, default=10, help="most new tokens of an answer (default %(default)s)")
     parser.add_argument(
+        "--beams",
+        type=int,
+        metavar="N",
+        help="beams of captions and answers, 1 for greedy search (default: 5, and 3 for captions of stage 1)",
+    )
+    parser.add_argument(
         "--no-golden", action="store_true", help="record no reference; `blip2 verify` then checks files and shapes only"
+    )
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        metavar="N",
+        help="pictures of N×N pixels instead of the checkpoint's size; position embeddings are interpolated",
+    )
+    lavis = parser.add_argument_group("what a LAVIS file leaves out")
+    lavis.add_argument(
+        "--vision",
+        type=Path,
+        help="its image encoder: eva_vit_g.pth, clip_vit_L.pth, another LAVIS file that holds one, or a BLIP-2 folder",
+    )
+    lavis.add_argument("--llm", type=Path, metavar="FOLDER", help="the OPT or Flan-T5 model of a stage-2 file")
+    lavis.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="FOLDER",
+        help="bert-base-uncased for a stage-1 file; for a stage-2 file the language model's, if not in its folder",
     )
     parser.add_argument("--force", action="store_true", help="replace an existing bundle, once the new one is complete")
 
@@ -43,11 +73,14 @@ def run(args: argparse.Namespace) -> int:
         args.ask_prompt,
         args.caption_tokens,
         args.ask_tokens,
+        args.beams,
         not args.no_golden,
         args.force,
+        args.image_size,
+        Parts(args.vision, args.llm, args.tokenizer),
     )
     try:
-        convert(args.checkpoint, args.out, choices)
+        convert(locate(args.checkpoint, args.revision), args.out, choices)
     except (CheckpointError, UnsupportedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 3

@@ -107,13 +107,20 @@ def select(g: Graph, x: str, logits_at: str) -> str:
 
 
 def finish(
-    g: Graph, x: str, head: np.ndarray | None, table: np.ndarray, embedding: dict[str, Any], heads: Heads, n_layers: int
+    g: Graph,
+    x: str,
+    head: np.ndarray | None,
+    table: np.ndarray,
+    embedding: dict[str, Any],
+    heads: Heads,
+    n_layers: int,
+    bias: np.ndarray | None = None,
 ) -> Decoder:
     """The head behind the last states, tied to the embedding table where it has no weights of its own."""
     weight = g.stored(table, embedding["offset"]) if head is None else g.weight(head)
     logits = g.op("FusedMatMul", [x, weight], domain=MICROSOFT, transB=1)
     g.outputs.insert(0, {"name": "logits", "dtype": "float32", "shape": ["batch", "n_logits", len(table)]})
-    g.op("Identity", [logits], ["logits"])
+    g.op("Identity", [logits if bias is None else g.op("Add", [logits, g.weight(bias)])], ["logits"])
     g.save()
     return Decoder(g, embedding, _cache_facts(heads, n_layers))
 

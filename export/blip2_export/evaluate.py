@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from blip2_export import scenes
-from blip2_export.parity import run_engine
+from blip2_export.comparison import run_engine
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

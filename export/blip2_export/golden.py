@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from blip2_export import scenes
+from blip2_export import processor, reference, scenes
 from blip2_export.checkpoint import Checkpoint, CheckpointError
 
 N_PICTURES = 2
@@ -19,34 +20,49 @@ _QUESTION = "what colour is the star?"
 _PICTURE_SIDE = 240
 
 
-def record(checkpoint: Path, bundle: Path, facts: dict[str, Any]) -> None:
-    """Writes `bundle/golden/`: drawn pictures, each captioned and asked one question."""
+def record(checkpoint: Checkpoint, bundle: Path, facts: dict[str, Any]) -> None:
+    """Writes `bundle/golden/`."""
     import torch
 
-    reference = Reference(checkpoint, facts)
     folder = bundle / "golden"
     folder.mkdir()
+    _check_memory(checkpoint)
+    if facts["family"] == "qformer":
+        from blip2_export import golden_retrieval
+
+        cases, tolerance = golden_retrieval.cases(checkpoint, bundle, facts)
+    else:
+        cases, tolerance = _cases(checkpoint, folder, facts), ("features", "queries", "first_logits")
+    facts["made_by"]["torch"] = version("torch")
+    golden = {
+        "format_version": 1,
+        "reference": f"transformers {version('transformers')}, torch {torch.__version__.split('+')[0]}, float32 on cpu",
+        "tolerance": {"pixels": 0.0157, **dict.fromkeys(tolerance, 1e-4)},
+        "cases": cases,
+    }
+    (folder / "golden.json").write_text(json.dumps(golden, indent=1) + "\n")
+
+
+def _cases(checkpoint: Checkpoint, folder: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Drawn pictures, each captioned and asked one question."""
+    model = Reference(checkpoint, facts)
     cases = []
     for i, picture in enumerate(scenes.sample_pictures(N_PICTURES, seed=7, side=_PICTURE_SIDE)):
         picture.save(folder / f"{i}.png")
-        pixels, features = reference.look(picture)
+        pixels, features = model.look(picture)
         shared = {
-            "pixels": _save(folder / f"{i}.pixels.bin", pixels),
-            "features": _save(folder / f"{i}.features.bin", features),
+            "pixels": save(folder / f"{i}.pixels.bin", pixels),
+            "features": save(folder / f"{i}.features.bin", features),
         }
-        if reference.question is None:
-            shared["queries"] = _save(folder / f"{i}.queries.bin", reference.queries(features))
+        if model.question is None:
+            shared["queries"] = save(folder / f"{i}.queries.bin", model.queries(features))
         for task, question, prompt in (
             ("caption", "", facts["prompts"]["caption"]),
             ("ask", _QUESTION, facts["prompts"]["ask"].format(_QUESTION)),
         ):
-            own = (
-                {}
-                if reference.question is None
-                else _asked(reference, folder / f"{i}.{task}", features, prompt, question)
-            )
+            own = {} if model.question is None else _asked(model, folder / f"{i}.{task}", features, prompt, question)
             n_new = facts["generation"][task]["max_new_tokens"]
-            ids, logits, tokens, text = reference.generate(pixels, prompt, n_new, question)
+            ids, logits, tokens, text = model.generate(pixels, prompt, n_new, question)
             cases.append(
                 {
                     "task": task,
@@ -56,28 +72,29 @@ def record(checkpoint: Path, bundle: Path, facts: dict[str, Any]) -> None:
                     "max_new_tokens": n_new,
                     **shared,
                     **own,
-                    "first_logits": _save(folder / f"{i}.{task}.first_logits.bin", logits),
+                    "first_logits": save(folder / f"{i}.{task}.first_logits.bin", logits),
                     "tokens": tokens,
                     "text": text,
                 }
             )
-    facts["made_by"]["torch"] = version("torch")
-    golden = {
-        "format_version": 1,
-        "reference": f"transformers {version('transformers')}, torch {torch.__version__.split('+')[0]}, float32 on cpu",
-        "tolerance": {"pixels": 0.0157, "features": 1e-4, "queries": 1e-4, "first_logits": 1e-4},
-        "cases": cases,
-    }
-    (folder / "golden.json").write_text(json.dumps(golden, indent=1) + "\n")
+    return cases
 
 
-def _asked(reference: Reference, stem: Path, features: np.ndarray, prompt: str, question: str) -> dict[str, Any]:
+def _asked(model: Reference, stem: Path, features: np.ndarray, prompt: str, question: str) -> dict[str, Any]:
     """What a case holds of its own where the Q-Former reads a question."""
-    queries = reference.queries(features, prompt, question)
+    queries = model.queries(features, prompt, question)
     return {
-        "question_ids": reference.question_ids(prompt, question),
-        "queries": _save(stem.with_name(stem.name + ".queries.bin"), queries),
+        "question_ids": model.question_ids(prompt, question),
+        "queries": save(stem.with_name(stem.name + ".queries.bin"), queries),
     }
+
+
+@dataclass(frozen=True)
+class Found:
+    """Generated ids of every row, up to and with the end token, and all that `generate()` gave."""
+
+    tokens: list[list[int]]
+    given: Any
 
 
 class Reference:
@@ -86,21 +103,29 @@ class Reference:
     Where the Q-Former reads text, `facts` say whether that is the whole `prompt` or the `question` in it.
     """
 
-    def __init__(self, checkpoint: Path, facts: dict[str, Any]) -> None:
+    def __init__(self, checkpoint: Path | Checkpoint, facts: dict[str, Any]) -> None:
         import torch
         from transformers import Blip2ForConditionalGeneration, InstructBlipForConditionalGeneration
 
-        _check_memory(checkpoint)
+        checkpoint = Checkpoint(checkpoint) if isinstance(checkpoint, Path) else checkpoint
         self.torch, self.facts = torch, facts
         self.instruct = facts["source"]["model_type"] == "instructblip"
         kind = InstructBlipForConditionalGeneration if self.instruct else Blip2ForConditionalGeneration
-        self.model = kind.from_pretrained(checkpoint, dtype=torch.float32).eval()
-        self.tokenizer = _tokenizer(checkpoint)
+        self.model = reference.load(checkpoint, kind, facts["image"]["size"])
+        self._place_image_tokens(facts["language"]["token_ids"]["image"])
+        self.tokenizer = processor.read_tokenizer(checkpoint.tokenizer_folder)
         self.question = facts["qformer"].get("text")
         if self.question is not None:
-            self._questions = _tokenizer(checkpoint / "qformer_tokenizer")
+            self._questions = processor.read_tokenizer(checkpoint.tokenizer_folder / processor.QUESTION_FOLDER)
             self._questions.enable_truncation(self.question["max_tokens"], direction=self.question["truncation_side"])
             self._embed = None if self.instruct else _text_embeddings(checkpoint, self.model.config.qformer_config)
+
+    def _place_image_tokens(self, image: int) -> None:
+        """Old checkpoints name no image token and may have no embedding for it; any will do, features replace it."""
+        self.model.config.image_token_index = image
+        table = self.model.get_input_embeddings()
+        last = table.num_embeddings - 1
+        table.register_forward_pre_hook(lambda _, ids: (ids[0].clamp(max=last),))
 
     def stages(self, picture: Any, prompt: str = "", question: str = "") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Pixels [3, S, S], features [positions, hidden] and queries [n_queries, width] of one picture."""
@@ -131,32 +156,50 @@ class Reference:
         self, pixels: np.ndarray, prompt: str, max_new_tokens: int, question: str = "", **search: Any
     ) -> tuple[list[int], np.ndarray, list[int], str]:
         """Prompt ids, logits of the first new token, generated ids, and their text; greedy unless `search` says otherwise."""
-        ids = self.tokenizer.encode(prompt).ids
+        out = self.search(pixels[None], prompt, max_new_tokens, question, output_logits=True, **search)
+        tokens = out.tokens[0]
+        return self.tokenizer.encode(prompt).ids, out.given.logits[0][0].numpy(), tokens, self.text(tokens)
+
+    def search(self, pixels: np.ndarray, prompt: str, max_new_tokens: int, question: str = "", **search: Any) -> Found:
+        """The tokens that `generate()` finds for every picture of a batch [n, 3, S, S] behind the same prompt."""
         image = [self.model.config.image_token_index] * self.model.config.num_query_tokens
-        row = self.torch.tensor([image + ids])
-        read = {f"qformer_{name}": value for name, value in self._instruction(prompt, question).items()}
+        rows = self.torch.tensor([image + self.tokenizer.encode(prompt).ids]).expand(len(pixels), -1)
+        read = self._instruction(prompt, question, n_rows=len(pixels))
         with self.torch.inference_mode(), self._reading(prompt, question):
             out = self.model.generate(
-                pixel_values=self.torch.from_numpy(pixels)[None],
-                input_ids=row,
-                attention_mask=self.torch.ones_like(row),
+                pixel_values=self.torch.from_numpy(pixels),
+                input_ids=rows,
+                attention_mask=self.torch.ones_like(rows),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
-                output_logits=True,
                 return_dict_in_generate=True,
-                **read,
+                **{f"qformer_{name}": value for name, value in read.items()},
                 **search,
             )
-        started = 1 if self.facts["family"] == "encoder_decoder" else row.shape[1]
-        tokens = out.sequences[0, started:].tolist()
-        return ids, out.logits[0][0].numpy(), tokens, self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        started = 1 if self.facts["family"] == "encoder_decoder" else rows.shape[1]
+        return Found([self._up_to_the_end(row) for row in out.sequences[:, started:].tolist()], out)
 
-    def _instruction(self, prompt: str, question: str, n_queries: int = 0) -> dict[str, Any]:
+    def text(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
+    def spellings(self, word: str) -> list[list[int]]:
+        """Token ids of a word at the beginning of a text and, where tokens carry it, behind a space."""
+        spaced = f" {word}" if type(self.tokenizer.pre_tokenizer).__name__ == "ByteLevel" else word
+        found = [self.tokenizer.encode(text, add_special_tokens=False).ids for text in (word, spaced)]
+        return found if found[0] != found[1] else found[:1]
+
+    def _up_to_the_end(self, tokens: list[int]) -> list[int]:
+        """Without what fills up a row behind its end."""
+        ends = self.facts["language"]["token_ids"]["eos"]
+        return tokens[: next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))]
+
+    def _instruction(self, prompt: str, question: str, n_queries: int = 0, n_rows: int = 1) -> dict[str, Any]:
         """What InstructBLIP's Q-Former is told; its mask covers `n_queries` query tokens in front."""
         if not self.instruct:
             return {}
-        ids = self.torch.tensor([self.question_ids(prompt, question)])
-        return {"input_ids": ids, "attention_mask": self.torch.ones(1, n_queries + ids.shape[1], dtype=self.torch.long)}
+        ids = self.torch.tensor([self.question_ids(prompt, question)]).expand(n_rows, -1)
+        mask = self.torch.ones(n_rows, n_queries + ids.shape[1], dtype=self.torch.long)
+        return {"input_ids": ids, "attention_mask": mask}
 
     @contextmanager
     def _reading(self, prompt: str, question: str) -> Iterator[None]:
@@ -168,8 +211,9 @@ class Reference:
         forward = qformer.forward
 
         def with_question(query_embeds: Any, **kwargs: Any) -> Any:
-            n = query_embeds.shape[1]
-            out = forward(self._embed(ids, query_embeds=query_embeds), query_length=n, **kwargs)
+            rows, n = query_embeds.shape[:2]
+            both = self._embed(ids.expand(rows, -1), query_embeds=query_embeds)
+            out = forward(both, query_length=n, **kwargs)
             out.last_hidden_state = out.last_hidden_state[:, :n]
             return out
 
@@ -180,48 +224,39 @@ class Reference:
             qformer.forward = forward
 
 
-def _tokenizer(folder: Path) -> Any:
-    from tokenizers import Tokenizer
-
-    return Tokenizer.from_file(str(folder / "tokenizer.json")) if (folder / "tokenizer.json").exists() else None
-
-
-def _text_embeddings(folder: Path, cfg: Any) -> Any:
+def _text_embeddings(checkpoint: Checkpoint, cfg: Any) -> Any:
     """Word and position embeddings, which BLIP-2's class for generation does not load."""
-    import torch
     from transformers.models.blip_2.modeling_blip_2 import Blip2TextEmbeddings
 
-    checkpoint, embeddings = Checkpoint(folder), Blip2TextEmbeddings(cfg)
+    embeddings = Blip2TextEmbeddings(cfg)
     names = ("word_embeddings.weight", "position_embeddings.weight")
-    state = {n: torch.from_numpy(checkpoint.tensor(f"embeddings.{n}").astype(np.float32)) for n in names}
-    embeddings.load_state_dict(state)
+    embeddings.load_state_dict({name: reference.tensor(checkpoint, f"embeddings.{name}") for name in names})
     return embeddings.eval()
 
 
 def preprocess(picture: Any, image: dict[str, Any]) -> np.ndarray:
     """[3, S, S] by `transformers`' own image processor on PIL."""
+    from PIL import Image
     from transformers import BlipImageProcessorPil
 
     side = {"height": image["size"], "width": image["size"]}
-    from PIL import Image
-
-    processor = BlipImageProcessorPil(
+    prepare = BlipImageProcessorPil(
         size=side,
         resample=getattr(Image.Resampling, image["resample"].upper()),
         image_mean=image["mean"],
         image_std=image["std"],
         rescale_factor=image["rescale"],
     )
-    return np.asarray(processor(images=picture, return_tensors="np")["pixel_values"][0], np.float32)
+    return np.asarray(prepare(images=picture, return_tensors="np")["pixel_values"][0], np.float32)
 
 
-def _save(path: Path, value: np.ndarray) -> dict[str, Any]:
+def save(path: Path, value: np.ndarray) -> dict[str, Any]:
     value.astype("<f4").tofile(path)
     return {"file": f"golden/{path.name}", "shape": list(value.shape)}
 
 
-def _check_memory(checkpoint: Path) -> None:
-    stored = sum(p.stat().st_size for p in checkpoint.glob("*.safetensors"))
+def _check_memory(checkpoint: Checkpoint) -> None:
+    stored = checkpoint.n_bytes
     free = _available_bytes()
     if free is not None and 2 * stored > free:
         raise CheckpointError(

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import Blip2Config, InstructBlipConfig
 
-from blip2_export import decoder, encoder_decoder, llama
+from blip2_export import decoder, encoder_decoder, llama, processor
 from blip2_export.checkpoint import Checkpoint, CheckpointError
 from blip2_export.decoding import Decoder
 from blip2_export.graph import Graph
@@ -60,14 +60,14 @@ def _token_ids(cfg: Config, checkpoint: Checkpoint) -> dict[str, Any]:
     """As `generate()` of the reference uses them: the language model's own, not a generation_config.json beside it."""
     text = cfg.text_config
     eos = text.eos_token_id
-    if eos is None or cfg.image_token_index is None:
-        missing = "text_config.eos_token_id" if eos is None else "image_token_index"
-        raise CheckpointError(f"{checkpoint.folder}: config.json has no {missing}")
+    if eos is None:
+        raise CheckpointError(f"{checkpoint.folder}: config.json has no text_config.eos_token_id")
+    image = cfg.image_token_index
     return {
         "bos": getattr(text, "bos_token_id", None),
         "eos": eos if isinstance(eos, list) else [eos],
         "pad": text.pad_token_id,
-        "image": cfg.image_token_index,
+        "image": processor.image_token(checkpoint.tokenizer_folder) if image is None else image,
     }
 
 

@@ -1,99 +1,238 @@
-"""A bundle in the engine against its checkpoint in `transformers`: the same pictures and prompts must give the same tokens."""
+"""Bundles in the engine against their checkpoints in `transformers`: the same pictures and prompts must give the same tokens."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import subprocess
+import random
 import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from blip2_export import scenes
-from blip2_export.golden import Reference
+import numpy as np
+
+from blip2_export import parity_stage1, random_shapes, scenes
+from blip2_export.bundle import Choices, convert
+from blip2_export.comparison import Comparison, run_engine
+from blip2_export.golden import Found, Reference, preprocess
 
 PROMPTS = ("", "Question: what colour is the star? Answer:", "a photo of")
-# What `generate()` is told, and the engine's words for it.
-SEARCHES: tuple[tuple[dict[str, Any], tuple[str, ...]], ...] = (
-    ({}, ()),
-    ({"num_beams": 2, "length_penalty": 0.0}, ("--beams", "2", "--length-penalty", "0")),
-    ({"num_beams": 3, "early_stopping": True}, ("--beams", "3", "--early-stopping", "true")),
-    (
-        {"num_beams": 5, "length_penalty": -1.0, "early_stopping": "never"},
-        ("--beams", "5", "--length-penalty", "-1", "--early-stopping", "never"),
-    ),
-    (
-        {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2, "min_new_tokens": 5},
-        ("--repetition-penalty", "1.4", "--no-repeat-ngram", "2", "--min-new-tokens", "5"),
-    ),
+QUESTIONS = ("what colour is the star?", "how many dogs play near the blue ring on the beach?", "where?")
+_TIE = 1e-5  # scores nearer than this may change places with the order in which a sum is added up
+_OPTIONS = {  # of `generate()`, and the engine's words for the same
+    "num_beams": "--beams",
+    "length_penalty": "--length-penalty",
+    "early_stopping": "--early-stopping",
+    "repetition_penalty": "--repetition-penalty",
+    "no_repeat_ngram_size": "--no-repeat-ngram",
+    "min_new_tokens": "--min-new-tokens",
+    "suppress_tokens": "--suppress-tokens",
+    "begin_suppress_tokens": "--begin-suppress-tokens",
+    "forced_bos_token_id": "--forced-bos-token",
+    "forced_eos_token_id": "--forced-eos-tokens",
+    "bad_word": "--bad-word",  # the reference is told its spellings
+}
+Search = dict[str, Any]
+GREEDY: Search = {"num_beams": 1}
+BEAMS: Search = {"num_beams": 3, "early_stopping": True}
+FEW: tuple[Search, ...] = (
+    GREEDY,
+    {"num_beams": 2, "length_penalty": 0.0},
+    BEAMS,
+    {"num_beams": 5, "length_penalty": -1.0, "early_stopping": "never"},
+    {"num_beams": 1, "repetition_penalty": 1.4, "no_repeat_ngram_size": 2, "min_new_tokens": 5},
 )
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How much is compared. `every`: all searches and what changes scores, where otherwise `FEW` are."""
+
+    n_pictures: int
+    max_new_tokens: int
+    every: bool = False
+
+
+def compare(checkpoint: Path, bundle: Path, engine: Path, plan: Plan) -> Comparison:
+    """Tokens and texts of drawn scenes: greedy behind every prompt, other searches behind one; and some questions."""
+    facts = json.loads((bundle / "bundle.json").read_text())
+    with drawn_pictures(plan.n_pictures) as (pictures, paths):
+        if facts["family"] == "qformer":
+            shown = list(zip(pictures, paths, strict=True))
+            return parity_stage1.compare(checkpoint, bundle, engine, shown, plan.max_new_tokens)
+        pixels = np.stack([preprocess(picture, facts["image"]) for picture in pictures])
+        both = _Both(Reference(checkpoint, facts), bundle, engine, plan.max_new_tokens, pixels, paths)
+        for prompt in PROMPTS:
+            greedy = both.captions(prompt, GREEDY)
+        searches = list(every_search(both.reference, greedy)) if plan.every else FEW[1:]
+        for k, search in enumerate(searches):
+            both.captions(PROMPTS[k % len(PROMPTS)], search)
+        for k, search in enumerate((GREEDY, BEAMS)):
+            both.answers(k % len(paths), search)
+        return both.found
+
+
+def every_search(reference: Reference, greedy: list[list[int]]) -> Iterator[Search]:
+    """Beams with every penalty and end; what changes scores, alone and under beams.
+
+    `greedy`: tokens that come by themselves, so that it matters when they are forbidden.
+    """
+    for n, penalty, early in itertools.product((2, 3, 5), (0.0, 1.0, -1.0, 2.0), (True, False, "never")):
+        yield {"num_beams": n, "length_penalty": penalty, "early_stopping": early}
+    ends = reference.facts["language"]["token_ids"]["eos"]
+    usual = Counter(token for row in greedy for token in row if token not in ends).most_common(8)
+    changes: list[Search] = [
+        {"repetition_penalty": 1.4},
+        {"repetition_penalty": 0.7},
+        {"no_repeat_ngram_size": 2},
+        {"min_new_tokens": 6},
+        {"suppress_tokens": [token for token, _ in usual[:2]]},
+        {"begin_suppress_tokens": sorted({row[0] for row in greedy})},
+        {"forced_eos_token_id": ends},
+        {"forced_bos_token_id": greedy[0][-1]},
+        {"repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "min_new_tokens": 4},
+    ]
+    words = (reference.text([token]) for token, _ in usual)
+    changes += [{"bad_word": word} for word in words if word.isalnum() and word.isascii()][:2]
+    for change in changes:
+        yield {"num_beams": 1, **change}
+        yield {"num_beams": 3, "length_penalty": 0.0, **change}
+
+
 @dataclass
-class Comparison:
-    """What was compared. `written` are the reference's distinct token rows: few of them test little."""
+class _Both:
+    """The engine and the reference with the same pictures, and what they agreed on so far."""
 
-    cases: int = 0
-    differences: list[str] = field(default_factory=list)
-    written: set[tuple[int, ...]] = field(default_factory=set)
+    reference: Reference
+    bundle: Path
+    engine: Path
+    max_new_tokens: int
+    pixels: np.ndarray
+    paths: list[Path]
+    found: Comparison = field(default_factory=Comparison)
+
+    def captions(self, prompt: str, search: Search) -> list[list[int]]:
+        """Every picture behind one prompt; gives the reference's tokens."""
+        rows = self._run("caption", "--prompt", prompt, *words(search), *map(str, self.paths))
+        wanted = self._search(self.pixels, prompt, "", search)
+        for i, row in enumerate(rows):
+            self._note(row, wanted, i, f"{search} picture {i} {prompt!r}")
+        return wanted.tokens
+
+    def answers(self, i: int, search: Search) -> None:
+        """One picture and several questions, which the engine answers in one batch."""
+        rows = self._run("ask", *words(search), str(self.paths[i]), *QUESTIONS)
+        for question, row in zip(QUESTIONS, rows, strict=True):
+            prompt = self.reference.facts["prompts"]["ask"].format(question)
+            wanted = self._search(self.pixels[i : i + 1], prompt, question, search)
+            self._note(row, wanted, 0, f"{search} picture {i} {question!r}")
+
+    def _run(self, command: str, *more: str) -> list[dict[str, Any]]:
+        options = ("--json", "--model", str(self.bundle), "--max-new-tokens", str(self.max_new_tokens))
+        return run_engine(self.engine, command, *options, *more)
+
+    def _search(self, pixels: np.ndarray, prompt: str, question: str, search: Search) -> Found:
+        told = {key: value for key, value in search.items() if key != "bad_word"}
+        if "bad_word" in search:
+            told["bad_words_ids"] = self.reference.spellings(search["bad_word"])
+        return self.reference.search(pixels, prompt, self.max_new_tokens, question, output_scores=True, **told)
+
+    def _note(self, row: dict[str, Any], wanted: Found, i: int, what: str) -> None:
+        tokens = wanted.tokens[i]
+        self.found.cases += 1
+        self.found.written.add(tuple(tokens))
+        if (row["tokens"], row["text"]) != (tokens, self.reference.text(tokens)):
+            kind = self.found.ties if _is_tie(row, wanted, i) else self.found.differences
+            kind.append(f"{what}: {row['tokens']}, reference {tokens}")
 
 
-def compare(checkpoint: Path, bundle: Path, engine: Path, n_pictures: int, max_new_tokens: int) -> Comparison:
-    """Tokens and texts of drawn scenes: greedy behind every prompt, every other search on a third of the pictures."""
-    reference = Reference(checkpoint, json.loads((bundle / "bundle.json").read_text()))
-    pictures = scenes.sample_pictures(n_pictures, seed=5, side=150)
-    out = Comparison()
-    with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder) / f"{i}.png" for i in range(n_pictures)]
-        for picture, path in zip(pictures, paths, strict=True):
-            picture.save(path)
-        pixels = [reference.stages(p)[0] for p in pictures]
-        for k, (search, words) in enumerate(SEARCHES):
-            for prompt in PROMPTS:
-                shown = range(n_pictures) if k == 0 else range(0, n_pictures, 3)
-                options = [
-                    "--json",
-                    "--model",
-                    str(bundle),
-                    "--max-new-tokens",
-                    str(max_new_tokens),
-                    "--prompt",
-                    prompt,
-                ]
-                found = run_engine(engine, "caption", *options, *words, *(str(paths[i]) for i in shown))
-                for i, row in zip(shown, found, strict=True):
-                    _, _, tokens, text = reference.generate(pixels[i], prompt, max_new_tokens, **search)
-                    out.cases += 1
-                    out.written.add(tuple(tokens))
-                    if (row["tokens"], row["text"]) != (tokens, text):
-                        out.differences.append(f"{search} picture {i} {prompt!r}: {row['tokens']}, reference {tokens}")
+def words(search: Search) -> list[str]:
+    """A search on the engine's command line."""
+    out = []
+    for option, value in search.items():
+        written = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        out += [_OPTIONS[option], written.lower() if option == "early_stopping" else written]
     return out
 
 
-def run_engine(engine: Path, *words: str) -> list[dict[str, object]]:
-    """The JSON lines that a command of the engine prints."""
-    done = subprocess.run([str(engine), *words], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{engine} {words[0]} failed: {done.stderr.strip()}")
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+def _is_tie(row: dict[str, Any], wanted: Found, i: int) -> bool:
+    """Whether the reference's own scores leave open which text is the better one, or which token where the two part."""
+    finals = getattr(wanted.given, "sequences_scores", None)
+    if finals is not None:
+        return abs(row["score"] - float(finals[i])) < _TIE
+    same = zip(row["tokens"], wanted.tokens[i], strict=False)
+    parting = next((at for at, (a, b) in enumerate(same) if a != b), None)
+    if parting is None:
+        return False
+    best = wanted.given.scores[parting][i].topk(2).values
+    return float(best[0] - best[1]) < _TIE
+
+
+@contextmanager
+def drawn_pictures(n: int) -> Iterator[tuple[list[Any], list[Path]]]:
+    pictures = scenes.sample_pictures(n, seed=5, side=150)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / f"{i}.png" for i in range(n)]
+        for picture, path in zip(pictures, paths, strict=True):
+            picture.save(path)
+        yield pictures, paths
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, help="the Hugging Face folder that the bundle was converted from")
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("checkpoint", type=Path, nargs="?", help="what the bundle was converted from")
+    parser.add_argument("bundle", type=Path, nargs="?")
     parser.add_argument("--engine", type=Path, default=Path("target/release/blip2"), help="default: %(default)s")
-    parser.add_argument("--pictures", type=int, default=70, help="drawn pictures (default %(default)s)")
+    parser.add_argument("--pictures", type=int, help="drawn pictures (default: 70, with --all 4 a checkpoint)")
     parser.add_argument("--max-new-tokens", type=int, default=20, help="default: %(default)s")
+    every = parser.add_argument_group("random checkpoints of every family instead of one bundle")
+    every.add_argument(
+        "--all", action="store_true", help="draw checkpoints, convert them, and run every search on each"
+    )
+    every.add_argument(
+        "--generations", type=int, default=0, metavar="N", help="go on until this many texts are compared"
+    )
+    every.add_argument("--checkpoints", type=int, default=48, metavar="N", help="at least (default %(default)s)")
+    every.add_argument("--seed", type=int, default=0, help="another seed draws other checkpoints (default %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
-    found = compare(args.checkpoint, args.bundle, args.engine, args.pictures, args.max_new_tokens)
-    for line in found.differences:
-        print(line)
-    print(
-        json.dumps(
-            {"cases": found.cases, "equal": found.cases - len(found.differences), "distinct": len(found.written)}
-        )
-    )
+    """Prints what differs, then one line of counts; with `--all` one line a checkpoint before."""
+    if not args.all and (args.checkpoint is None or args.bundle is None):
+        raise SystemExit("parity compares a checkpoint with its bundle: name both, or say --all")
+    if args.all:
+        found = _sweep(args)
+    else:
+        found = compare(args.checkpoint, args.bundle, args.engine, Plan(args.pictures or 70, args.max_new_tokens))
+        _print(found)
+    print(json.dumps(found.summary()))
     return int(bool(found.differences))
+
+
+def _sweep(args: argparse.Namespace) -> Comparison:
+    rng, total = random.Random(args.seed), Comparison()
+    plan = Plan(args.pictures or 4, args.max_new_tokens, every=True)
+    for i in itertools.count():
+        if i >= args.checkpoints and total.cases >= args.generations:
+            return total
+        drawn = random_shapes.draw(rng, i)
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint, bundle = Path(folder) / "checkpoint", Path(folder) / "bundle"
+            drawn.write(checkpoint, seed=rng.randrange(1 << 30))
+            convert(checkpoint, bundle, Choices(drawn.family, golden=False))
+            found = compare(checkpoint, bundle, args.engine, plan)
+        _print(found)
+        print(json.dumps({"checkpoint": i, "family": drawn.family, **found.summary()}), flush=True)
+        total.add(found)
+    raise AssertionError("the count of checkpoints ends the loop")
+
+
+def _print(found: Comparison) -> None:
+    for line in found.ties:
+        print(f"tie: {line}")
+    for line in found.differences:
+        print(f"different: {line}")

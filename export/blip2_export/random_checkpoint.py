@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import string
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-_BASE: dict[str, dict[str, Any]] = {
+Shape = dict[str, dict[str, Any]]  # what differs from the base, part by part
+BASE: Shape = {
     "vision_config": {
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -72,7 +74,7 @@ _LANGUAGES: dict[str, dict[str, Any]] = {
     },
 }
 _OPT_350M = {"do_layer_norm_before": False, "word_embed_proj_dim": 16}
-SHAPES: dict[str, dict[str, dict[str, Any]]] = {
+SHAPES: dict[str, Shape] = {
     "tiny": {},
     "odd-1": {  # head dimensions 12 (vision), 20 (decoder): no powers of two; three Q-Former layers
         "vision_config": {
@@ -116,7 +118,7 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
 }
 _T5, _LLAMA, _INSTRUCT = {"model_type": "t5"}, {"model_type": "llama"}, {"model_type": "instructblip"}
 _READS_TEXT = {"use_qformer_text_input": True}
-FAMILIES: dict[str, dict[str, dict[str, Any]]] = {  # other language models, and Q-Formers that read the question
+FAMILIES: dict[str, Shape] = {  # other language models, and Q-Formers that read the question
     "t5": {"text_config": _T5},
     "t5-odd-1": {  # three heads of 12, together narrower than the model
         "text_config": {**_T5, "d_model": 40, "d_kv": 12, "num_heads": 3, "d_ff": 52, "num_layers": 3},
@@ -184,7 +186,7 @@ _RELEASED = {
     },
     "top": {"num_query_tokens": 32},
 }
-LARGE: dict[str, dict[str, dict[str, Any]]] = {
+LARGE: dict[str, Shape] = {
     "opt-2.7b": {  # the dimensions of the released blip2-opt-2.7b
         **_RELEASED,
         "text_config": {
@@ -210,6 +212,8 @@ LARGE: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
 }
+# Every tokenizer writes these, as the released ones do: the engine refuses a text that it cannot write.
+_PRINTABLE = string.digits + string.ascii_letters + string.punctuation
 _SENTENCES = (
     "a red star left of a blue ring",
     "Question: what colour is the star? Answer: red\n",
@@ -218,12 +222,14 @@ _SENTENCES = (
 )
 
 
-def write(folder: Path, shape: str, seed: int, dtype: torch.dtype = torch.float32, shard_bytes: int = 2 << 30) -> None:
+def write(
+    folder: Path, shape: str | Shape, seed: int, dtype: torch.dtype = torch.float32, shard_bytes: int = 2 << 30
+) -> None:
     """Writes the folder: config, safetensors in shards, tokenizers, processor configs. Holds one shard in memory."""
-    wanted = (SHAPES | FAMILIES | LARGE)[shape]
-    parts = {key: {**base, **wanted.get(key, {})} for key, base in _BASE.items()}
+    wanted = (SHAPES | FAMILIES | LARGE)[shape] if isinstance(shape, str) else shape
+    parts = {key: {**base, **wanted.get(key, {})} for key, base in BASE.items()}
     language = wanted.get("text_config", {}).get("model_type", "opt")
-    tokenizer, ids = _TOKENIZERS[language]()
+    tokenizer, ids = TOKENIZERS[language]()
     parts["text_config"] = {
         **_LANGUAGES[language],
         **ids,
@@ -234,7 +240,7 @@ def write(folder: Path, shape: str, seed: int, dtype: torch.dtype = torch.float3
     top = parts.pop("top")
     kind = top.pop("model_type", "blip-2")
     asked = (
-        _word_piece_tokenizer()
+        _question_tokenizer()
         if kind == "instructblip" or parts["qformer_config"].get("use_qformer_text_input")
         else None
     )
@@ -247,7 +253,7 @@ def write(folder: Path, shape: str, seed: int, dtype: torch.dtype = torch.float3
     model = InstructBlipForConditionalGeneration if kind == "instructblip" else Blip2ForConditionalGeneration
     config.architectures, config.dtype = [model.__name__], dtype
     config.save_pretrained(folder)
-    _write_shards(folder, _shapes(model, config), seed, dtype, shard_bytes)
+    write_shards(folder, _shapes(model, config), seed, dtype, shard_bytes)
     tokenizer.save_pretrained(folder)
     if asked:
         asked.truncation_side = "left" if kind == "instructblip" else "right"
@@ -273,7 +279,7 @@ def _shapes(kind: type[PreTrainedModel], config: Blip2Config | InstructBlipConfi
     return shapes
 
 
-def _write_shards(folder: Path, shapes: dict[str, torch.Size], seed: int, dtype: torch.dtype, most: int) -> None:
+def write_shards(folder: Path, shapes: dict[str, torch.Size], seed: int, dtype: torch.dtype, most: int) -> None:
     """Every parameter drawn anew: `transformers`' own initialisation gives an image encoder and queries that do nothing."""
     groups: list[list[str]] = [[]]
     size = 0
@@ -288,34 +294,46 @@ def _write_shards(folder: Path, shapes: dict[str, torch.Size], seed: int, dtype:
     files = files if len(files) > 1 else ["model.safetensors"]
     generator = torch.Generator().manual_seed(seed)
     for file, names in zip(files, groups, strict=True):
-        save_file({n: _draw(n, shapes[n], generator).to(dtype) for n in names}, folder / file, {"format": "pt"})
+        save_file({n: draw(n, shapes[n], generator).to(dtype) for n in names}, folder / file, {"format": "pt"})
     if len(files) > 1:
         where = {name: file for file, names in zip(files, groups, strict=True) for name in names}
         (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
 
 
-def _draw(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+def draw(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
     """The language model's blocks outweigh its embeddings; a tied head would otherwise repeat the last token for ever."""
+    if not shape:
+        return 0.05 + 0.1 * torch.rand(shape, generator=generator)
     centre = 1.0 if "norm" in name.lower() and name.endswith("weight") else 0.0
     return centre + _spread(name, shape) * torch.randn(shape, generator=generator)
+
+
+_WIDE = (
+    "query_tokens",
+    "embed_positions.weight",
+    "relative_attention_bias.weight",
+    "word_embeddings.weight",
+    "position_embeddings.weight",
+)
 
 
 def _spread(name: str, shape: torch.Size) -> float:
     if len(shape) < 2:
         return 0.3
-    if name.endswith(("query_tokens", "embed_positions.weight", "relative_attention_bias.weight")):
+    if name.endswith(_WIDE):
         return 1.0
     if name.endswith("shared.weight"):
         return 0.3
-    if name.endswith(("embed_tokens.weight", "word_embeddings.weight", "position_embeddings.weight")):
+    if name.endswith("embed_tokens.weight"):
         return 0.5
     if name.endswith("SelfAttention.q.weight"):
         return 0.4 / shape[-1] ** 0.5  # T5 does not scale its scores, its weights do
     if name.endswith("EncDecAttention.q.weight"):
-        return 1 / shape[-1] ** 0.5  # picks out positions, so that pictures tell
+        return 0.6 / shape[-1] ** 0.5  # picks out positions, so that pictures tell
     if name.endswith("DenseReluDense.wo.weight"):
         return 1 / shape[-1] ** 0.5  # what relu lets through points one way for all inputs
-    return (2.5 if name.startswith(("language_model", "language_projection")) else 0.8) / shape[-1] ** 0.5
+    strong = ("language_model", "language_projection", "cls.", "text_projection")
+    return (2.5 if name.startswith(strong) else 0.8) / shape[-1] ** 0.5
 
 
 def _byte_tokenizer() -> tuple[PreTrainedTokenizerFast, dict[str, int]]:
@@ -341,7 +359,11 @@ def _unigram_tokenizer() -> tuple[PreTrainedTokenizerFast, dict[str, int]]:
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
     trainer = trainers.UnigramTrainer(
-        vocab_size=120, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
+        vocab_size=180,
+        special_tokens=["<pad>", "</s>", "<unk>"],
+        unk_token="<unk>",
+        initial_alphabet=list(_PRINTABLE),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(_SENTENCES, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
@@ -354,45 +376,60 @@ def _piece_tokenizer() -> tuple[PreTrainedTokenizerFast, dict[str, int]]:
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=200,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=list(_PRINTABLE),
+        show_progress=False,
+    )
     tokenizer.train_from_iterator(_SENTENCES, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     fast = _fast(tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     return fast, {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
-_TOKENIZERS = {"opt": _byte_tokenizer, "t5": _unigram_tokenizer, "llama": _piece_tokenizer}
+TOKENIZERS = {"opt": _byte_tokenizer, "t5": _unigram_tokenizer, "llama": _piece_tokenizer}
 
 
 def _fast(tokenizer: Tokenizer, **special: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=["<image>"], **special)
 
 
-def _word_piece_tokenizer() -> PreTrainedTokenizerFast:
-    """BERT's kind, with [DEC] behind the trained words, for the question that the Q-Former reads."""
+WORD_PIECE_NAMES = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
+
+
+def word_piece_tokenizer() -> Tokenizer:
+    """WordPiece as BERT's, without `[DEC]`."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    trainer = trainers.WordPieceTrainer(vocab_size=120, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator(_SENTENCES, trainer)
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    names = {
-        "pad_token": "[PAD]",
-        "unk_token": "[UNK]",
-        "cls_token": "[CLS]",
-        "sep_token": "[SEP]",
-        "mask_token": "[MASK]",
-    }
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="[DEC]", **names)
+    special = list(WORD_PIECE_NAMES.values())
+    trainer = trainers.WordPieceTrainer(vocab_size=180, special_tokens=special, show_progress=False)
+    inside = [f"a{char}" for char in string.digits + string.ascii_lowercase]  # so that every one may continue a word
+    tokenizer.train_from_iterator([*_SENTENCES, *_PRINTABLE, *inside], trainer)
+    ends = [(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    return tokenizer
+
+
+def _question_tokenizer() -> PreTrainedTokenizerFast:
+    """For the question that the Q-Former reads, with [DEC] behind the trained words."""
+    return PreTrainedTokenizerFast(tokenizer_object=word_piece_tokenizer(), bos_token="[DEC]", **WORD_PIECE_NAMES)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, help="folder to write")
-    parser.add_argument(
-        "--shape", choices=sorted(SHAPES | FAMILIES | LARGE), default="tiny", help="default: %(default)s"
-    )
+    from blip2_export import random_retrieval as stage1
+
+    shapes = sorted(SHAPES | FAMILIES | LARGE | stage1.SHAPES | stage1.LARGE)
+    parser.add_argument("--shape", choices=shapes, default="tiny", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
 
@@ -401,5 +438,8 @@ def run(args: argparse.Namespace) -> int:
     if args.out.exists():
         print(f"error: {args.out} exists", file=sys.stderr)
         return 2
-    write(args.out, args.shape, args.seed, getattr(torch, args.dtype))
+    from blip2_export import random_retrieval as stage1
+
+    writer = stage1.write if args.shape in stage1.SHAPES | stage1.LARGE else write
+    writer(args.out, args.shape, args.seed, getattr(torch, args.dtype))
     return 0

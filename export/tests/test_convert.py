@@ -127,7 +127,6 @@ def test_bundle_states_size_and_hash_of_every_file_and_records_goldens(made, tmp
         (lambda f: (f / "preprocessor_config.json").unlink(), "no preprocessor_config.json"),
         (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer.json"),
         (lambda f: _edit(f, num_query_tokens=9), "`query_tokens` is"),
-        (lambda f: _edit(f, image_token_index=None), "no image_token_index"),
     ],
 )
 def test_what_cannot_be_converted_gets_one_sentence_and_leaves_nothing(made, tmp_path: Path, damage, said: str) -> None:

@@ -9,24 +9,40 @@ from pathlib import Path
 
 import pytest
 
-from blip2_export import evaluate, random_checkpoint
+from blip2_export import evaluate, random_checkpoint, random_retrieval
 from blip2_export.bundle import Choices, convert
-from blip2_export.parity import compare, run_engine
+from blip2_export.comparison import Comparison, run_engine
+from blip2_export.parity import Plan, compare
 
 ROOT = Path(__file__).parents[2]
 ENGINE = Path(os.environ.get("BLIP2_ENGINE", ROOT / "target" / "debug" / "blip2"))
+WRITING = random_checkpoint.SHAPES | random_checkpoint.FAMILIES
+PLAN = Plan(n_pictures=6, max_new_tokens=12)
 
 
-@pytest.mark.parametrize("shape", sorted(random_checkpoint.SHAPES))
-def test_the_engine_gives_the_tokens_of_the_reference(tmp_path: Path, shape: str) -> None:
+def compared(folder: Path) -> Comparison:
     assert ENGINE.exists(), f"{ENGINE} is not there; build it first (cargo build)"
-    random_checkpoint.write(tmp_path / "checkpoint", shape, seed=100 + sorted(random_checkpoint.SHAPES).index(shape))
-    convert(tmp_path / "checkpoint", tmp_path / "bundle", Choices(shape))
-    run_engine(ENGINE, "verify", str(tmp_path / "bundle"))
-    found = compare(tmp_path / "checkpoint", tmp_path / "bundle", ENGINE, n_pictures=9, max_new_tokens=12)
-    assert found.cases == 63 and not found.differences
+    convert(folder / "checkpoint", folder / "bundle", Choices(folder.name))
+    run_engine(ENGINE, "verify", str(folder / "bundle"))
+    return compare(folder / "checkpoint", folder / "bundle", ENGINE, PLAN)
+
+
+@pytest.mark.parametrize("shape", sorted(WRITING))
+def test_the_engine_gives_the_tokens_of_the_reference(tmp_path: Path, shape: str) -> None:
+    random_checkpoint.write(tmp_path / "checkpoint", shape, seed=100 + sorted(WRITING).index(shape))
+    found = compared(tmp_path)
+    assert found.cases == 48 and not found.differences and not found.ties
     assert len(found.written) > 9, "the checkpoint says nearly the same whatever it sees; these weights test nothing"
     assert sum(len(set(tokens)) > 2 for tokens in found.written) > len(found.written) / 2, "it repeats itself"
+
+
+@pytest.mark.parametrize("shape", sorted(random_retrieval.SHAPES))
+def test_the_engine_matches_embeds_and_captions_as_the_reference(tmp_path: Path, shape: str) -> None:
+    random_retrieval.write(tmp_path / "checkpoint", shape, seed=100 + sorted(random_retrieval.SHAPES).index(shape))
+    found = compared(tmp_path)
+    writes = shape.startswith("itg")
+    assert found.cases == 18 + 4 + 6 * writes and not found.differences
+    assert len(found.written) > 3 * writes or not writes, "it says the same whatever it sees"
 
 
 def test_the_demo_tells_the_truth(capsys: pytest.CaptureFixture[str]) -> None:

@@ -182,7 +182,7 @@ def test_rows_of_unequal_length_decode_as_they_would_alone(case, shape: str) -> 
 def test_long_texts_equal_the_reference(case, shape: str) -> None:
     graphs, reference = case(shape).open()
     prompts = ["a red star left of a blue ring " * n for n in (6, 1)]
-    seen = [reference.look(p) for p in scenes.sample_pictures(5, seed=2, side=100)]
+    seen = [reference.look(p) for p in scenes.sample_pictures(3, seed=2, side=100)]
     rows = [(pixels, features, prompt) for pixels, features in seen for prompt in prompts]
     queries = np.stack([reference.queries(features, prompt) for _, features, prompt in rows])
     told = [reference.generate(pixels, prompt, LONG) for pixels, _, prompt in rows]
@@ -272,6 +272,7 @@ def test_bundles_state_what_the_engine_needs_of_each_family(case) -> None:
     }
     assert (language["max_positions"], language["hidden"], language["kv_cache"]["head_dim"]) == (2048, 40, 16)
     assert "text" not in facts["qformer"] and facts["prompts"] == {"caption": "", "ask": "Question: {} Short answer:"}
+    assert facts["generation"]["ask"] == {"max_new_tokens": 10, "beams": 5, "length_penalty": -1.0}
     crossing = {"name": "cross.2.value", "dtype": "float32", "shape": ["batch", 3, "sequence", 16]}
     assert crossing in facts["graphs"]["encoder"]["outputs"]
 
@@ -279,6 +280,10 @@ def test_bundles_state_what_the_engine_needs_of_each_family(case) -> None:
     cache = facts["language"]["kv_cache"]
     assert (facts["family"], cache["n_heads"], cache["head_dim"]) == ("decoder_only", 2, 32)
     assert "cross_attention" not in facts["language"] and "decoder_start" not in facts["language"]["token_ids"]
+    assert facts["generation"] == {
+        "caption": {"max_new_tokens": 30, "beams": 5},
+        "ask": {"max_new_tokens": 10, "beams": 5, "length_penalty": 0.0},
+    }
     text = {
         "tokenizer": "qformer_tokenizer.json",
         "max_tokens": 128,
