@@ -131,7 +131,7 @@ fn json_has_the_documented_keys() {
     assert_eq!(lines.len(), 2);
     for (index, line) in lines.iter().enumerate() {
         let keys: Vec<&str> = line.as_object().unwrap().keys().map(String::as_str).collect();
-        assert_eq!(keys, ["finish_reason", "image", "text", "timings_ms", "tokens"]);
+        assert_eq!(keys, ["finish_reason", "image", "score", "text", "timings_ms", "tokens"]);
         assert_eq!(line["image"], sample(index));
         assert_eq!(line["finish_reason"], "stop");
         assert!(line["tokens"].as_array().unwrap().len() > 2);
@@ -182,8 +182,11 @@ fn several_texts_come_best_first() {
     assert!(scores.is_sorted_by(|a, b| a >= b), "{scores:?}");
     let text = works(["caption", "--beams", "4", "--num-return", "3", &sample(0)]);
     assert_eq!(text.lines().collect::<Vec<_>>(), candidates.iter().map(|c| c["text"].as_str().unwrap()).collect::<Vec<_>>());
-    let one = json_lines(["caption", "--json", "--beams", "1", &sample(0)])[0]["tokens"].clone();
-    assert_eq!(one, json_lines(["caption", "--json", &sample(0)])[0]["tokens"], "one beam is greedy search");
+    let default = &json_lines(["caption", "--json", &sample(0)])[0];
+    let five = &json_lines(["caption", "--json", "--beams", "5", &sample(0)])[0];
+    assert_eq!((&five["tokens"], &five["score"]), (&default["tokens"], &default["score"]), "the bundle asks for five beams");
+    let greedy = &json_lines(["caption", "--json", "--beams", "1", &sample(0)])[0];
+    assert!(greedy.get("score").is_none(), "one beam is greedy search");
 }
 
 #[test]
@@ -199,8 +202,8 @@ fn a_seed_draws_the_same_texts_alone_and_beside_others() {
 
 #[test]
 fn a_search_that_makes_no_sense_is_refused() {
-    let cases: [(&[&str], &str); 9] = [
-        (&["--num-return", "2"], "greedy search writes one text"),
+    let cases: [(&[&str], &str); 10] = [
+        (&["--beams", "1", "--num-return", "2"], "greedy search writes one text"),
         (&["--beams", "2", "--num-return", "3"], "3 texts are wanted of 2 beams"),
         (&["--beams", "0"], "the number of beams must be at least 1"),
         (&["--beams", "2", "--length-penalty", "nan"], "length penalty is NaN"),
@@ -209,6 +212,7 @@ fn a_search_that_makes_no_sense_is_refused() {
         (&["--sample", "--temperature", "0"], "temperature is 0"),
         (&["--sample", "--top-p", "1.5"], "top-p is 1.5"),
         (&["--top-k", "5"], "--sample"),
+        (&["--beams", "1", "--length-penalty", "0"], "are for beam search"),
     ];
     for (options, said) in cases {
         fails(["caption"].into_iter().chain(options.iter().copied()).chain([sample(0).as_str()]), 2, said);
@@ -231,7 +235,8 @@ fn a_prompt_of_ones_own_is_continued() {
     let template = facts["prompts"]["ask"].as_str().unwrap();
     let most = facts["generation"]["ask"]["max_new_tokens"].to_string();
     let raw = template.replace("{}", "how many objects are there?");
-    let continued = json_lines(["caption", "--json", "--max-new-tokens", &most, "--prompt", &raw, &sample(0)]);
+    let options = ["--length-penalty", "0", "--max-new-tokens", &most];
+    let continued = json_lines([&["caption", "--json"], &options[..], &["--prompt", &raw, &sample(0)]].concat());
     assert_eq!(continued[0]["tokens"], asked[0]["tokens"]);
     let templated = json_lines(["ask", "--json", "--prompt", template, &sample(0), "how many objects are there?"]);
     assert_eq!(templated[0]["tokens"], asked[0]["tokens"]);
