@@ -85,20 +85,20 @@ def every_search(reference: Reference, greedy: list[list[int]]) -> Iterator[Sear
     for n, penalty, early in itertools.product((2, 3, 5), (0.0, 1.0, -1.0, 2.0), (True, False, "never")):
         yield {"num_beams": n, "length_penalty": penalty, "early_stopping": early}
     ends = reference.facts["language"]["token_ids"]["eos"]
-    usual = Counter(token for row in greedy for token in row if token not in ends).most_common(8)
+    usual = [t for t, _ in Counter(t for row in greedy for t in row if t not in ends).most_common(8)]
+    words = [word for word in (reference.text([token]) for token in usual) if word.isalnum() and word.isascii()]
     changes: list[Search] = [
         {"repetition_penalty": 1.4},
         {"repetition_penalty": 0.7},
         {"no_repeat_ngram_size": 2},
         {"min_new_tokens": 6},
-        {"suppress_tokens": [token for token, _ in usual[:2]]},
+        {"repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "min_new_tokens": 4},
         {"begin_suppress_tokens": sorted({row[0] for row in greedy})},
         {"forced_eos_token_id": ends},
-        {"forced_bos_token_id": greedy[0][-1]},
-        {"repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "min_new_tokens": 4},
+        *({"suppress_tokens": usual[:n]} for n in (1, 3) if usual),
+        *({"forced_bos_token_id": token} for token in usual[1:2]),
+        *({"bad_word": word} for word in words[:2]),
     ]
-    words = (reference.text([token]) for token, _ in usual)
-    changes += [{"bad_word": word} for word in words if word.isalnum() and word.isascii()][:2]
     for change in changes:
         yield {"num_beams": 1, **change}
         yield {"num_beams": 3, "length_penalty": 0.0, **change}

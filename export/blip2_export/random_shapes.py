@@ -96,13 +96,14 @@ def _opt(rng: random.Random) -> dict[str, Any]:
 def _t5(rng: random.Random) -> dict[str, Any]:
     gated = rng.random() < 0.8
     activation = rng.choice(("gelu", "gelu_new")) if gated else "relu"
+    n_layers = rng.randint(1, 3)
     return {
         "d_model": rng.randint(24, 60),
         "d_kv": rng.choice(_HEADS),
         "num_heads": rng.randint(1, 5),
         "d_ff": rng.randint(30, 90),
-        "num_layers": rng.randint(1, 3),
-        "num_decoder_layers": rng.randint(1, 3),
+        "num_layers": n_layers,
+        "num_decoder_layers": rng.randint(1, n_layers),  # the reference's cache takes no more
         "feed_forward_proj": "gated-gelu" if gated else "relu",
         "dense_act_fn": activation,
         "tie_word_embeddings": rng.random() < 0.3,
@@ -112,7 +113,7 @@ def _t5(rng: random.Random) -> dict[str, Any]:
 def _llama(rng: random.Random) -> dict[str, Any]:
     shared, groups = rng.randint(1, 3), rng.randint(1, 3)
     return {
-        "hidden_size": rng.randint(24, 60),
+        "hidden_size": shared * groups * rng.randint(7, 19),  # need not be that of all heads together
         "head_dim": 2 * rng.randint(3, 16),
         "num_attention_heads": shared * groups,
         "num_key_value_heads": groups,

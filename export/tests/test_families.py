@@ -243,7 +243,7 @@ def first_logits(made: Case) -> np.ndarray:
 
 
 def test_flan_t5_runs_the_activation_and_the_scaling_that_its_config_means(tmp_path: Path) -> None:
-    made = Case(tmp_path, "t5")
+    made = Case(tmp_path, "t5-odd-1")
     exact = first_logits(made)
     released = {"tie_word_embeddings": False, "dense_act_fn": "gelu", "feed_forward_proj": "gated-gelu"}
     edit_text(made.checkpoint, "scale_decoder_outputs", **released)  # the key that only newer files hold is gone
@@ -254,7 +254,7 @@ def test_flan_t5_runs_the_activation_and_the_scaling_that_its_config_means(tmp_p
     assert np.abs(first_logits(made) - exact).max() > TOLERANCE * np.abs(exact).max()
     edit_text(made.checkpoint, "tie_word_embeddings", dense_act_fn="gelu")
     made.convert()
-    np.testing.assert_allclose(first_logits(made), exact * 32**-0.5, rtol=TOLERANCE, atol=1e-6)
+    np.testing.assert_allclose(first_logits(made), exact * 40**-0.5, rtol=TOLERANCE, atol=1e-6)
 
 
 def test_bundles_state_what_the_engine_needs_of_each_family(case) -> None:
