@@ -152,9 +152,10 @@ class _Both:
 
 
 def words(search: Search) -> list[str]:
-    """A search on the engine's command line."""
+    """A search on the engine's command line. A bundle has defaults of its own, so the reference's are spelled out."""
     out = []
-    for option, value in search.items():
+    usual = {"length_penalty": 1.0} if search.get("num_beams", 1) > 1 else {}
+    for option, value in (usual | search).items():
         written = ",".join(map(str, value)) if isinstance(value, list) else str(value)
         out += [_OPTIONS[option], written.lower() if option == "early_stopping" else written]
     return out

@@ -13,6 +13,8 @@ mod step_loop;
 mod strategy;
 mod warpers;
 
+use std::sync::Arc;
+
 pub use beam::{Beam, BeamOptions, BeamSample, EarlyStopping, Hypothesis, log_softmax};
 pub use greedy::{Greedy, GreedyOptions};
 pub use processors::{Past, Processors};
@@ -27,7 +29,10 @@ pub type TokenId = u32;
 
 /// What ends a text besides its end tokens: a look at the new tokens, the latest one included.
 #[derive(Clone)]
-pub struct Stop(pub std::sync::Arc<dyn Fn(&[TokenId]) -> bool + Send + Sync>);
+pub struct Stop(pub Arc<Look>);
+
+/// Whether a text is over.
+pub type Look = dyn Fn(&[TokenId]) -> bool + Send + Sync;
 
 impl std::fmt::Debug for Stop {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
