@@ -332,6 +332,8 @@ def _spread(name: str, shape: torch.Size) -> float:
         return 0.6 / shape[-1] ** 0.5  # picks out positions, so that pictures tell
     if name.endswith("DenseReluDense.wo.weight"):
         return 1 / shape[-1] ** 0.5  # what relu lets through points one way for all inputs
+    if "crossattention" in name:
+        return 2.5 / shape[-1] ** 0.5  # so that queries tell pictures apart
     strong = ("language_model", "language_projection", "cls.", "text_projection")
     return (2.5 if name.startswith(strong) else 0.8) / shape[-1] ** 0.5
 

@@ -42,7 +42,8 @@ def test_the_engine_matches_embeds_and_captions_as_the_reference(tmp_path: Path,
     found = compared(tmp_path)
     writes = shape.startswith("itg")
     assert found.cases == 18 + 4 + 6 * writes and not found.differences
-    assert len(found.written) > 3 * writes or not writes, "it says the same whatever it sees"
+    sees = writes and shape != "itg-one-layer"  # the first layer's keys and values know no picture
+    assert len(found.written) >= 3 or not sees, "it says the same whatever it sees"
 
 
 def test_the_demo_tells_the_truth(capsys: pytest.CaptureFixture[str]) -> None:
