@@ -6,8 +6,10 @@
 //! task, question ───────────────prompt + text──────────→ Prompt  ┘
 //! ```
 //!
-//! [`engine::Engine`] composes the arrows. It splits at [`qformer::Queries`]: `see` looks at pictures, `ask` writes texts about what was
-//! seen, so that several questions cost one image pass.
+//! [`engine::Engine`] composes the arrows. It splits where a picture is seen and nothing is asked yet: `see` looks at pictures, `ask` writes
+//! texts about what was seen, so that several questions cost one image pass; `rank`, `match_texts` and the embeddings start there too.
+//! A Q-Former that reads questions waits for them with the [`vision::ImageFeatures`]; that of stage 1 ([`stage1`]) compares pictures with
+//! texts, and hands its own writer keys and values in the place of queries.
 //!
 //! ```no_run
 //! use blip2::{Engine, Generation, Picture, Task};
@@ -21,9 +23,9 @@
 //!
 //! # Doors
 //!
-//! Each outside library is used in one place: `ort` and `half` in [`runtime`], `image` in [`pixels`], `tokenizers` in [`text`], `clap` in
-//! [`cli`]. Dependencies point down: `cli → verify → engine → language, qformer, vision, prompt → runtime, text → bundle → pixels`;
-//! [`decode`] knows nothing of tensors and defines the small trait that [`language`] implements. `tests/layers.rs` holds this.
+//! Each outside library is used in one place: `ort` and `half` in [`runtime`], `image` in [`pixels`], `tokenizers` in [`text`], `clap` and
+//! `ndarray-npy` in [`cli`]. Dependencies point down: `cli → verify → engine → prompt, language, stage1, qformer, vision → runtime, text →
+//! bundle → pixels`; [`decode`] knows nothing of tensors and defines the small trait that [`language`] implements. `tests/layers.rs` holds this.
 //!
 //! # Invariants
 //!
@@ -38,7 +40,7 @@
 //! | to add | touch |
 //! |---|---|
 //! | a checkpoint of a known shape | nothing here: a bundle |
-//! | a language model of a new shape | `language/<shape>.rs`, a [`bundle::Family`], its graph in `export/` |
+//! | a language model of a new shape | a [`bundle::Family`], what its decoder reads first in `language/mod.rs`, its graph in `export/` |
 //! | an execution provider | `runtime/provider.rs`, a feature in `Cargo.toml` |
 //! | a decoding strategy | `decode/<name>.rs` with a [`decode::Search`] |
 //! | a command | `cli/<name>.rs`, a variant in `cli/args.rs` |

@@ -160,6 +160,14 @@ class Reference:
         tokens = out.tokens[0]
         return self.tokenizer.encode(prompt).ids, out.given.logits[0][0].numpy(), tokens, self.text(tokens)
 
+    @property
+    def mixes_pictures(self) -> bool:
+        """Whether a batch is not what its pictures are alone.
+
+        Features are scattered in flattened order; behind a projection wider than the embeddings a picture gets the one before's.
+        """
+        return bool(self.model.language_projection.out_features != self.facts["language"]["hidden"])
+
     def search(self, pixels: np.ndarray, prompt: str, max_new_tokens: int, question: str = "", **search: Any) -> Found:
         """The tokens that `generate()` finds for every picture of a batch [n, 3, S, S] behind the same prompt."""
         image = [self.model.config.image_token_index] * self.model.config.num_query_tokens

@@ -120,27 +120,31 @@ class _Both:
         """Every picture behind one prompt; gives the reference's tokens."""
         rows = self._run("caption", "--prompt", prompt, *words(search), *map(str, self.paths))
         wanted = self._search(self.pixels, prompt, "", search)
-        for i, row in enumerate(rows):
-            self._note(row, wanted, i, f"{search} picture {i} {prompt!r}")
-        return wanted.tokens
+        for i, (row, (found, at)) in enumerate(zip(rows, wanted, strict=True)):
+            self._note(row, found, at, f"{search} picture {i} {prompt!r}")
+        return [found.tokens[at] for found, at in wanted]
 
     def answers(self, i: int, search: Search) -> None:
         """One picture and several questions, which the engine answers in one batch."""
         rows = self._run("ask", *words(search), str(self.paths[i]), *QUESTIONS)
         for question, row in zip(QUESTIONS, rows, strict=True):
             prompt = self.reference.facts["prompts"]["ask"].format(question)
-            wanted = self._search(self.pixels[i : i + 1], prompt, question, search)
-            self._note(row, wanted, 0, f"{search} picture {i} {question!r}")
+            [(found, at)] = self._search(self.pixels[i : i + 1], prompt, question, search)
+            self._note(row, found, at, f"{search} picture {i} {question!r}")
 
     def _run(self, command: str, *more: str) -> list[dict[str, Any]]:
         options = ("--json", "--model", str(self.bundle), "--max-new-tokens", str(self.max_new_tokens))
         return run_engine(self.engine, command, *options, *more)
 
-    def _search(self, pixels: np.ndarray, prompt: str, question: str, search: Search) -> Found:
+    def _search(self, pixels: np.ndarray, prompt: str, question: str, search: Search) -> list[tuple[Found, int]]:
+        """What the reference found, and each picture's row in it."""
         told = {key: value for key, value in search.items() if key != "bad_word"}
         if "bad_word" in search:
             told["bad_words_ids"] = self.reference.spellings(search["bad_word"])
-        return self.reference.search(pixels, prompt, self.max_new_tokens, question, output_scores=True, **told)
+        batches = [p[None] for p in pixels] if self.reference.mixes_pictures else [pixels]
+        generate = self.reference.search
+        found = [generate(b, prompt, self.max_new_tokens, question, output_scores=True, **told) for b in batches]
+        return [(one, row) for one in found for row in range(len(one.tokens))]
 
     def _note(self, row: dict[str, Any], wanted: Found, i: int, what: str) -> None:
         tokens = wanted.tokens[i]

@@ -29,7 +29,10 @@ def compared(folder: Path) -> Comparison:
 
 @pytest.mark.parametrize("shape", sorted(WRITING))
 def test_the_engine_gives_the_tokens_of_the_reference(tmp_path: Path, shape: str) -> None:
-    random_checkpoint.write(tmp_path / "checkpoint", shape, seed=100 + sorted(WRITING).index(shape))
+    seed = {"instruct-opt": 300}.get(
+        shape, 100 + sorted(WRITING).index(shape)
+    )  # with most seeds this one repeats itself
+    random_checkpoint.write(tmp_path / "checkpoint", shape, seed=seed)
     found = compared(tmp_path)
     assert found.cases == 48 and not found.differences and not found.ties
     assert len(found.written) > 9, "the checkpoint says nearly the same whatever it sees; these weights test nothing"
