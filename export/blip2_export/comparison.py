@@ -51,7 +51,8 @@ class Comparison:
 
 def run_engine(engine: Path, *typed: str) -> list[dict[str, Any]]:
     """The JSON lines that a command of the engine prints."""
-    done = subprocess.run([str(engine), *typed], capture_output=True, text=True, check=False)
+    done = subprocess.run([str(engine), *typed], capture_output=True, encoding="utf-8", check=False)
     if done.returncode:
         raise SystemExit(f"{engine} {typed[0]} failed: {done.stderr.strip()}\n{done.stdout.strip()}")
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    # `splitlines` would also cut at U+0085 and U+2028, which a model may write and JSON leaves as they are.
+    return [json.loads(line) for line in done.stdout.split("\n") if line.startswith("{")]

@@ -55,3 +55,10 @@ def test_the_demo_tells_the_truth(capsys: pytest.CaptureFixture[str]) -> None:
     seen, unseen = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert seen["captions_true"] >= 0.9 and seen["answers_right"] >= 0.9, seen
     assert unseen["captions_true"] >= 0.8 and unseen["answers_right"] >= 0.8, unseen
+
+
+def test_a_line_of_json_may_hold_other_line_ends(tmp_path: Path) -> None:
+    engine = tmp_path / "engine"
+    engine.write_text('#!/bin/sh\nprintf \'{"text": "a\\302\\205b\\342\\200\\250c"}\\n{"text": "d"}\\n\'\n')
+    engine.chmod(0o755)
+    assert [row["text"] for row in run_engine(engine, "caption")] == ["a\x85b\u2028c", "d"]

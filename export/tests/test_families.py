@@ -188,7 +188,7 @@ def test_long_texts_equal_the_reference(case, shape: str) -> None:
     told = [reference.generate(pixels, prompt, LONG) for pixels, _, prompt in rows]
     _, tokens = graphs.greedy(queries, [t[0] for t in told], LONG)
     assert tokens == [t[2] for t in told]
-    assert max(map(len, tokens)) == LONG and len({tuple(t) for t in tokens}) > len(tokens) / 2
+    assert max(map(len, tokens)) == LONG and len({tuple(t) for t in tokens}) > 1, "it says the same whatever it sees"
 
 
 def test_relative_buckets_are_those_of_the_reference() -> None:
