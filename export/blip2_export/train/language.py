@@ -17,6 +17,7 @@ from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 from blip2_export import scenes
 from blip2_export.train.loop import Phase, fit
 from blip2_export.train.text import (
+    ASK_PROMPT,
     BOS,
     N_QUERIES,
     PAD,
@@ -56,6 +57,11 @@ class Texts(nn.Module):
         super().__init__()
         self.model = model
 
+    @property
+    def width(self) -> int:
+        """Of a query in the soft prompt."""
+        return int(self.model.config.word_embed_proj_dim)
+
     def logits(self, prefix: Tensor, packed: Packed) -> Tensor:
         """Logits of the packed texts [batch, length, vocab] behind `prefix` [batch, 32, hidden]."""
         embeds = torch.cat([prefix, self.model.get_input_embeddings()(packed.ids)], 1)
@@ -75,10 +81,17 @@ class Texts(nn.Module):
         return out
 
 
-def texts_of(scene: scenes.Scene, rng: random.Random, n_captions: int, n_questions: int, report: bool) -> list[Text]:
+def texts_of(
+    scene: scenes.Scene,
+    rng: random.Random,
+    n_captions: int,
+    n_questions: int,
+    report: bool,
+    ask_prompt: str = ASK_PROMPT,
+) -> list[Text]:
     """Texts about one scene; one question of each kind, and yes or no, the slowest to learn, fills up."""
     kinds = [*scenes.QUESTION_KINDS, *["yes/no"] * n_questions][:n_questions]
-    texts = [question_text(scene, rng, kind) for kind in kinds]
+    texts = [question_text(scene, rng, kind, ask_prompt) for kind in kinds]
     texts += [caption_text(scene, rng) for _ in range(n_captions)]
     return texts + [report_text(scene)] * report
 
@@ -91,11 +104,7 @@ def pretrain(phase: Phase, tokenizer: PreTrainedTokenizerFast, batch_size: int =
 
     def make_batch(step: int) -> Any:
         rng = random.Random(f"text {step}")
-        most = _most_objects(step / phase.schedule.steps)
-        found = [
-            scenes.sample_scene(rng, None if most == scenes.MAX_OBJECTS else rng.randint(1, most))
-            for _ in range(batch_size)
-        ]
+        found = [scene_to_read(rng, step / phase.schedule.steps) for _ in range(batch_size)]
         rows = [texts_of(s, rng, 2, 9, rng.random() < 0.2) for s in found]
         return torch.tensor([packer.description(s) for s in found]), packer.pack(rows)
 
@@ -110,9 +119,10 @@ def pretrain(phase: Phase, tokenizer: PreTrainedTokenizerFast, batch_size: int =
     return model.model
 
 
-def _most_objects(share: float) -> int:
-    """Lookup is learned on few objects first."""
-    return 1 if share < 0.04 else 2 if share < 0.25 else scenes.MAX_OBJECTS
+def scene_to_read(rng: random.Random, share: float) -> scenes.Scene:
+    """A scene for this share of the training: lookup is learned on few objects first."""
+    most = 1 if share < 0.04 else 2 if share < 0.25 else scenes.MAX_OBJECTS
+    return scenes.sample_scene(rng, None if most == scenes.MAX_OBJECTS else rng.randint(1, most))
 
 
 def gate(model: Texts, packer: Packer, unseen: bool = False) -> dict[str, float]:

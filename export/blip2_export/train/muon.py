@@ -54,10 +54,13 @@ def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 def takes(module: nn.Module) -> set[str]:
-    """Names of the parameters that are hidden matrices: of linear layers, no small head, no embedding and nothing tied to one."""
+    """Names of the parameters that are hidden matrices: of linear layers, no head, no embedding and nothing tied to one."""
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     return {
         f"{name}.weight" if name else "weight"
         for name, m in module.named_modules()
-        if isinstance(m, nn.Linear) and min(m.weight.shape) >= _SMALLEST_SIDE and id(m.weight) not in embeddings
+        if isinstance(m, nn.Linear)
+        and min(m.weight.shape) >= _SMALLEST_SIDE
+        and id(m.weight) not in embeddings
+        and not name.endswith("lm_head")
     }

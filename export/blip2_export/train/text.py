@@ -19,10 +19,10 @@ N_QUERIES = 32  # also the length of a description in tokens: a soft prompt take
 ASK_PROMPT = "Question: {} Answer:"
 REPORT_PROMPT = "Report:"
 PAD, BOS = 1, 2
-_ANSWER_WEIGHT = 3.0
+ANSWER_WEIGHT = 3.0
 
 
-def corpus(n: int, seed: str) -> Iterator[str]:
+def corpus(n: int, seed: str, ask_prompt: str = ASK_PROMPT) -> Iterator[str]:
     """Captions, questions with answers and reports of `n` scenes."""
     rng = random.Random(seed)
     for _ in range(n):
@@ -31,7 +31,7 @@ def corpus(n: int, seed: str) -> Iterator[str]:
         yield REPORT_PROMPT + scenes.describe(scene) + "\n"
         for kind in scenes.QUESTION_KINDS:
             _, asked, answer = scenes.question(scene, rng, kind)
-            yield f"{ASK_PROMPT.format(asked)} {answer}\n"
+            yield f"{ask_prompt.format(asked)} {answer}\n"
 
 
 def train_opt_tokenizer(texts: Iterator[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
@@ -108,9 +108,11 @@ class Text:
     target: str
 
 
-def question_text(scene: scenes.Scene, rng: random.Random, kind: str | None = None) -> Text:
+def question_text(
+    scene: scenes.Scene, rng: random.Random, kind: str | None = None, ask_prompt: str = ASK_PROMPT
+) -> Text:
     kind, asked, answer = scenes.question(scene, rng, kind)
-    return Text(kind, ASK_PROMPT.format(asked), f" {answer}\n")
+    return Text(kind, ask_prompt.format(asked), f" {answer}\n")
 
 
 def caption_text(scene: scenes.Scene, rng: random.Random) -> Text:
@@ -192,7 +194,7 @@ class Packer:
         for k, text in enumerate(texts):
             prompt, target = [BOS, *self.encode(text.prompt)], self.encode(text.target)
             whole = prompt + target
-            weight = 1.0 if text.kind in ("caption", "report") else _ANSWER_WEIGHT
+            weight = 1.0 if text.kind in ("caption", "report") else ANSWER_WEIGHT
             ids += whole[:-1]
             labels += whole[1:]
             weights += [self.prompt_weight] * (len(prompt) - 1) + [weight] * len(target)
