@@ -50,9 +50,16 @@ fmt: setup-export ## format Rust and Python
 	cargo fmt
 	cd export && .venv/bin/ruff format . && .venv/bin/ruff check --fix .
 
-demo-models: setup-export ## train models/demo-opt from nothing (hours; goes on after a kill)
-	cd export && .venv/bin/python -m blip2_export train demo --work ../$(WORK) --out ../$(WORK)/checkpoint
-	cd export && .venv/bin/python -m blip2_export convert ../$(WORK)/checkpoint ../models/demo-opt --force
+demo-models: setup-export ## train every model of models/ from nothing (hours; goes on after a kill)
+	$(call demo,demo-opt,--stage stage2 --llm opt)
+	$(call demo,demo-itm,--stage stage1)
+	$(call demo,demo-vqa,--stage vqa --llm opt)
+	$(call demo,demo-t5,--stage stage2 --llm t5)
+
+define demo
+	cd export && .venv/bin/python -m blip2_export train demo --work ../$(WORK) --out ../$(WORK)/$(1) $(2)
+	cd export && .venv/bin/python -m blip2_export convert ../$(WORK)/$(1) ../models/$(1) --force
+endef
 
 evaluate: setup-export setup build ## how true the demo's captions and answers are on SCENES held-out scenes
 	PYTHONPATH=export $(MODEL_PYTHON) -m blip2_export evaluate --count $(SCENES)

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import Blip2ForConditionalGeneration, Blip2Processor, OPTForCausalLM
+from transformers import Blip2ForConditionalGeneration, Blip2Processor, OPTForCausalLM, T5ForConditionalGeneration
 
 from blip2_export import scenes
-from blip2_export.train import demo, language, muon, stage1, stage2, text
+from blip2_export.bundle import Choices, convert
+from blip2_export.train import demo, language, muon, seq2seq, stage1, stage2, text
 from blip2_export.train.features import Pairs
 from blip2_export.train.images import CaptionedImages, DataError, clean
 from blip2_export.train.loop import Phase, Schedule, fit
@@ -40,9 +42,49 @@ def test_the_chain_writes_a_folder_that_transformers_loads_and_runs(trained: Pat
     assert [model.language_model.generation_config.eos_token_id] == newline
 
 
+@pytest.fixture(scope="module")
+def demos(trained: Path) -> Path:
+    for name, stage, llm in (("itm", "stage1", "opt"), ("t5", "stage2", "t5"), ("vqa", "vqa", "opt")):
+        demo.train(trained / "work", trained / name, demo.TINY, stage, llm)
+    return trained
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "tasks"),
+    [
+        ("itm", "qformer", ["match", "embed", "caption"]),
+        ("t5", "encoder_decoder", ["caption", "ask"]),
+        ("vqa", "decoder_only", ["caption", "ask"]),
+    ],
+)
+def test_every_demo_is_a_checkpoint_that_the_exporter_converts(
+    demos: Path, tmp_path: Path, name: str, family: str, tasks: list[str]
+) -> None:
+    convert(demos / name, tmp_path / "bundle", Choices(name))
+    facts = json.loads((tmp_path / "bundle" / "bundle.json").read_text())
+    assert facts["family"] == family and facts["tasks"] == tasks
+    assert facts["image"]["size"] == (demo.TINY.vqa_side if name == "vqa" else 96)
+    assert ("text" in facts["qformer"]) == (name in ("itm", "vqa")), "who reads text beside the queries"
+
+
+def test_questions_train_the_image_encoder_and_leave_the_language_model(demos: Path) -> None:
+    before, after = (load_file(demos / name / "model.safetensors") for name in ("checkpoint", "vqa"))
+    same = {name for name in before.keys() & after.keys() if torch.equal(before[name], after[name])}
+    assert {name for name in before if name.startswith("language_model.")} <= same
+    assert not {name for name in same if name.endswith("qkv.weight") or name.endswith("attention.query.weight")}
+
+
+def test_demos_share_the_phases_that_they_have_in_common(demos: Path) -> None:
+    phases = {p.stem for p in (demos / "work").glob("*.pt")}
+    assert phases == {"vision", "language", "language_t5", "stage1", "stage2", "stage2_t5", "vqa"}
+    eyes = [load_file(demos / name / "model.safetensors") for name in ("checkpoint", "itm", "t5")]
+    name = "vision_model.encoder.layers.0.mlp.fc1.weight"
+    assert torch.equal(eyes[0][name], eyes[1][name]) and torch.equal(eyes[0][name], eyes[2][name])
+
+
 def test_a_finished_chain_is_not_trained_again(trained: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in (trained / "work").glob("*.pt")}
-    assert set(p.stem for p in before) == {"vision", "language", "stage1", "stage2"}
+    assert {"vision", "language", "stage1", "stage2"} <= set(p.stem for p in before)
     demo.train(trained / "work", trained / "again", demo.TINY)
     assert before == {p: p.stat().st_mtime_ns for p in (trained / "work").glob("*.pt")}
     first, second = ((trained / d / "model.safetensors").read_bytes() for d in ("checkpoint", "again"))
@@ -150,6 +192,39 @@ def test_packed_texts_give_the_logits_of_each_text_alone(opt: tuple[language.Tex
                 torch.testing.assert_close(together[i][packed.branch[i] == k], alone, atol=1e-5, rtol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory: pytest.TempPathFactory) -> tuple[seq2seq.Texts, seq2seq.Batcher]:
+    tokenizer = seq2seq.tokenizer(tmp_path_factory.mktemp("tokenizers"))
+    torch.manual_seed(0)
+    return seq2seq.Texts(T5ForConditionalGeneration(seq2seq.config(tokenizer)).eval()), seq2seq.Batcher(tokenizer)
+
+
+def test_rows_of_t5_give_the_logits_of_each_text_alone(t5: tuple[seq2seq.Texts, seq2seq.Batcher]) -> None:
+    model, batcher = t5
+    rng = random.Random(0)
+    rows = [seq2seq.texts_of(scenes.sample_scene(rng), rng, 2, 2, i == 0) for i in range(2)]
+    asked = batcher.pack(rows)
+    prefix = torch.randn(2, text.N_QUERIES, model.width)
+    with torch.no_grad():
+        together = model.logits(prefix, asked)
+        for k, (i, one) in enumerate((i, one) for i, texts in enumerate(rows) for one in texts):
+            alone = batcher.pack([[one]])
+            logits = model.logits(prefix[i : i + 1], alone)[0]
+            torch.testing.assert_close(together[k, : len(logits)], logits, atol=1e-3, rtol=1e-4)
+            assert asked.labels[k, : len(logits)].tolist() == alone.labels[0].tolist()
+
+
+def test_a_split_caption_goes_on_in_the_decoder(t5: tuple[seq2seq.Texts, seq2seq.Batcher]) -> None:
+    scene = scenes.sample_scene(random.Random(5))
+    whole = {t.target for t in seq2seq.texts_of(scene, random.Random(1), 200, 0, False, split=False)}
+    parts = seq2seq.texts_of(scene, random.Random(1), 200, 0, False)
+    begun = [t for t in parts if t.prompt]
+    assert 60 < len(begun) < 140
+    assert any(f"{t.prompt} {t.target}" in whole for t in begun) and all(t.target for t in parts)
+    ids = t5[1].encode(begun[0].prompt)
+    assert ids[-1] == seq2seq.END and ids[:-1].tolist() == t5[1].encode(f"{begun[0].prompt} x")[: len(ids) - 1].tolist()
+
+
 def test_only_the_target_counts_as_right(opt: tuple[language.Texts, text.Packer]) -> None:
     _, packer = opt
     packed = packer.pack([[text.Text("colour", "Question: x Answer:", " red\n")]])
@@ -181,6 +256,30 @@ def test_itg_queries_do_not_see_text_and_text_does_not_see_its_future(stage: sta
         _, other = stage.model.captioning(features, changed, mask)
     torch.testing.assert_close(logits[:, :4], other[:, :4], atol=1e-5, rtol=1e-5)
     assert (logits[:, 4:6] - other[:, 4:6]).abs().max() > 1e-3
+
+
+def test_captions_side_by_side_give_the_logits_of_each_alone(stage: stage1.Stage1) -> None:
+    features = torch.randn(2, 10, 24)
+    ids, mask = stage.encode(["a red star and a blue ring", "a pink circle", "a ring", "at the left a star"])
+    with torch.no_grad():
+        _, together = stage.model.captionings(features, ids.unflatten(0, (2, 2)), mask.unflatten(0, (2, 2)))
+        for row in range(4):
+            n = int(mask[row].sum())
+            _, alone = stage.model.captioning(features[row // 2][None], ids[row : row + 1, :n], mask[row : row + 1, :n])
+            torch.testing.assert_close(together[row // 2, row % 2, :n], alone[0], atol=2e-4, rtol=1e-4)
+
+
+def test_more_captions_of_a_picture_are_learned_too(stage: stage1.Stage1) -> None:
+    seen: list[Tensor] = []
+    original = stage._generate
+    stage._generate = lambda *a: (seen.append(a[1]), original(*a))[1]  # type: ignore[method-assign]
+    try:
+        more = [["a star", "one red star"], ["a ring", "a blue ring here"]]
+        stage.losses(Pairs(torch.randn(2, 10, 24), ["a red star", "a blue ring"], torch.eye(2).bool(), {}, more))
+    finally:
+        del stage._generate
+    said = [stage.tokenizer.decode(row, skip_special_tokens=True) for row in seen[0].tolist()]
+    assert said == ["a red star", *more[0], "a blue ring", *more[1]]
 
 
 def test_itm_queries_see_text_and_padding_changes_nothing(stage: stage1.Stage1) -> None:

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from transformers import (
     Blip2Config,
     Blip2ForConditionalGeneration,
@@ -18,29 +19,50 @@ from transformers import (
 from blip2_export.train.qformer import QFormer
 from blip2_export.train.stage2 import Stage2
 from blip2_export.train.vision import MEAN, STD
+from blip2_export.train.vqa import Vqa
+
+_STAGE1_PARTS = ("qformer", "embeddings", "vision_projection", "text_projection", "itm_head")
 
 
-def write_opt(folder: Path, vision: Blip2VisionModel, stage2: Stage2, tokenizer: PreTrainedTokenizerFast) -> None:
-    """config.json, model.safetensors (float16), tokenizer and processor configs, as `Blip2Processor` reads them."""
-    language = stage2.texts.model
+def write_stage2(folder: Path, vision: Blip2VisionModel, stage2: Stage2, tokenizer: PreTrainedTokenizerFast) -> None:
+    """What `Blip2ForConditionalGeneration` and `Blip2Processor` read."""
+    _write_generator(folder, vision, stage2, tokenizer)
+
+
+def write_vqa(
+    folder: Path, model: Vqa, tokenizer: PreTrainedTokenizerFast, question_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """As `write_stage2`, with the embeddings and the tokenizer of the question that the Q-Former reads."""
+    _write_generator(folder, model.vision, model, tokenizer, {"embeddings": model.embeddings})
+    question_tokenizer.save_pretrained(folder / "qformer_tokenizer")
+
+
+def _write_generator(
+    folder: Path,
+    vision: Blip2VisionModel,
+    model: Stage2 | Vqa,
+    tokenizer: PreTrainedTokenizerFast,
+    more: dict[str, nn.Module] | None = None,
+) -> None:
+    language = model.texts.model
     config = Blip2Config(
         vision_config=vision.config.to_dict(),
-        qformer_config=stage2.qformer.config.to_dict(),
+        qformer_config=model.qformer.config.to_dict(),
         text_config=language.config.to_dict(),
-        num_query_tokens=stage2.query_tokens.shape[1],
+        num_query_tokens=model.query_tokens.shape[1],
         image_text_hidden_size=64,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )
-    model = Blip2ForConditionalGeneration(config)
-    model.vision_model.load_state_dict(vision.state_dict())
-    model.qformer.load_state_dict(stage2.qformer.state_dict())
-    model.language_projection.load_state_dict(stage2.language_projection.state_dict())
-    model.language_model.load_state_dict(language.state_dict())
-    with torch.no_grad():
-        model.query_tokens.copy_(stage2.query_tokens)
-    model.to(torch.float16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    _write_processor(folder, vision.config.image_size, stage2.query_tokens.shape[1])
+    config.architectures = [Blip2ForConditionalGeneration.__name__]
+    parts = {
+        "vision_model": vision,
+        "qformer": model.qformer,
+        "language_projection": model.language_projection,
+        "language_model": language,
+        **(more or {}),
+    }
+    tensors = {f"{name}.{k}": v for name, part in parts.items() for k, v in part.state_dict().items()}
+    _write(folder, config, {**tensors, "query_tokens": model.query_tokens}, tokenizer)
 
 
 def write_stage1(folder: Path, vision: Blip2VisionModel, stage1: QFormer, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -52,25 +74,28 @@ def write_stage1(folder: Path, vision: Blip2VisionModel, stage1: QFormer, tokeni
         num_query_tokens=stage1.n_queries,
         image_text_hidden_size=stage1.vision_projection.out_features,
     )
-    model = Blip2ForImageTextRetrieval(config)
-    model.vision_model.load_state_dict(vision.state_dict())
-    for name in ("qformer", "embeddings", "vision_projection", "text_projection", "itm_head"):
-        getattr(model, name).load_state_dict(getattr(stage1, name).state_dict())
-    with torch.no_grad():
-        model.query_tokens.copy_(stage1.query_tokens)
+    config.architectures = [Blip2ForImageTextRetrieval.__name__]
     dense, norm, head = stage1.transform[0], stage1.transform[2], "cls.predictions."
-    extra = {
-        **{f"{head}transform.dense.{k}": v for k, v in dense.state_dict().items()},
-        **{f"{head}transform.LayerNorm.{k}": v for k, v in norm.state_dict().items()},
-        f"{head}bias": stage1.head_bias,
-        "temp": stage1.temperature,
+    parts = {
+        "vision_model": vision,
+        **{name: getattr(stage1, name) for name in _STAGE1_PARTS},
+        f"{head}transform.dense": dense,
+        f"{head}transform.LayerNorm": norm,
     }
-    model.to(torch.float16).save_pretrained(folder)
-    tensors = load_file(folder / "model.safetensors")
-    tensors |= {name: value.detach().to(torch.float16).contiguous() for name, value in extra.items()}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    tensors = {f"{name}.{k}": v for name, part in parts.items() for k, v in part.state_dict().items()}
+    tensors |= {"query_tokens": stage1.query_tokens, f"{head}bias": stage1.head_bias, "temp": stage1.temperature}
+    _write(folder, config, tensors, tokenizer)
+
+
+def _write(folder: Path, config: Blip2Config, tensors: dict[str, Tensor], tokenizer: PreTrainedTokenizerFast) -> None:
+    """config.json, model.safetensors, tokenizer and processor configs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config.dtype = torch.float16
+    config.save_pretrained(folder)
+    stored = {name: value.detach().to(torch.float16).clone() for name, value in tensors.items()}
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
     tokenizer.save_pretrained(folder)
-    _write_processor(folder, vision.config.image_size, stage1.n_queries)
+    _write_processor(folder, config.vision_config.image_size, config.num_query_tokens)
 
 
 def _write_processor(folder: Path, side: int, n_queries: int) -> None:

@@ -19,8 +19,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_subparsers(dest="what", required=True)
     chain = what.add_parser(
         "demo",
-        help="the demo from nothing: ViT, language model, stage 1, stage 2",
-        description=f"Trains every phase that is not finished and writes a Hugging Face folder to --out. {_RESUMES}",
+        help="a demo from nothing: ViT, language model, stage 1, stage 2, questions",
+        description="Trains every phase that is not finished and writes a Hugging Face folder to --out. Demos in the same "
+        f"--work share the phases that they have in common. {_RESUMES}",
+    )
+    chain.add_argument(
+        "--stage",
+        choices=("stage1", "stage2", "vqa"),
+        default="stage2",
+        help="the last stage: stage1 for matching and retrieval, stage2 for captions and questions, vqa for a Q-Former "
+        "that reads the question (default %(default)s)",
+    )
+    chain.add_argument(
+        "--llm", choices=("opt", "t5"), default="opt", help="the language model's family (default %(default)s)"
     )
     chain.add_argument("--out", type=Path, required=True, help="the Hugging Face folder to write")
     chain.add_argument("--tiny", action="store_true", help="three steps a phase: tries the chain, learns nothing")
@@ -67,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         args.work.mkdir(parents=True, exist_ok=True)
         if args.what == "demo":
-            demo.train(args.work, args.out, demo.TINY if args.tiny else demo.Plan())
+            demo.train(args.work, args.out, demo.TINY if args.tiny else demo.Plan(), args.stage, args.llm)
         else:
             _run_stage(args)
     except (DataError, ValueError, FloatingPointError) as error:

@@ -1,4 +1,7 @@
-"""The whole chain behind `demo-opt`: ViT and language model side by side, then stage 1 and stage 2; each phase is resumable."""
+"""The chain behind the demos: ViT and language model side by side, stage 1, then stage 2 and perhaps the questions.
+
+Each phase is resumable, and demos in the same work folder share the phases that they have in common.
+"""
 
 from __future__ import annotations
 
@@ -9,73 +12,118 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import Blip2VisionModel, PreTrainedTokenizerFast
 
-from blip2_export.train import checkpoint, language, stage1, stage2, text, vision
+from blip2_export.train import checkpoint, language, seq2seq, stage1, stage2, text, vision, vqa
 from blip2_export.train.features import SceneFeatures
 from blip2_export.train.loop import Phase, Schedule
 from blip2_export.train.qformer import QFormer
 from blip2_export.train.qformer import config as qformer_config
+from blip2_export.train.speaker import Speaker
+
+LANGUAGE = {"opt": "language", "t5": "language_t5"}  # phases by language model
+SECOND = {"opt": "stage2", "t5": "stage2_t5"}
+THIRD = {"opt": "vqa", "t5": "vqa_t5"}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Steps of each phase and the number of drawn scenes of the two stages."""
+    """Steps of each phase, the number of drawn scenes of the two stages, and the side of the pictures that questions are about."""
 
     vision: Schedule = Schedule(1500, 1.5e-3, matrix_rate=5e-3, warmup=100)
     language: Schedule = Schedule(1400, 1.5e-3, matrix_rate=5e-3, warmup=100)
-    stage1: Schedule = Schedule(500, 1e-3, matrix_rate=3e-3, warmup=100)
+    stage1: Schedule = Schedule(2400, 1e-3, matrix_rate=3e-3, warmup=100)
     stage2: Schedule = Schedule(1150, 1e-3, matrix_rate=3e-3, warmup=100)
+    vqa: Schedule = Schedule(500, 3e-4, matrix_rate=1e-3, warmup=50)
     n_scenes: int = 30_000
     batch_size: int = 64
+    vqa_batch_size: int = 24
+    vqa_side: int = 144
 
 
-TINY = Plan(*(Schedule(3, 1e-3, warmup=1) for _ in range(4)), n_scenes=64, batch_size=8)
+TINY = Plan(*(Schedule(3, 1e-3, warmup=1) for _ in range(5)), n_scenes=64, batch_size=8, vqa_batch_size=4, vqa_side=120)
 
 
-def train(work: Path, out: Path, plan: Plan) -> None:
-    """Trains what is not yet trained in `work` and writes the Hugging Face folder `out`."""
+def train(work: Path, out: Path, plan: Plan, stage: str = "stage2", llm: str = "opt") -> None:
+    """Trains what is not yet trained in `work` and writes the Hugging Face folder `out`.
+
+    `stage`: the last one, `stage1` (the retrieval model), `stage2` or `vqa`. `llm`: `opt` or `t5`; stage 1 needs none.
+    """
     torch.manual_seed(0)
-    opt_tokenizer, qformer_tokenizer = text.tokenizers(work)
+    _, qformer_tokenizer = text.tokenizers(work)
     if _full(plan):
-        _side_by_side(work, plan)
+        _side_by_side(work, plan, ["vision"] if stage == "stage1" else ["vision", LANGUAGE[llm]])
     eye = vision.pretrain(Phase("vision", work, plan.vision)).requires_grad_(False).eval()
-    mouth = (
-        language.pretrain(Phase("language", work, plan.language, log_every=25), opt_tokenizer)
-        .requires_grad_(False)
-        .eval()
-    )
     seen = stage2.fingerprint(eye)
     data = SceneFeatures(eye, plan.n_scenes, work)
     held_out = SceneFeatures(eye, min(400, plan.n_scenes), work, "held-out")
 
-    torch.manual_seed(1)
-    q = QFormer(qformer_config(len(qformer_tokenizer), eye.config.hidden_size))
-    first = stage1.Stage1(q, qformer_tokenizer)
-    stage1.train(
-        Phase("stage1", work, plan.stage1),
-        first,
-        lambda step: data.pairs(step, plan.batch_size, edited=0.0 if step < plan.stage1.steps // 4 else 0.5),
-        held_out if _full(plan) else None,
-    )
+    q = _first(work, plan, eye, qformer_tokenizer, data, held_out)
+    if stage == "stage1":
+        _unchanged(eye, seen)
+        checkpoint.write_stage1(out, eye, q, qformer_tokenizer)
+        return
 
+    speaker, tokenizer = _speaker(work, plan, llm)
     torch.manual_seed(2)
-    second = stage2.Stage2(q, mouth)
-    packer = text.Packer(opt_tokenizer)
+    second = stage2.Stage2(q, speaker.texts)
+    # The decoder of OPT reads many texts behind one soft prompt, the encoder of T5 each text beside its own.
+    n_captions, n_questions, share = (4, 6, 1) if llm == "opt" else (2, 6, 2)
     stage2.train(
-        Phase("stage2", work, plan.stage2),
+        Phase(SECOND[llm], work, plan.stage2),
         second,
-        stage2.scene_batches(data, packer, plan.batch_size),
-        (lambda: stage2.gate(second, packer, held_out)) if _full(plan) else None,
+        stage2.scene_batches(data, speaker, plan.batch_size // share, n_captions, n_questions),
+        (lambda: stage2.gate(second, speaker, held_out)) if _full(plan) else None,
     )
     _unchanged(eye, seen)
-    checkpoint.write_opt(out, eye, second, opt_tokenizer)
+    if stage == "stage2":
+        checkpoint.write_stage2(out, eye, second, tokenizer)
+        return
+
+    torch.manual_seed(3)
+    third = vqa.Vqa(eye, q, second, plan.vqa_side)
+    asker = vqa.Asker(speaker, qformer_tokenizer, plan.vqa_side)
+    vqa.train(Phase(THIRD[llm], work, plan.vqa), third, asker, plan.vqa_batch_size, _full(plan))
+    checkpoint.write_vqa(out, third, tokenizer, qformer_tokenizer)
 
 
-def _side_by_side(work: Path, plan: Plan) -> None:
+def _first(
+    work: Path,
+    plan: Plan,
+    eye: Blip2VisionModel,
+    tokenizer: PreTrainedTokenizerFast,
+    data: SceneFeatures,
+    held_out: SceneFeatures,
+) -> QFormer:
+    """Stage 1. Captions with one wrong word come in after a quarter of the steps, once drawn negatives are told."""
+    torch.manual_seed(1)
+    q = QFormer(qformer_config(len(tokenizer), eye.config.hidden_size))
+    stage1.train(
+        Phase("stage1", work, plan.stage1),
+        stage1.Stage1(q, tokenizer),
+        lambda step: data.pairs(step, plan.batch_size, 0.0 if step < plan.stage1.steps // 4 else 0.5, more=3),
+        held_out if _full(plan) else None,
+    )
+    return q
+
+
+def _speaker(work: Path, plan: Plan, llm: str) -> tuple[Speaker, PreTrainedTokenizerFast]:
+    """The frozen language model with its tokenizer."""
+    phase = Phase(LANGUAGE[llm], work, plan.language, log_every=25)
+    if llm == "opt":
+        tokenizer = text.tokenizers(work)[0]
+        mouth = language.pretrain(phase, tokenizer).requires_grad_(False).eval()
+        return language.speaker(language.Texts(mouth), text.Packer(tokenizer)), tokenizer
+    tokenizer = seq2seq.tokenizer(work)
+    model = seq2seq.pretrain(phase, tokenizer).requires_grad_(False).eval()
+    return seq2seq.speaker(seq2seq.Texts(model), seq2seq.Batcher(tokenizer)), tokenizer
+
+
+def _side_by_side(work: Path, plan: Plan, phases: list[str]) -> None:
     """Pre-trains ViT and language model at the same time; neither needs the other, and small models use many cores badly."""
-    threads = max(1, torch.get_num_threads() // 2)
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        for done in [pool.submit(_pretrain, name, work, plan, threads) for name in ("vision", "language")]:
+    threads = max(1, torch.get_num_threads() // len(phases))
+    with ProcessPoolExecutor(len(phases), mp_context=get_context("spawn")) as pool:
+        for done in [pool.submit(_pretrain, name, work, plan, threads) for name in phases]:
             done.result()
 
 
@@ -84,7 +132,7 @@ def _pretrain(name: str, work: Path, plan: Plan, threads: int) -> None:
     if name == "vision":
         vision.pretrain(Phase(name, work, plan.vision))
     else:
-        language.pretrain(Phase(name, work, plan.language, log_every=25), text.tokenizers(work)[0])
+        _speaker(work, plan, next(llm for llm, phase in LANGUAGE.items() if phase == name))
 
 
 def _full(plan: Plan) -> bool:

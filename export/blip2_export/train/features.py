@@ -22,12 +22,14 @@ class Pairs:
 
     `true[i, j]`: caption `j` is known to be true of picture `i`; the diagonal always is. Off the diagonal such pairs are
     neither positives nor negatives. `false`: texts that are known not to be true of picture `i`, for some of the `i`.
+    `more`: other true captions of each picture, as many of each, which ITG alone learns from.
     """
 
     features: Tensor
     captions: list[str]
     true: Tensor
     false: dict[int, str] = field(default_factory=dict)
+    more: list[list[str]] = field(default_factory=list)
 
 
 class SceneFeatures:
@@ -50,8 +52,10 @@ class SceneFeatures:
     def features(self, indices: list[int]) -> Tensor:
         return torch.from_numpy(self.table[indices].astype(np.float32))
 
-    def pairs(self, step: int, size: int, edited: float = 0.0) -> Pairs:
-        """The batch of a step. A share of the captions, `edited`, comes with a false one that differs in one word."""
+    def pairs(self, step: int, size: int, edited: float = 0.0, more: int = 0) -> Pairs:
+        """The batch of a step. A share of the captions, `edited`, comes with a false one that differs in one word; each picture
+        comes with `more` captions.
+        """
         rng = random.Random(f"{self.name} pairs {step}")
         indices = [rng.randrange(self.count) for _ in range(size)]
         found = [self.scene(i) for i in indices]
@@ -63,7 +67,8 @@ class SceneFeatures:
             if rng.random() < edited
         }
         false = {i: text for i, text in edits.items() if text}
-        return Pairs(self.features(indices), captions, true | torch.eye(size, dtype=torch.bool), false)
+        others = [[scenes.caption(s, rng) for _ in range(more)] for s in found] if more else []
+        return Pairs(self.features(indices), captions, true | torch.eye(size, dtype=torch.bool), false, others)
 
     def _compute(self, vision: Blip2VisionModel, shape: tuple[int, int, int]) -> None:
         aside = self.path.with_suffix(".part.npy")

@@ -16,6 +16,7 @@ from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 from blip2_export import scenes
 from blip2_export.train.loop import Phase, fit
+from blip2_export.train.speaker import Speaker
 from blip2_export.train.text import (
     ASK_PROMPT,
     BOS,
@@ -24,6 +25,7 @@ from blip2_export.train.text import (
     Packed,
     Packer,
     Text,
+    asked_text,
     caption_text,
     question_text,
     report_text,
@@ -137,3 +139,29 @@ def gate(model: Texts, packer: Packer, unseen: bool = False) -> dict[str, float]
             before = counts.get(kind, (0, 0))
             counts[kind] = (before[0] + right, before[1] + n)
     return {k: round(r / n, 4) for k, (r, n) in sorted(counts.items())}
+
+
+def speaker(model: Texts, packer: Packer) -> Speaker:
+    return Speaker(
+        model,
+        texts_of,
+        asked_text,
+        packer.pack,
+        lambda prefix, packed: right_by_kind(model.logits(prefix, packed), packed),
+        lambda prefix: greedy(model.model, prefix, packer.tokenizer),
+    )
+
+
+def greedy(
+    language: OPTForCausalLM, prefix: Tensor, tokenizer: PreTrainedTokenizerFast, max_new_tokens: int = 30
+) -> list[str]:
+    """Captions of a soft prompt."""
+    start = language.get_input_embeddings()(torch.full((len(prefix), 1), tokenizer.bos_token_id))
+    embeds = torch.cat([prefix, start], 1)
+    ids = language.generate(
+        inputs_embeds=embeds,
+        attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+    )
+    return [t.strip() for t in tokenizer.batch_decode(ids, skip_special_tokens=True)]

@@ -14,6 +14,7 @@ from transformers import AutoModel, Blip2ForConditionalGeneration, Blip2QFormerC
 from blip2_export.train import checkpoint, stage1, stage2
 from blip2_export.train.features import Pairs
 from blip2_export.train.images import CaptionedImages, DataError, PixelPairs
+from blip2_export.train.language import Texts
 from blip2_export.train.loop import Phase, fit
 from blip2_export.train.qformer import QFormer
 from blip2_export.train.text import N_QUERIES, Packed, Packer, Text, train_qformer_tokenizer
@@ -58,7 +59,7 @@ def train_stage2(setup: Setup, phase: Phase, out: Path) -> None:
     first = _qformer(setup, base, len(_qformer_tokenizer(setup)))
     _load_stage1(first, setup.work / "stage1.pt")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(setup.base)
-    eye, second, packer = base.vision_model, stage2.Stage2(first, base.language_model), Packer(tokenizer)
+    eye, second, packer = base.vision_model, stage2.Stage2(first, Texts(base.language_model)), Packer(tokenizer)
     side, seen, said = eye.config.image_size, stage2.fingerprint(eye), stage2.fingerprint(base.language_model)
 
     def make_batch(step: int) -> tuple[Tensor, Packed]:
@@ -69,7 +70,7 @@ def train_stage2(setup: Setup, phase: Phase, out: Path) -> None:
     fit(phase, second, make_batch, lambda batch: second.losses((_features(eye, batch[0]), batch[1])))
     _unchanged(eye, seen, "vision model")
     _unchanged(base.language_model, said, "language model")
-    checkpoint.write_opt(out, eye, second, tokenizer)
+    checkpoint.write_stage2(out, eye, second, tokenizer)
 
 
 def _base(folder: Path) -> Any:

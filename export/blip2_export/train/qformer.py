@@ -65,20 +65,29 @@ class QFormer(nn.Module):
 
         Queries see queries only, so they are those of `queries`; a text position sees all queries and the text up to itself.
         """
-        n, length = self.n_queries, ids.shape[1]
-        seen = torch.zeros(n + length, n + length, dtype=torch.bool)
-        seen[:, :n] = True
-        seen[n:, n:] = torch.ones(length, length, dtype=torch.bool).tril()
-        alive = torch.cat([torch.ones(len(ids), n, dtype=torch.bool), mask.bool()], 1)
-        additive = torch.where(seen[None] & alive[:, None, :], 0.0, -1e4)[:, None]
-        hidden = self._joint(features, ids, additive)
-        logits = F.linear(self.transform(hidden[:, n:]), self.embeddings.word_embeddings.weight, self.head_bias)
-        return hidden[:, :n], logits
+        queries, logits = self.captionings(features, ids[:, None], mask[:, None])
+        return queries, logits[:, 0]
 
-    def _joint(self, features: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    def captionings(self, features: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """As `captioning`, for several texts of each picture that do not see one another.
+
+        `ids` and `mask` [batch, texts, length]; logits [batch, texts, length, vocab]. The queries are computed once a picture.
+        """
+        n, (rows, texts, length) = self.n_queries, ids.shape
+        seen = torch.zeros(n + texts * length, n + texts * length, dtype=torch.bool)
+        seen[:, :n] = True
+        seen[n:, n:] = torch.block_diag(*[torch.ones(length, length).tril()] * texts).bool()
+        alive = torch.cat([torch.ones(rows, n, dtype=torch.bool), mask.flatten(1).bool()], 1)
+        additive = torch.where(seen[None] & alive[:, None, :], 0.0, -1e4)[:, None]
+        places = torch.arange(length).repeat(texts)[None]
+        hidden = self._joint(features, ids.flatten(1), additive, places)
+        logits = F.linear(self.transform(hidden[:, n:]), self.embeddings.word_embeddings.weight, self.head_bias)
+        return hidden[:, :n], logits.unflatten(1, (texts, length))
+
+    def _joint(self, features: Tensor, ids: Tensor, mask: Tensor, places: Tensor | None = None) -> Tensor:
         tokens = self.query_tokens.expand(len(ids), -1, -1)
         return self.qformer(
-            query_embeds=self.embeddings(ids, query_embeds=tokens),
+            query_embeds=self.embeddings(ids, position_ids=places, query_embeds=tokens),
             query_length=self.n_queries,
             attention_mask=mask,
             encoder_hidden_states=features,

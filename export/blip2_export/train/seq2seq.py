@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGene
 from blip2_export import scenes
 from blip2_export.train import language, text
 from blip2_export.train.loop import Phase, fit
+from blip2_export.train.speaker import Speaker
 
 PAD, END = 0, 1
 ASK_PROMPT = "Question: {} Short answer:"
@@ -220,3 +221,29 @@ def gate(model: Texts, batcher: Batcher) -> dict[str, float]:
             counts[kind] += right
             total[kind] += n
     return {k: round(counts[k] / total[k], 4) for k in sorted(total)}
+
+
+def speaker(model: Texts, batcher: Batcher) -> Speaker:
+    return Speaker(
+        model,
+        texts_of,
+        lambda kind, asked, answer: text.Text(kind, ASK_PROMPT.format(asked), answer),
+        batcher.pack,
+        lambda prefix, asked: right_by_kind(model.logits(prefix, asked), asked),
+        lambda prefix: greedy(model.model, prefix, batcher.tokenizer),
+    )
+
+
+def greedy(
+    language: T5ForConditionalGeneration, prefix: Tensor, tokenizer: PreTrainedTokenizerFast, max_new_tokens: int = 30
+) -> list[str]:
+    """Captions of a soft prompt."""
+    end = language.get_input_embeddings()(torch.full((len(prefix), 1), END))
+    embeds = torch.cat([prefix, end], 1)
+    ids = language.generate(
+        inputs_embeds=embeds,
+        attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+    )
+    return [t.strip() for t in tokenizer.batch_decode(ids, skip_special_tokens=True)]

@@ -35,16 +35,15 @@ class Stage1:
         false = sorted(pairs.false)
         ids, mask = self.encode(pairs.captions + [pairs.false[i] for i in false])
         (ids, other_ids), (mask, other_mask) = (t.split([len(pairs.captions), len(false)]) for t in (ids, mask))
-        started = ids.clone()
-        started[:, 0] = self.tokenizer.bos_token_id
-        queries, itg_logits = self.model.captioning(pairs.features, started, mask)
+        started, started_mask = self._started(pairs)
+        queries, itg_logits = self.model.captionings(pairs.features, started, started_mask)
         itc, to_text, to_image = self._contrast(queries, ids, mask, pairs.true)
         return {
             "itc": itc,
             "itm": self._match(
                 pairs, ids, mask, self._negatives(pairs, to_text, to_image), (false, other_ids, other_mask)
             ),
-            "itg": self._generate(itg_logits, started, mask),
+            "itg": self._generate(itg_logits.flatten(0, 1), started.flatten(0, 1), started_mask.flatten(0, 1)),
             "_temperature": self.model.temperature,
         }
 
@@ -93,6 +92,15 @@ class Stage1:
         all_ids, all_mask = torch.cat([ids, ids, wrong_ids]), torch.cat([mask, mask, wrong_mask])
         labels = torch.cat([torch.ones(n, dtype=torch.long), torch.zeros(2 * n, dtype=torch.long)])
         return F.cross_entropy(self.model.matching_logits(features, all_ids, all_mask), labels)
+
+    def _started(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        """Every picture's captions behind `[DEC]`: ids and mask [batch, captions, length]."""
+        others = pairs.more or [[]] * len(pairs.captions)
+        each = [[caption, *more] for caption, more in zip(pairs.captions, others, strict=True)]
+        ids, mask = self.encode([caption for captions in each for caption in captions])
+        ids[:, 0] = self.tokenizer.bos_token_id
+        shape = (len(each), len(each[0]))
+        return ids.unflatten(0, shape), mask.unflatten(0, shape)
 
     @staticmethod
     def _generate(logits: Tensor, started: Tensor, mask: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Stage 2: projected queries in front of a frozen decoder-only language model, LM loss (Li et al. 2023, section 3.3)."""
+"""Stage 2: projected queries in front of a frozen language model, LM loss (Li et al. 2023, section 3.3)."""
 
 from __future__ import annotations
 
@@ -7,39 +7,41 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import Blip2QFormerModel, OPTForCausalLM, PreTrainedTokenizerFast
+from transformers import Blip2QFormerModel
 
 from blip2_export import scenes
 from blip2_export.train.features import SceneFeatures
-from blip2_export.train.language import Texts, texts_of
 from blip2_export.train.loop import Phase, fit
 from blip2_export.train.qformer import QFormer
-from blip2_export.train.text import Packed, Packer, right_by_kind
+from blip2_export.train.speaker import Speaker
 
 
 class Stage2(nn.Module):
-    """What stage 2 trains (query-only Q-Former, query tokens, projection) around the frozen language model."""
+    """What stage 2 trains (query-only Q-Former, query tokens, projection) around the frozen language model.
 
-    def __init__(self, stage1: QFormer, language: OPTForCausalLM) -> None:
+    `texts`: the language model with its loss, `language.Texts` or `seq2seq.Texts`.
+    """
+
+    def __init__(self, stage1: QFormer, texts: Any) -> None:
         super().__init__()
         self.qformer = query_only(stage1.qformer)
         self.query_tokens = nn.Parameter(stage1.query_tokens.detach().clone())
-        self.language_projection = nn.Linear(stage1.cfg.hidden_size, language.config.word_embed_proj_dim)
-        self.texts = Texts(language.requires_grad_(False))
+        self.language_projection = nn.Linear(stage1.cfg.hidden_size, texts.width)
+        self.texts = texts.requires_grad_(False)
         nn.init.normal_(self.language_projection.weight, 0, 0.02)
         nn.init.zeros_(self.language_projection.bias)
 
     def prefix(self, features: Tensor) -> Tensor:
-        """Soft prompt [batch, n_queries, hidden]."""
+        """Soft prompt [batch, n_queries, width of the language model's embeddings]."""
         tokens = self.query_tokens.expand(len(features), -1, -1)
         hidden = self.qformer(query_embeds=tokens, encoder_hidden_states=features).last_hidden_state
         return self.language_projection(hidden)
 
-    def losses(self, batch: tuple[Tensor, Packed]) -> dict[str, Tensor]:
-        features, packed = batch
-        return self.texts.losses(self.prefix(features), packed)
+    def losses(self, batch: tuple[Tensor, Any]) -> dict[str, Tensor]:
+        features, texts = batch
+        losses: dict[str, Tensor] = self.texts.losses(self.prefix(features), texts)
+        return losses
 
 
 def query_only(qformer: Blip2QFormerModel) -> Blip2QFormerModel:
@@ -50,13 +52,16 @@ def query_only(qformer: Blip2QFormerModel) -> Blip2QFormerModel:
     return copy
 
 
-def scene_batches(data: SceneFeatures, packer: Packer, size: int) -> Callable[[int], Any]:
+def scene_batches(
+    data: SceneFeatures, speaker: Speaker, size: int, n_captions: int, n_questions: int
+) -> Callable[[int], Any]:
     """Captions, a report and questions of `size` scenes a step."""
 
-    def make(step: int) -> tuple[Tensor, Packed]:
+    def make(step: int) -> tuple[Tensor, Any]:
         rng = random.Random(f"stage 2 {step}")
         indices = [rng.randrange(data.count) for _ in range(size)]
-        return data.features(indices), packer.pack([texts_of(data.scene(i), rng, 4, 6, True) for i in indices])
+        texts = [speaker.texts_of(data.scene(i), rng, n_captions, n_questions, True) for i in indices]
+        return data.features(indices), speaker.pack(texts)
 
     return make
 
@@ -78,7 +83,7 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def gate(model: Stage2, packer: Packer, held_out: SceneFeatures, n: int = 400) -> dict[str, float]:
+def gate(model: Stage2, speaker: Speaker, held_out: SceneFeatures, n: int = 400) -> dict[str, float]:
     """Share of right texts per kind on held-out pictures (captions: of greedy ones that are true)."""
     rng = random.Random("stage 2 gate")
     counts: dict[str, tuple[int, int]] = {}
@@ -87,27 +92,20 @@ def gate(model: Stage2, packer: Packer, held_out: SceneFeatures, n: int = 400) -
         indices = list(range(start, start + 50))
         found = [held_out.scene(i) for i in indices]
         prefix = model.prefix(held_out.features(indices))
-        packed = packer.pack([texts_of(s, rng, 0, 6, True) for s in found])
-        for kind, (right, total) in right_by_kind(model.texts.logits(prefix, packed), packed).items():
-            before = counts.get(kind, (0, 0))
-            counts[kind] = (before[0] + right, before[1] + total)
-        written = greedy(model.texts.model, prefix, packer.tokenizer)
-        true += sum(scenes.is_true(w, s) for w, s in zip(written, found, strict=True))
-    out = {k: round(r / t, 4) for k, (r, t) in sorted(counts.items())}
+        batch = speaker.pack([speaker.texts_of(s, rng, 0, 6, True) for s in found])
+        add(counts, speaker.right(prefix, batch))
+        true += sum(scenes.is_true(w, s) for w, s in zip(speaker.captions(prefix), found, strict=True))
+    return {**shares(counts), "captions_true": true / n}
+
+
+def add(counts: dict[str, tuple[int, int]], more: dict[str, tuple[int, int]]) -> None:
+    for kind, (right, total) in more.items():
+        before = counts.get(kind, (0, 0))
+        counts[kind] = (before[0] + right, before[1] + total)
+
+
+def shares(counts: dict[str, tuple[int, int]]) -> dict[str, float]:
+    """Of right texts per kind, and of right answers over all kinds of questions."""
     asked = [v for k, v in counts.items() if k in scenes.QUESTION_KINDS]
-    return {**out, "answers": round(sum(r for r, _ in asked) / sum(t for _, t in asked), 4), "captions_true": true / n}
-
-
-def greedy(
-    language: OPTForCausalLM, prefix: Tensor, tokenizer: PreTrainedTokenizerFast, max_new_tokens: int = 30
-) -> list[str]:
-    """Captions of a soft prompt."""
-    start = language.get_input_embeddings()(torch.full((len(prefix), 1), tokenizer.bos_token_id))
-    embeds = torch.cat([prefix, start], 1)
-    ids = language.generate(
-        inputs_embeds=embeds,
-        attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-    )
-    return [t.strip() for t in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    every = {"answers": (sum(r for r, _ in asked), sum(t for _, t in asked))} if asked else {}
+    return {k: round(r / t, 4) for k, (r, t) in [*sorted(counts.items()), *every.items()]}

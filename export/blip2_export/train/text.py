@@ -111,7 +111,10 @@ class Text:
 def question_text(
     scene: scenes.Scene, rng: random.Random, kind: str | None = None, ask_prompt: str = ASK_PROMPT
 ) -> Text:
-    kind, asked, answer = scenes.question(scene, rng, kind)
+    return asked_text(*scenes.question(scene, rng, kind), ask_prompt)
+
+
+def asked_text(kind: str, asked: str, answer: str, ask_prompt: str = ASK_PROMPT) -> Text:
     return Text(kind, ask_prompt.format(asked), f" {answer}\n")
 
 
