@@ -225,13 +225,13 @@ def relation(a: Thing, b: Thing, rng: random.Random) -> str | None:
     return rng.choice(names) if names else None
 
 
-def caption(scene: Scene, rng: random.Random) -> str:
-    """One of several phrasings; says one or two true things."""
+def caption(scene: Scene, rng: random.Random, kind: str | None = None) -> str:
+    """One of several phrasings; says one or two true things. `kind` asks for one of those that the scene has."""
     thing = rng.choice(scene.things)
     noun = _noun(thing)
     alone = len(scene.things) == 1
     kinds = ["size", "place"] if alone else ["size", "place", "relation", "relation", "count", "list"]
-    kind = rng.choice(kinds)
+    kind = kind if kind in kinds else rng.choice(kinds)
     if kind == "size":
         sized = f"a {thing.size} {thing.colour} {thing.shape}"
         return rng.choice((sized, f"there is {sized}"))

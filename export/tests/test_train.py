@@ -162,6 +162,19 @@ def test_a_known_false_text_stands_where_a_drawn_one_would(stage: stage1.Stage1)
     assert rows[6] in captions[1:] and rows[8] in captions[:2]
 
 
+def test_itm_looks_at_the_asked_share_of_pairs(stage: stage1.Stage1) -> None:
+    captions = ["a red star", "a blue ring", "a pink cross", "a cyan circle"]
+    pairs = Pairs(torch.randn(4, 10, 24), captions, torch.eye(4).bool(), {3: "a cyan star"}, matched=0.5)
+    seen: list[Tensor] = []
+    original = stage.model.matching_logits
+    stage.model.matching_logits = lambda f, ids, mask: (seen.append(f), original(f, ids, mask))[1]  # type: ignore[method-assign]
+    try:
+        assert all(torch.isfinite(v) for v in stage.losses(pairs).values())
+    finally:
+        stage.model.matching_logits = original  # type: ignore[method-assign]
+    assert len(seen[0]) == 6 and torch.equal(seen[0][:2], pairs.features[:2])
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     _regression(tmp_path, 3)
     other = nn.Sequential(nn.Linear(3, 1))

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import Blip2VisionModel, PreTrainedTokenizerFast
 
 from blip2_export.train import checkpoint, language, seq2seq, stage1, stage2, text, vision, vqa
-from blip2_export.train.features import SceneFeatures
+from blip2_export.train.features import Pairs, SceneFeatures
 from blip2_export.train.loop import Phase, Schedule
 from blip2_export.train.qformer import QFormer
 from blip2_export.train.qformer import config as qformer_config
@@ -28,20 +28,31 @@ THIRD = {"opt": "vqa", "t5": "vqa_t5"}
 
 @dataclass(frozen=True)
 class Plan:
-    """Steps of each phase, the number of drawn scenes of the two stages, and the side of the pictures that questions are about."""
+    """Steps of each phase, the number of drawn scenes of the two stages, and the side of the pictures that questions are about.
+
+    `matching`: the steps of stage 1 that look at every pair; those after them look at every fourth and learn to write.
+    """
 
     vision: Schedule = Schedule(1500, 1.5e-3, matrix_rate=5e-3, warmup=100)
     language: Schedule = Schedule(1400, 1.5e-3, matrix_rate=5e-3, warmup=100)
-    stage1: Schedule = Schedule(2400, 1e-3, matrix_rate=3e-3, warmup=100)
+    stage1: Schedule = Schedule(2700, 1e-3, matrix_rate=3e-3, warmup=100)
     stage2: Schedule = Schedule(1150, 1e-3, matrix_rate=3e-3, warmup=100)
     vqa: Schedule = Schedule(500, 3e-4, matrix_rate=1e-3, warmup=50)
+    matching: int = 1500
     n_scenes: int = 30_000
     batch_size: int = 64
     vqa_batch_size: int = 24
     vqa_side: int = 144
 
 
-TINY = Plan(*(Schedule(3, 1e-3, warmup=1) for _ in range(5)), n_scenes=64, batch_size=8, vqa_batch_size=4, vqa_side=120)
+TINY = Plan(
+    *(Schedule(3, 1e-3, warmup=1) for _ in range(5)),
+    matching=2,
+    n_scenes=64,
+    batch_size=8,
+    vqa_batch_size=4,
+    vqa_side=120,
+)
 
 
 def train(work: Path, out: Path, plan: Plan, stage: str = "stage2", llm: str = "opt") -> None:
@@ -95,13 +106,19 @@ def _first(
     data: SceneFeatures,
     held_out: SceneFeatures,
 ) -> QFormer:
-    """Stage 1. Captions with one wrong word come in after a quarter of the steps, once drawn negatives are told."""
+    """Stage 1. Captions with one wrong word come in once drawn negatives are told."""
+
+    def batch(step: int) -> Pairs:
+        if step < plan.matching:
+            return data.pairs(step, plan.batch_size, edited=0.0 if step < plan.matching // 3 else 0.5)
+        return data.pairs(step, plan.batch_size, edited=0.5, more=6, matched=0.25)
+
     torch.manual_seed(1)
     q = QFormer(qformer_config(len(tokenizer), eye.config.hidden_size))
     stage1.train(
         Phase("stage1", work, plan.stage1),
         stage1.Stage1(q, tokenizer),
-        lambda step: data.pairs(step, plan.batch_size, 0.0 if step < plan.stage1.steps // 4 else 0.5, more=3),
+        batch,
         held_out if _full(plan) else None,
     )
     return q

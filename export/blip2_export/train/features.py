@@ -15,6 +15,8 @@ from transformers import Blip2VisionModel
 from blip2_export import scenes
 from blip2_export.train.vision import pixels
 
+_RELATIONS = 0.5  # share of the further captions that relate two objects, the slowest kind to learn
+
 
 @dataclass
 class Pairs:
@@ -22,7 +24,8 @@ class Pairs:
 
     `true[i, j]`: caption `j` is known to be true of picture `i`; the diagonal always is. Off the diagonal such pairs are
     neither positives nor negatives. `false`: texts that are known not to be true of picture `i`, for some of the `i`.
-    `more`: other true captions of each picture, as many of each, which ITG alone learns from.
+    `more`: other true captions of each picture, as many of each, which ITG alone learns from. `matched`: the share of the pairs
+    that ITM looks at; it costs three joint passes a pair, far more than ITC and ITG.
     """
 
     features: Tensor
@@ -30,6 +33,7 @@ class Pairs:
     true: Tensor
     false: dict[int, str] = field(default_factory=dict)
     more: list[list[str]] = field(default_factory=list)
+    matched: float = 1.0
 
 
 class SceneFeatures:
@@ -52,7 +56,7 @@ class SceneFeatures:
     def features(self, indices: list[int]) -> Tensor:
         return torch.from_numpy(self.table[indices].astype(np.float32))
 
-    def pairs(self, step: int, size: int, edited: float = 0.0, more: int = 0) -> Pairs:
+    def pairs(self, step: int, size: int, edited: float = 0.0, more: int = 0, matched: float = 1.0) -> Pairs:
         """The batch of a step. A share of the captions, `edited`, comes with a false one that differs in one word; each picture
         comes with `more` captions.
         """
@@ -67,8 +71,11 @@ class SceneFeatures:
             if rng.random() < edited
         }
         false = {i: text for i, text in edits.items() if text}
-        others = [[scenes.caption(s, rng) for _ in range(more)] for s in found] if more else []
-        return Pairs(self.features(indices), captions, true | torch.eye(size, dtype=torch.bool), false, others)
+        others = [
+            [scenes.caption(s, rng, "relation" if rng.random() < _RELATIONS else None) for _ in range(more)]
+            for s in found
+        ]
+        return Pairs(self.features(indices), captions, true | torch.eye(size, dtype=torch.bool), false, others, matched)
 
     def _compute(self, vision: Blip2VisionModel, shape: tuple[int, int, int]) -> None:
         aside = self.path.with_suffix(".part.npy")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 
@@ -84,12 +85,13 @@ class Stage1:
         negatives: tuple[Tensor, Tensor],
         false: tuple[list[int], Tensor, Tensor],
     ) -> Tensor:
-        """Every pair once as it is, once with another text and once with another image. Known false texts go before drawn ones."""
-        n, (text, image), (rows, false_ids, false_mask) = len(ids), negatives, false
+        """Pairs once as they are, once with another text and once with another image. Known false texts go before drawn ones."""
+        n, (text, image), (rows, false_ids, false_mask) = math.ceil(pairs.matched * len(ids)), negatives, false
         wrong_ids, wrong_mask = ids[text], mask[text]
         wrong_ids[rows], wrong_mask[rows] = false_ids, false_mask
-        features = torch.cat([pairs.features, pairs.features[image], pairs.features])
-        all_ids, all_mask = torch.cat([ids, ids, wrong_ids]), torch.cat([mask, mask, wrong_mask])
+        features = torch.cat([pairs.features[:n], pairs.features[image[:n]], pairs.features[:n]])
+        all_ids = torch.cat([ids[:n], ids[:n], wrong_ids[:n]])
+        all_mask = torch.cat([mask[:n], mask[:n], wrong_mask[:n]])
         labels = torch.cat([torch.ones(n, dtype=torch.long), torch.zeros(2 * n, dtype=torch.long)])
         return F.cross_entropy(self.model.matching_logits(features, all_ids, all_mask), labels)
 
