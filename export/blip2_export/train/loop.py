@@ -83,14 +83,16 @@ def fit(
     workers: int = 1,
     evaluate: Callable[[], dict[str, float]] | None = None,
     evaluate_every: int = 2000,
+    faster: dict[str, float] | None = None,
 ) -> None:
     """Trains the parameters of `model` that require gradients. The loss is the sum of what `losses` returns.
 
     Keys that start with `_` are only logged. Calls `evaluate` now and then and logs what it returns.
+    `faster`: factors to the learning rate of parameters whose names end so.
     """
     phase.work.mkdir(parents=True, exist_ok=True)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimisers = _optimisers(model, trained, phase.schedule)
+    optimisers = _optimisers(model, trained, phase.schedule, faster or {})
     start = _resume(phase, trained, optimisers)
     if start >= phase.schedule.steps:
         return
@@ -109,7 +111,7 @@ def fit(
     for step, batch in zip(indices, loader, strict=True):
         for optimiser in optimisers:
             for group in optimiser.param_groups:
-                group["lr"] = optimiser.defaults["lr"] * phase.schedule.factor(step)
+                group["lr"] = optimiser.defaults["lr"] * group.get("faster", 1.0) * phase.schedule.factor(step)
         parts = losses(batch)
         total = torch.stack([v for k, v in parts.items() if not k.startswith("_")]).sum()
         if not torch.isfinite(total):
@@ -134,13 +136,17 @@ def fit(
             model.train()
 
 
-def _optimisers(model: nn.Module, trained: dict[str, nn.Parameter], schedule: Schedule) -> list[torch.optim.Optimizer]:
+def _optimisers(
+    model: nn.Module, trained: dict[str, nn.Parameter], schedule: Schedule, faster: dict[str, float]
+) -> list[torch.optim.Optimizer]:
     by_muon = muon.takes(model) & trained.keys() if schedule.matrix_rate else set()
-    rest = [p for name, p in trained.items() if name not in by_muon]
+    ahead = {name: rate for name in trained for end, rate in faster.items() if name.endswith(end)}
+    rest = [p for name, p in trained.items() if name not in by_muon | ahead.keys()]
     decay = schedule.weight_decay
     groups = [
         {"params": [p for p in rest if p.ndim >= 2], "weight_decay": decay},
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+        *({"params": [trained[name]], "weight_decay": 0.0, "faster": rate} for name, rate in ahead.items()),
     ]
     found: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(groups, lr=schedule.learning_rate, betas=(0.9, schedule.beta2))

@@ -30,6 +30,7 @@ from blip2_export.train.speaker import Speaker
 PAD, END = 0, 1
 ASK_PROMPT = "Question: {} Short answer:"
 _UNKNOWN = 2
+_BIAS_RATE = 30.0  # a bias of some units must move far at a rate that suits weights of some hundredths
 
 
 def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
@@ -204,7 +205,15 @@ def pretrain(phase: Phase, tokenizer: PreTrainedTokenizerFast, batch_size: int =
         ids, asked = batch
         return model.losses(model.model.get_input_embeddings()(ids), asked)
 
-    fit(phase, model, make_batch, losses, evaluate=lambda: gate(model, batcher), evaluate_every=500)
+    fit(
+        phase,
+        model,
+        make_batch,
+        losses,
+        evaluate=lambda: gate(model, batcher),
+        evaluate_every=500,
+        faster={"relative_attention_bias.weight": _BIAS_RATE},
+    )
     return model.model
 
 
