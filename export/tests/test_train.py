@@ -130,6 +130,17 @@ def test_a_killed_run_goes_on_and_ends_where_an_unbroken_one_ends(tmp_path: Path
         assert torch.equal(a, b)
 
 
+def test_a_faster_parameter_moves_that_much_further(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    phase = Phase("f", tmp_path, Schedule(1, 1e-3, warmup=0, weight_decay=0.0))
+    fit(phase, model, lambda _: torch.ones(2, 3), lambda x: {"l": model(x).sum()}, workers=0, faster={"bias": 10.0})
+    moved = {name: (p.detach() - before[name]).abs().max().item() for name, p in model.named_parameters()}
+    assert moved["weight"] == pytest.approx(1e-3, rel=1e-2), "Adam's first step is the rate"
+    assert moved["bias"] == pytest.approx(1e-2, rel=1e-2)
+
+
 def test_muon_gets_the_hidden_matrices_and_makes_their_updates_orthogonal(
     opt: tuple[language.Texts, text.Packer],
 ) -> None:
@@ -225,6 +236,14 @@ def test_rows_of_t5_give_the_logits_of_each_text_alone(t5: tuple[seq2seq.Texts, 
             logits = model.logits(prefix[i : i + 1], alone)[0]
             torch.testing.assert_close(together[k, : len(logits)], logits, atol=1e-3, rtol=1e-4)
             assert asked.labels[k, : len(logits)].tolist() == alone.labels[0].tolist()
+
+
+def test_t5_has_a_head_of_its_own_from_the_start(t5: tuple[seq2seq.Texts, seq2seq.Batcher]) -> None:
+    model = seq2seq.new(t5[1].tokenizer)
+    assert model.lm_head.weight is not model.shared.weight
+    assert model.lm_head.weight.std() < 0.1 and model.shared.weight.std() < 0.1
+    taken = muon.takes(model)
+    assert "lm_head.weight" not in taken and any(name.endswith("wi_0.weight") for name in taken)
 
 
 def test_a_split_caption_goes_on_in_the_decoder(t5: tuple[seq2seq.Texts, seq2seq.Batcher]) -> None:

@@ -88,7 +88,7 @@ def fit(
     """Trains the parameters of `model` that require gradients. The loss is the sum of what `losses` returns.
 
     Keys that start with `_` are only logged. Calls `evaluate` now and then and logs what it returns.
-    `faster`: factors to the learning rate of parameters whose names end so.
+    `faster`: factors, also below 1, to the learning rate of parameters whose names end so.
     """
     phase.work.mkdir(parents=True, exist_ok=True)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -140,19 +140,27 @@ def _optimisers(
     model: nn.Module, trained: dict[str, nn.Parameter], schedule: Schedule, faster: dict[str, float]
 ) -> list[torch.optim.Optimizer]:
     by_muon = muon.takes(model) & trained.keys() if schedule.matrix_rate else set()
-    ahead = {name: rate for name in trained for end, rate in faster.items() if name.endswith(end)}
-    rest = [p for name, p in trained.items() if name not in by_muon | ahead.keys()]
+    rates = {n: next((rate for end, rate in faster.items() if n.endswith(end)), 1.0) for n in sorted(trained)}
+
+    def groups(kind: Callable[[str], bool], decay: float) -> list[dict[str, Any]]:
+        """One for each rate, the usual one first."""
+        chosen = {
+            rate: [trained[n] for n in trained if rates[n] == rate and kind(n)] for rate in {1.0, *rates.values()}
+        }
+        kept = sorted(chosen.items(), key=lambda item: (item[0] != 1.0, item[0]))
+        return [{"params": ps, "weight_decay": decay, "faster": rate} for rate, ps in kept if ps]
+
     decay = schedule.weight_decay
-    groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": decay},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-        *({"params": [trained[name]], "weight_decay": 0.0, "faster": rate} for name, rate in ahead.items()),
-    ]
     found: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(groups, lr=schedule.learning_rate, betas=(0.9, schedule.beta2))
+        torch.optim.AdamW(
+            groups(lambda n: n not in by_muon and trained[n].ndim >= 2, decay)
+            + groups(lambda n: n not in by_muon and trained[n].ndim < 2, 0.0),
+            lr=schedule.learning_rate,
+            betas=(0.9, schedule.beta2),
+        )
     ]
     if by_muon:
-        found.append(muon.Muon([trained[n] for n in sorted(by_muon)], schedule.matrix_rate, weight_decay=decay))
+        found.append(muon.Muon(groups(by_muon.__contains__, decay), schedule.matrix_rate))
     return found
 
 

@@ -30,7 +30,9 @@ from blip2_export.train.speaker import Speaker
 PAD, END = 0, 1
 ASK_PROMPT = "Question: {} Short answer:"
 _UNKNOWN = 2
-_BIAS_RATE = 30.0  # a bias of some units must move far at a rate that suits weights of some hundredths
+# T5 does not divide its scores: `q` holds the root of the head dimension, and a position bias of some units must move far at a
+# rate that suits weights of some hundredths.
+_BIAS_RATE = 30.0
 
 
 def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
@@ -193,7 +195,7 @@ def texts_of(
 def pretrain(phase: Phase, tokenizer: PreTrainedTokenizerFast, batch_size: int = 24) -> T5ForConditionalGeneration:
     """Trains (or goes on training) the language model and returns it."""
     torch.manual_seed(0)
-    model, batcher = Texts(T5ForConditionalGeneration(config(tokenizer))), Batcher(tokenizer)
+    model, batcher = Texts(new(tokenizer)), Batcher(tokenizer)
 
     def make_batch(step: int) -> Any:
         rng = random.Random(f"text {step}")
@@ -212,9 +214,25 @@ def pretrain(phase: Phase, tokenizer: PreTrainedTokenizerFast, batch_size: int =
         losses,
         evaluate=lambda: gate(model, batcher),
         evaluate_every=500,
-        faster={"relative_attention_bias.weight": _BIAS_RATE},
+        faster={"relative_attention_bias.weight": _BIAS_RATE, "Attention.q.weight": model.model.config.d_kv**-0.5},
     )
     return model.model
+
+
+def new(tokenizer: PreTrainedTokenizerFast) -> T5ForConditionalGeneration:
+    """With a head of its own, which `transformers` ties until it loads one from a file.
+
+    T5's own embeddings start with a deviation of 1, which suits its optimiser and drowns what the first layers write.
+    """
+    model = T5ForConditionalGeneration(config(tokenizer))
+    model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in ("shared.weight", "lm_head.weight"):
+                parameter.normal_(0, 0.04)
+            elif name.endswith("relative_attention_bias.weight"):
+                parameter.normal_(0, 0.5)
+    return model
 
 
 def gate(model: Texts, batcher: Batcher) -> dict[str, float]:
