@@ -61,8 +61,10 @@ define demo
 	cd export && .venv/bin/python -m blip2_export convert ../$(WORK)/$(1) ../models/$(1) --force
 endef
 
-evaluate: setup-export setup build ## how true the demo's captions and answers are on SCENES held-out scenes
-	PYTHONPATH=export $(MODEL_PYTHON) -m blip2_export evaluate --count $(SCENES)
+evaluate: setup-export setup build ## how true every bundle under models/ is on SCENES held-out scenes
+	set -e; for facts in models/*/bundle.json; do \
+		PYTHONPATH=export $(MODEL_PYTHON) -m blip2_export evaluate --model "$${facts%/bundle.json}" --count $(SCENES); \
+	done
 
 parity: setup-export setup build ## GENERATIONS texts of random checkpoints of every family in the engine and in transformers
 	PYTHONPATH=export $(MODEL_PYTHON) -m blip2_export parity --all --generations $(GENERATIONS)

@@ -13,7 +13,7 @@ _COMMANDS = {
     "train": ("blip2_export.train.cli", "train the demo"),
     "scenes": ("blip2_export.scenes", "draw scenes with captions and questions"),
     "parity": ("blip2_export.parity", "compare a bundle in the engine with its checkpoint in transformers"),
-    "evaluate": ("blip2_export.evaluate", "measure a bundle's captions and answers on held-out scenes"),
+    "evaluate": ("blip2_export.evaluate", "measure on held-out scenes how often a bundle is right"),
 }
 
 

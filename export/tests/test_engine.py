@@ -50,7 +50,7 @@ def test_the_engine_matches_embeds_and_captions_as_the_reference(tmp_path: Path,
 
 
 def test_the_demo_tells_the_truth(capsys: pytest.CaptureFixture[str]) -> None:
-    choices = {"count": 40, "seed": "test", "side": 256, "wrong": None}
+    choices = {"tasks": None, "count": 40, "seed": "test", "side": 256, "group": 100, "wrong": None}
     evaluate.run(argparse.Namespace(model=ROOT / "models" / "demo-opt", engine=ENGINE, **choices))
     seen, unseen = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert seen["captions_true"] >= 0.9 and seen["answers_right"] >= 0.9, seen
