@@ -96,9 +96,9 @@ def attend(
 
 
 def store_embedding(g: Graph, table: np.ndarray) -> dict[str, Any]:
-    """Writes the token embeddings first; the engine reads their rows straight from the file."""
+    """Where the data file holds the token embeddings; the engine reads their rows straight from it."""
     dtype = str(table.dtype)
-    return {"file": g.data_name, "offset": g.append(table), "dtype": dtype, "shape": list(table.shape)}
+    return {"file": g.data.name, "offset": g.data.append(table), "dtype": dtype, "shape": list(table.shape)}
 
 
 def select(g: Graph, x: str, logits_at: str) -> str:

@@ -1,4 +1,4 @@
-"""A small builder of ONNX graphs whose weights stream into one external data file as they are added."""
+"""A small builder of ONNX graphs whose weights stream into an external data file as they are added; graphs may share one."""
 
 from __future__ import annotations
 
@@ -28,29 +28,46 @@ _TYPES = {
 Dim = int | str
 
 
+class Data:
+    """An external data file. Equal bytes are written once, whichever graph they belong to."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.name = f"{name}.onnx.data"
+        self._path = folder / self.name
+        self._path.write_bytes(b"")
+        self._offsets: dict[bytes, int] = {}
+
+    def append(self, array: np.ndarray) -> int:
+        """Writes the bytes unless they are there; gives their offset."""
+        content = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+        key = hashlib.sha256(content).digest()
+        if key not in self._offsets:
+            with self._path.open("ab") as file:
+                file.write(b"\0" * (-file.tell() % (_PAGE if array.nbytes >= _LARGE_BYTES else _LINE)))
+                self._offsets[key] = file.tell()
+                file.write(content)
+        return self._offsets[key]
+
+
 class Graph:
     """Nodes, weights and the declared inputs and outputs of one `.onnx` file.
 
     Weights keep their dtype; 16-bit ones get a `Cast` to float32, which the runtime folds when it loads the graph.
     """
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path, name: str, data: Data | None = None) -> None:
         self.name, self.folder = name, folder
+        self.data = data or Data(folder, name)
         self.nodes: list[onnx.NodeProto] = []
         self.weights: list[onnx.TensorProto] = []
         self.inputs: list[dict[str, Any]] = []
         self.outputs: list[dict[str, Any]] = []
         self._constants: dict[tuple[Any, ...], str] = {}
         self._count = 0
-        self._data = (folder / self.data_name).open("wb")
 
     @property
     def file_name(self) -> str:
         return f"{self.name}.onnx"
-
-    @property
-    def data_name(self) -> str:
-        return f"{self.name}.onnx.data"
 
     def input(self, name: str, dtype: str, shape: Sequence[Dim]) -> str:
         self.inputs.append({"name": name, "dtype": dtype, "shape": list(shape)})
@@ -87,14 +104,14 @@ class Graph:
     def raw(self, array: np.ndarray) -> str:
         """An initialiser in its own dtype."""
         if array.nbytes > _INLINE_BYTES:
-            return self._external(array, self.append(array))
+            return self._external(array, self.data.append(array))
         tensor = TensorProto(name=self.fresh("w"), data_type=_TYPES[array.dtype], dims=array.shape)
         tensor.raw_data = np.ascontiguousarray(array).tobytes()
         self.weights.append(tensor)
         return tensor.name
 
     def stored(self, array: np.ndarray, offset: int) -> str:
-        """Bytes that `append` wrote, as float32 value."""
+        """What lies at `offset` of the data file, as float32 value."""
         return self._lifted(self._external(array, offset), array)
 
     def _lifted(self, name: str, array: np.ndarray) -> str:
@@ -103,21 +120,13 @@ class Graph:
     def _external(self, array: np.ndarray, offset: int) -> str:
         tensor = TensorProto(name=self.fresh("w"), data_type=_TYPES[array.dtype], dims=array.shape)
         tensor.data_location = TensorProto.EXTERNAL
-        for key, value in (("location", self.data_name), ("offset", offset), ("length", array.nbytes)):
+        for key, value in (("location", self.data.name), ("offset", offset), ("length", array.nbytes)):
             tensor.external_data.add(key=key, value=str(value))
         self.weights.append(tensor)
         return tensor.name
 
-    def append(self, array: np.ndarray) -> int:
-        """Writes bytes to the data file without declaring them; gives their offset."""
-        self._data.write(b"\0" * (-self._data.tell() % (_PAGE if array.nbytes >= _LARGE_BYTES else _LINE)))
-        offset = self._data.tell()
-        self._data.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-        return offset
-
     def save(self) -> None:
         """Writes the `.onnx` file beside its data."""
-        self._data.close()
         inputs, outputs = ([_value(v) for v in side] for side in (self.inputs, self.outputs))
         graph = helper.make_graph(self.nodes, self.name, inputs, outputs, self.weights)
         imports = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]

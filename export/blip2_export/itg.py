@@ -12,15 +12,15 @@ from transformers import Blip2QFormerConfig
 from blip2_export.bert import TEXT, Layers
 from blip2_export.checkpoint import Checkpoint
 from blip2_export.decoding import Decoder, attend, declare_inputs, finish, select, store_embedding
-from blip2_export.graph import Graph
+from blip2_export.graph import Data, Graph
 
 _HEAD = "cls.predictions."
 BIAS = _HEAD + "bias"  # there only with the head of image-grounded text generation
 
 
-def build(folder: Path, checkpoint: Checkpoint, cfg: Blip2QFormerConfig) -> Decoder:
+def build(folder: Path, checkpoint: Checkpoint, cfg: Blip2QFormerConfig, data: Data) -> Decoder:
     """Inputs and outputs as those of the language models' decoders. `inputs_embeds` are plain word embeddings."""
-    g = Graph(folder, "decoder")
+    g = Graph(folder, "decoder", data)
     layers = Layers(g, checkpoint, cfg)
     width, vocab = cfg.hidden_size, cfg.vocab_size
     inputs = declare_inputs(g, width)

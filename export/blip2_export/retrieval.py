@@ -13,7 +13,7 @@ from transformers import Blip2Config
 from blip2_export import itg, processor
 from blip2_export.bert import QUERY, TEXT, Layers
 from blip2_export.checkpoint import Checkpoint, CheckpointError
-from blip2_export.graph import Graph
+from blip2_export.graph import Data, Graph
 
 TOKENIZER = "qformer_tokenizer.json"
 MAX_TOKENS = 32  # what ITC and ITM of the reference cut text to, special tokens included
@@ -38,7 +38,8 @@ class Stage1:
 def build(out: Path, stage: Stage1) -> tuple[list[Graph], dict[str, Any]]:
     """The graphs behind the image encoder, and what `bundle.json` says of them."""
     cfg, tokenizer = stage.cfg.qformer_config, stage.tokenizer
-    graphs = [_queries(out, stage), _text(out, stage), _matching(out, stage)]
+    data = Data(out, "qformer")  # all of them run the same layers
+    graphs = [part(out, stage, data) for part in (_queries, _text, _matching)]
     facts: dict[str, Any] = {
         "family": "qformer",
         "tasks": ["match", "embed"],
@@ -47,7 +48,7 @@ def build(out: Path, stage: Stage1) -> tuple[list[Graph], dict[str, Any]]:
         "generation": {},
     }
     if stage.writes:
-        writer = itg.build(out, stage.checkpoint, cfg)
+        writer = itg.build(out, stage.checkpoint, cfg, data)
         graphs.append(writer.graph)
         facts["tasks"].append("caption")
         facts["language"] = {
@@ -111,9 +112,9 @@ def _id(tokenizer: Tokenizer, token: str) -> int:
     return number
 
 
-def _queries(out: Path, stage: Stage1) -> Graph:
+def _queries(out: Path, stage: Stage1, data: Data) -> Graph:
     """`qformer`: queries alone. They begin alike for every image, so the first self-attention sees a batch of one."""
-    g = Graph(out, "qformer")
+    g = Graph(out, "qformer", data)
     cfg, n_queries = stage.cfg.qformer_config, stage.cfg.num_query_tokens
     layers = Layers(g, stage.checkpoint, cfg)
     features = g.input("image_features", "float32", ["batch", stage.n_positions, cfg.encoder_hidden_size])
@@ -136,9 +137,9 @@ def _queries(out: Path, stage: Stage1) -> Graph:
     return g
 
 
-def _text(out: Path, stage: Stage1) -> Graph:
+def _text(out: Path, stage: Stage1, data: Data) -> Graph:
     """`qformer_text`: text alone, projected to the joint space at every position."""
-    g = Graph(out, "qformer_text")
+    g = Graph(out, "qformer_text", data)
     cfg, joint = stage.cfg.qformer_config, stage.cfg.image_text_hidden_size
     layers = Layers(g, stage.checkpoint, cfg)
     ids, mask = _text_inputs(g)
@@ -152,9 +153,9 @@ def _text(out: Path, stage: Stage1) -> Graph:
     return g
 
 
-def _matching(out: Path, stage: Stage1) -> Graph:
+def _matching(out: Path, stage: Stage1, data: Data) -> Graph:
     """`qformer_itm`: queries and text see each other, only queries see the image. The last layer computes queries only."""
-    g = Graph(out, "qformer_itm")
+    g = Graph(out, "qformer_itm", data)
     cfg, n_queries = stage.cfg.qformer_config, stage.cfg.num_query_tokens
     layers = Layers(g, stage.checkpoint, cfg)
     features = g.input("image_features", "float32", ["batch", stage.n_positions, cfg.encoder_hidden_size])

@@ -163,6 +163,21 @@ def test_a_16_bit_checkpoint_keeps_its_size_and_equals_the_lifted_formulas(tmp_p
     assert_close(logits[0], steps[0], "logits")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_q_former_graphs_share_one_file_that_holds_every_weight_once(tmp_path: Path, dtype: torch.dtype) -> None:
+    random_retrieval.write(tmp_path / "c", "itg-tiny", 4, dtype)
+    convert(tmp_path / "c", tmp_path / "b", Choices("x", golden=False))
+    facts = json.loads((tmp_path / "b" / "bundle.json").read_text())
+    stored = {p.name: p.stat().st_size for p in (tmp_path / "b").glob("*.data")}
+    assert set(stored) == {"vision.onnx.data", "qformer.onnx.data"}
+    assert {name: facts["files"][name]["bytes"] for name in stored} == stored
+    assert sum(stored.values()) < 1.05 * (tmp_path / "c" / "model.safetensors").stat().st_size
+    where = facts["language"]["embedding"]
+    words = load_file(tmp_path / "c" / "model.safetensors")["embeddings.word_embeddings.weight"].numpy()
+    content = (tmp_path / "b" / where["file"]).read_bytes()
+    assert content[where["offset"] :][: words.nbytes] == words.tobytes() and content.count(words.tobytes()) == 1
+
+
 def test_facts_say_what_the_checkpoint_can(made) -> None:
     checkpoint, graphs = made("itg-odd-1")
     facts, weights = graphs.facts, load_file(checkpoint / "model.safetensors")
