@@ -50,11 +50,9 @@ fmt: setup-export ## format Rust and Python
 	cargo fmt
 	cd export && .venv/bin/ruff format . && .venv/bin/ruff check --fix .
 
-demo-models: setup-export ## train every model of models/ from nothing (hours; goes on after a kill)
+demo-models: setup-export ## train the models of models/ from nothing (hours; goes on after a kill)
 	$(call demo,demo-opt,--stage stage2 --llm opt)
 	$(call demo,demo-itm,--stage stage1)
-	$(call demo,demo-vqa,--stage vqa --llm opt)
-	$(call demo,demo-t5,--stage stage2 --llm t5)
 
 define demo
 	cd export && .venv/bin/python -m blip2_export train demo --work ../$(WORK) --out ../$(WORK)/$(1) $(2)
