@@ -12,6 +12,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from blip2_export.grid import on_grid
+
 OPSET = 21
 MICROSOFT = "com.microsoft"
 _PAGE = 4096  # large weights start on a page, so that the runtime can map them straight from the file
@@ -24,6 +26,7 @@ _TYPES = {
     np.dtype(ml_dtypes.bfloat16): TensorProto.BFLOAT16,
     np.dtype(np.int64): TensorProto.INT64,
     np.dtype(np.int32): TensorProto.INT32,
+    np.dtype(np.int8): TensorProto.INT8,
 }
 Dim = int | str
 
@@ -52,7 +55,8 @@ class Data:
 class Graph:
     """Nodes, weights and the declared inputs and outputs of one `.onnx` file.
 
-    Weights keep their dtype; 16-bit ones get a `Cast` to float32, which the runtime folds when it loads the graph.
+    Weights keep their dtype, or are stored in 8 bits where nothing is lost; nodes behind them give float32, which the runtime folds
+    when it loads the graph.
     """
 
     def __init__(self, folder: Path, name: str, data: Data | None = None) -> None:
@@ -98,8 +102,13 @@ class Graph:
         return self._constants[key]
 
     def weight(self, array: np.ndarray) -> str:
-        """A weight as float32 value, stored in its own dtype."""
-        return self._lifted(self.raw(array), array)
+        """A weight as float32 value, stored in its own dtype or, where it is on the grid, as 8-bit numbers and scales."""
+        found = on_grid(array) if array.nbytes > _INLINE_BYTES else None
+        if found is None:
+            return self._lifted(self.raw(array), array)
+        numbers, scales = found
+        parts = (numbers, scales.reshape(-1, *[1] * (array.ndim - 1)))
+        return str(self.op("Mul", [self._lifted(self.raw(part), part) for part in parts]))
 
     def raw(self, array: np.ndarray) -> str:
         """An initialiser in its own dtype."""
