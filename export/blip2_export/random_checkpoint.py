@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import string
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     Blip2Config,
     Blip2ForConditionalGeneration,
@@ -24,6 +23,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+from blip2_export import vocabulary
 
 Shape = dict[str, dict[str, Any]]  # what differs from the base, part by part
 BASE: Shape = {
@@ -212,8 +213,6 @@ LARGE: dict[str, Shape] = {
         },
     },
 }
-# Every tokenizer writes these, as the released ones do: the engine refuses a text that it cannot write.
-_PRINTABLE = string.digits + string.ascii_letters + string.punctuation
 _SENTENCES = (
     "a red star left of a blue ring",
     "Question: what colour is the star? Answer: red\n",
@@ -357,19 +356,7 @@ def _byte_tokenizer() -> tuple[PreTrainedTokenizerFast, dict[str, int]]:
 
 def _unigram_tokenizer() -> tuple[PreTrainedTokenizerFast, dict[str, int]]:
     """A unigram model that ends a text with </s>, as T5's."""
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=180,
-        special_tokens=["<pad>", "</s>", "<unk>"],
-        unk_token="<unk>",
-        initial_alphabet=list(_PRINTABLE),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(_SENTENCES, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    fast = _fast(tokenizer, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+    fast = _fast(vocabulary.unigram(_SENTENCES, parts=True), eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
     return fast, {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0, "decoder_start_token_id": 0}
 
 
@@ -381,7 +368,7 @@ def _piece_tokenizer() -> tuple[PreTrainedTokenizerFast, dict[str, int]]:
     trainer = trainers.BpeTrainer(
         vocab_size=200,
         special_tokens=["<unk>", "<s>", "</s>"],
-        initial_alphabet=list(_PRINTABLE),
+        initial_alphabet=vocabulary.PRINTABLE,
         show_progress=False,
     )
     tokenizer.train_from_iterator(_SENTENCES, trainer)
@@ -397,33 +384,14 @@ def _fast(tokenizer: Tokenizer, **special: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=["<image>"], **special)
 
 
-WORD_PIECE_NAMES = {
-    "pad_token": "[PAD]",
-    "unk_token": "[UNK]",
-    "cls_token": "[CLS]",
-    "sep_token": "[SEP]",
-    "mask_token": "[MASK]",
-}
-
-
 def word_piece_tokenizer() -> Tokenizer:
     """WordPiece as BERT's, without `[DEC]`."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    special = list(WORD_PIECE_NAMES.values())
-    trainer = trainers.WordPieceTrainer(vocab_size=180, special_tokens=special, show_progress=False)
-    inside = [f"a{char}" for char in string.digits + string.ascii_lowercase]  # so that every one may continue a word
-    tokenizer.train_from_iterator([*_SENTENCES, *_PRINTABLE, *inside], trainer)
-    ends = [(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
-    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
-    return tokenizer
+    return vocabulary.word_piece(_SENTENCES, 180)
 
 
 def _question_tokenizer() -> PreTrainedTokenizerFast:
     """For the question that the Q-Former reads, with [DEC] behind the trained words."""
-    return PreTrainedTokenizerFast(tokenizer_object=word_piece_tokenizer(), bos_token="[DEC]", **WORD_PIECE_NAMES)
+    return PreTrainedTokenizerFast(tokenizer_object=word_piece_tokenizer(), bos_token="[DEC]", **vocabulary.NAMES)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -20,7 +20,7 @@ from transformers import (
     T5Config,
 )
 
-from blip2_export import random_checkpoint
+from blip2_export import random_checkpoint, vocabulary
 
 _TINY = random_checkpoint.BASE
 _BASE: dict[str, dict[str, Any]] = {
@@ -88,7 +88,7 @@ def write(folder: Path, shape: str | dict[str, Any], seed: int, dtype: torch.dty
     config.architectures, config.dtype = ["Blip2ForImageTextRetrieval"], dtype
     config.save_pretrained(folder)
     random_checkpoint.write_shards(folder, _shapes(config, chosen.get("writes", True)), seed, dtype, 2 << 30)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **random_checkpoint.WORD_PIECE_NAMES).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **vocabulary.NAMES).save_pretrained(folder)
     side = config.vision_config.image_size
     processor = {"image_processor_type": "BlipImageProcessor", "size": {"height": side, "width": side}, "resample": 3}
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))

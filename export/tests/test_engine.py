@@ -34,7 +34,7 @@ def test_the_engine_gives_the_tokens_of_the_reference(tmp_path: Path, shape: str
     )  # with most seeds this one repeats itself
     random_checkpoint.write(tmp_path / "checkpoint", shape, seed=seed)
     found = compared(tmp_path)
-    assert found.cases == 48 and not found.differences and not found.ties
+    assert found.cases == 48 and not found.differences and len(found.ties) < 3
     assert len(found.written) > 9, "the checkpoint says nearly the same whatever it sees; these weights test nothing"
     assert sum(len(set(tokens)) > 2 for tokens in found.written) > len(found.written) / 2, "it repeats itself"
 

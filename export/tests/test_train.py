@@ -6,18 +6,20 @@ import json
 import math
 import random
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import Blip2ForConditionalGeneration, Blip2Processor, OPTForCausalLM, T5ForConditionalGeneration
 
 from blip2_export import scenes
 from blip2_export.bundle import Choices, convert
 from blip2_export.train import demo, language, muon, seq2seq, stage1, stage2, text
 from blip2_export.train.features import Pairs
+from blip2_export.train.frozen import frozen
 from blip2_export.train.images import CaptionedImages, DataError, clean
 from blip2_export.train.loop import Phase, Schedule, fit
 from blip2_export.train.qformer import QFormer
@@ -40,6 +42,8 @@ def test_the_chain_writes_a_folder_that_transformers_loads_and_runs(trained: Pat
     assert out.shape[1] > inputs.input_ids.shape[1]
     newline = processor.tokenizer.encode("\n", add_special_tokens=False)
     assert [model.language_model.generation_config.eos_token_id] == newline
+    stored = load_file(trained / "checkpoint" / "model.safetensors")
+    assert not any(name.endswith("lm_head.weight") for name in stored), "the tied head is stored twice"
 
 
 @pytest.fixture(scope="module")
@@ -160,15 +164,10 @@ def test_muon_gets_the_hidden_matrices_and_makes_their_updates_orthogonal(
 def test_a_known_false_text_stands_where_a_drawn_one_would(stage: stage1.Stage1) -> None:
     features, captions = torch.randn(3, 10, 24), ["a red star", "a blue ring", "a pink cross"]
     pairs = Pairs(features, captions, torch.eye(3, dtype=torch.bool), {1: "a blue star and a small ring"})
-    seen: list[Tensor] = []
-    original = stage.model.matching_logits
-    stage.model.matching_logits = lambda f, ids, mask: (seen.append(ids), original(f, ids, mask))[1]  # type: ignore[method-assign]
-    try:
+    with patch.object(stage.model, "matching_logits", wraps=stage.model.matching_logits) as matched:
         losses = stage.losses(pairs)
-    finally:
-        stage.model.matching_logits = original  # type: ignore[method-assign]
     assert all(torch.isfinite(v) for v in losses.values())
-    rows = [stage.tokenizer.decode(row, skip_special_tokens=True) for row in seen[0].tolist()]
+    rows = [stage.tokenizer.decode(row, skip_special_tokens=True) for row in matched.call_args.args[1].tolist()]
     assert rows[:6] == captions * 2 and rows[7] == "a blue star and a small ring"
     assert rows[6] in captions[1:] and rows[8] in captions[:2]
 
@@ -176,14 +175,18 @@ def test_a_known_false_text_stands_where_a_drawn_one_would(stage: stage1.Stage1)
 def test_itm_looks_at_the_asked_share_of_pairs(stage: stage1.Stage1) -> None:
     captions = ["a red star", "a blue ring", "a pink cross", "a cyan circle"]
     pairs = Pairs(torch.randn(4, 10, 24), captions, torch.eye(4).bool(), {3: "a cyan star"}, matched=0.5)
-    seen: list[Tensor] = []
-    original = stage.model.matching_logits
-    stage.model.matching_logits = lambda f, ids, mask: (seen.append(f), original(f, ids, mask))[1]  # type: ignore[method-assign]
-    try:
+    with patch.object(stage.model, "matching_logits", wraps=stage.model.matching_logits) as matched:
         assert all(torch.isfinite(v) for v in stage.losses(pairs).values())
-    finally:
-        stage.model.matching_logits = original  # type: ignore[method-assign]
-    assert len(seen[0]) == 6 and torch.equal(seen[0][:2], pairs.features[:2])
+    features = matched.call_args.args[0]
+    assert len(features) == 6 and torch.equal(features[:2], pairs.features[:2])
+
+
+def test_a_frozen_model_that_changes_is_told() -> None:
+    model = nn.Linear(2, 2)
+    with frozen(model, "model"):
+        pass
+    with pytest.raises(AssertionError, match="frozen model changed"), frozen(model, "model"), torch.no_grad():
+        model.bias[1] += 1e-6
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
@@ -254,7 +257,7 @@ def test_a_split_caption_goes_on_in_the_decoder(t5: tuple[seq2seq.Texts, seq2seq
     assert 60 < len(begun) < 140
     assert any(f"{t.prompt} {t.target}" in whole for t in begun) and all(t.target for t in parts)
     ids = t5[1].encode(begun[0].prompt)
-    assert ids[-1] == seq2seq.END and ids[:-1].tolist() == t5[1].encode(f"{begun[0].prompt} x")[: len(ids) - 1].tolist()
+    assert ids[-1] == seq2seq.END and ids[:-1] == t5[1].encode(f"{begun[0].prompt} x")[: len(ids) - 1]
 
 
 def test_only_the_target_counts_as_right(opt: tuple[language.Texts, text.Packer]) -> None:
@@ -302,15 +305,10 @@ def test_captions_side_by_side_give_the_logits_of_each_alone(stage: stage1.Stage
 
 
 def test_more_captions_of_a_picture_are_learned_too(stage: stage1.Stage1) -> None:
-    seen: list[Tensor] = []
-    original = stage._generate
-    stage._generate = lambda *a: (seen.append(a[1]), original(*a))[1]  # type: ignore[method-assign]
-    try:
-        more = [["a star", "one red star"], ["a ring", "a blue ring here"]]
+    more = [["a star", "one red star"], ["a ring", "a blue ring here"]]
+    with patch.object(stage, "_generate", wraps=stage._generate) as written:
         stage.losses(Pairs(torch.randn(2, 10, 24), ["a red star", "a blue ring"], torch.eye(2).bool(), {}, more))
-    finally:
-        del stage._generate
-    said = [stage.tokenizer.decode(row, skip_special_tokens=True) for row in seen[0].tolist()]
+    said = [stage.tokenizer.decode(row, skip_special_tokens=True) for row in written.call_args.args[1].tolist()]
     assert said == ["a red star", *more[0], "a blue ring", *more[1]]
 
 

@@ -24,26 +24,14 @@ from blip2_export.train.vqa import Vqa
 _STAGE1_PARTS = ("qformer", "embeddings", "vision_projection", "text_projection", "itm_head")
 
 
-def write_stage2(folder: Path, vision: Blip2VisionModel, stage2: Stage2, tokenizer: PreTrainedTokenizerFast) -> None:
-    """What `Blip2ForConditionalGeneration` and `Blip2Processor` read."""
-    _write_generator(folder, vision, stage2, tokenizer)
-
-
-def write_vqa(
-    folder: Path, model: Vqa, tokenizer: PreTrainedTokenizerFast, question_tokenizer: PreTrainedTokenizerFast
-) -> None:
-    """As `write_stage2`, with the embeddings and the tokenizer of the question that the Q-Former reads."""
-    _write_generator(folder, model.vision, model, tokenizer, {"embeddings": model.embeddings})
-    question_tokenizer.save_pretrained(folder / "qformer_tokenizer")
-
-
-def _write_generator(
+def write_stage2(
     folder: Path,
     vision: Blip2VisionModel,
     model: Stage2 | Vqa,
     tokenizer: PreTrainedTokenizerFast,
     more: dict[str, nn.Module] | None = None,
 ) -> None:
+    """What `Blip2ForConditionalGeneration` and `Blip2Processor` read. `more`: further modules by the start of their names."""
     language = model.texts.model
     config = Blip2Config(
         vision_config=vision.config.to_dict(),
@@ -63,6 +51,14 @@ def _write_generator(
     }
     tensors = {f"{name}.{k}": v for name, part in parts.items() for k, v in part.state_dict().items()}
     _write(folder, config, {**tensors, "query_tokens": model.query_tokens}, tokenizer)
+
+
+def write_vqa(
+    folder: Path, model: Vqa, tokenizer: PreTrainedTokenizerFast, question_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """As `write_stage2`, with the embeddings and the tokenizer of the question that the Q-Former reads."""
+    write_stage2(folder, model.vision, model, tokenizer, {"embeddings": model.embeddings})
+    question_tokenizer.save_pretrained(folder / "qformer_tokenizer")
 
 
 def write_stage1(folder: Path, vision: Blip2VisionModel, stage1: QFormer, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -88,11 +84,12 @@ def write_stage1(folder: Path, vision: Blip2VisionModel, stage1: QFormer, tokeni
 
 
 def _write(folder: Path, config: Blip2Config, tensors: dict[str, Tensor], tokenizer: PreTrainedTokenizerFast) -> None:
-    """config.json, model.safetensors, tokenizer and processor configs."""
+    """config.json, model.safetensors, tokenizer and processor configs. Of tied tensors only the first is stored."""
     folder.mkdir(parents=True, exist_ok=True)
     config.dtype = torch.float16
     config.save_pretrained(folder)
-    stored = {name: value.detach().to(torch.float16).clone() for name, value in tensors.items()}
+    names = {value.data_ptr(): name for name, value in reversed(tensors.items())}
+    stored = {name: tensors[name].detach().to(torch.float16).clone() for name in names.values()}
     save_file(stored, folder / "model.safetensors", {"format": "pt"})
     tokenizer.save_pretrained(folder)
     _write_processor(folder, config.vision_config.image_size, config.num_query_tokens)

@@ -11,19 +11,17 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import Blip2VisionModel, PreTrainedTokenizerFast
 
 from blip2_export.train import checkpoint, language, seq2seq, stage1, stage2, text, vision, vqa
 from blip2_export.train.features import Pairs, SceneFeatures
+from blip2_export.train.frozen import frozen
 from blip2_export.train.loop import Phase, Schedule
 from blip2_export.train.qformer import QFormer
 from blip2_export.train.qformer import config as qformer_config
 from blip2_export.train.speaker import Speaker
 
-LANGUAGE = {"opt": "language", "t5": "language_t5"}  # phases by language model
-SECOND = {"opt": "stage2", "t5": "stage2_t5"}
-THIRD = {"opt": "vqa", "t5": "vqa_t5"}
+_SUFFIX = {"opt": "", "t5": "_t5"}  # of the phases that a language model takes part in
 
 
 @dataclass(frozen=True)
@@ -63,15 +61,14 @@ def train(work: Path, out: Path, plan: Plan, stage: str = "stage2", llm: str = "
     torch.manual_seed(0)
     _, qformer_tokenizer = text.tokenizers(work)
     if _full(plan):
-        _side_by_side(work, plan, ["vision"] if stage == "stage1" else ["vision", LANGUAGE[llm]])
+        _side_by_side(work, plan, None if stage == "stage1" else llm)
     eye = vision.pretrain(Phase("vision", work, plan.vision)).requires_grad_(False).eval()
-    seen = stage2.fingerprint(eye)
     data = SceneFeatures(eye, plan.n_scenes, work)
     held_out = SceneFeatures(eye, min(400, plan.n_scenes), work, "held-out")
 
-    q = _first(work, plan, eye, qformer_tokenizer, data, held_out)
+    with frozen(eye, "vision model"):
+        q = _first(work, plan, eye, qformer_tokenizer, data, held_out)
     if stage == "stage1":
-        _unchanged(eye, seen)
         checkpoint.write_stage1(out, eye, q, qformer_tokenizer)
         return
 
@@ -80,13 +77,13 @@ def train(work: Path, out: Path, plan: Plan, stage: str = "stage2", llm: str = "
     second = stage2.Stage2(q, speaker.texts)
     # The decoder of OPT reads many texts behind one soft prompt, the encoder of T5 each text beside its own.
     n_captions, n_questions, share = (4, 6, 1) if llm == "opt" else (2, 6, 2)
-    stage2.train(
-        Phase(SECOND[llm], work, plan.stage2),
-        second,
-        stage2.scene_batches(data, speaker, plan.batch_size // share, n_captions, n_questions),
-        (lambda: stage2.gate(second, speaker, held_out)) if _full(plan) else None,
-    )
-    _unchanged(eye, seen)
+    with frozen(eye, "vision model"):
+        stage2.train(
+            Phase(f"stage2{_SUFFIX[llm]}", work, plan.stage2),
+            second,
+            stage2.scene_batches(data, speaker, plan.batch_size // share, n_captions, n_questions),
+            (lambda: stage2.gate(second, speaker, held_out)) if _full(plan) else None,
+        )
     if stage == "stage2":
         checkpoint.write_stage2(out, eye, second, tokenizer)
         return
@@ -94,7 +91,7 @@ def train(work: Path, out: Path, plan: Plan, stage: str = "stage2", llm: str = "
     torch.manual_seed(3)
     third = vqa.Vqa(eye, q, second, plan.vqa_side)
     asker = vqa.Asker(speaker, qformer_tokenizer, plan.vqa_side)
-    vqa.train(Phase(THIRD[llm], work, plan.vqa), third, asker, plan.vqa_batch_size, _full(plan))
+    vqa.train(Phase(f"vqa{_SUFFIX[llm]}", work, plan.vqa), third, asker, plan.vqa_batch_size, _full(plan))
     checkpoint.write_vqa(out, third, tokenizer, qformer_tokenizer)
 
 
@@ -126,7 +123,7 @@ def _first(
 
 def _speaker(work: Path, plan: Plan, llm: str) -> tuple[Speaker, PreTrainedTokenizerFast]:
     """The frozen language model with its tokenizer."""
-    phase = Phase(LANGUAGE[llm], work, plan.language, log_every=25)
+    phase = Phase(f"language{_SUFFIX[llm]}", work, plan.language, log_every=25)
     if llm == "opt":
         tokenizer = text.tokenizers(work)[0]
         mouth = language.pretrain(phase, tokenizer).requires_grad_(False).eval()
@@ -136,26 +133,23 @@ def _speaker(work: Path, plan: Plan, llm: str) -> tuple[Speaker, PreTrainedToken
     return seq2seq.speaker(seq2seq.Texts(model), seq2seq.Batcher(tokenizer)), tokenizer
 
 
-def _side_by_side(work: Path, plan: Plan, phases: list[str]) -> None:
+def _side_by_side(work: Path, plan: Plan, llm: str | None) -> None:
     """Pre-trains ViT and language model at the same time; neither needs the other, and small models use many cores badly."""
-    threads = max(1, torch.get_num_threads() // len(phases))
-    with ProcessPoolExecutor(len(phases), mp_context=get_context("spawn")) as pool:
-        for done in [pool.submit(_pretrain, name, work, plan, threads) for name in phases]:
+    models = [None, llm] if llm else [None]
+    threads = max(1, torch.get_num_threads() // len(models))
+    with ProcessPoolExecutor(len(models), mp_context=get_context("spawn")) as pool:
+        for done in [pool.submit(_pretrain, model, work, plan, threads) for model in models]:
             done.result()
 
 
-def _pretrain(name: str, work: Path, plan: Plan, threads: int) -> None:
+def _pretrain(llm: str | None, work: Path, plan: Plan, threads: int) -> None:
+    """The language model, or without one the ViT."""
     torch.set_num_threads(threads)
-    if name == "vision":
-        vision.pretrain(Phase(name, work, plan.vision))
+    if llm:
+        _speaker(work, plan, llm)
     else:
-        _speaker(work, plan, next(llm for llm, phase in LANGUAGE.items() if phase == name))
+        vision.pretrain(Phase("vision", work, plan.vision))
 
 
 def _full(plan: Plan) -> bool:
     return plan.n_scenes >= 400
-
-
-def _unchanged(module: nn.Module, fingerprint: str) -> None:
-    if stage2.fingerprint(module) != fingerprint:
-        raise AssertionError("the frozen vision model changed during the two stages")

@@ -111,7 +111,7 @@ def fit(
     for step, batch in zip(indices, loader, strict=True):
         for optimiser in optimisers:
             for group in optimiser.param_groups:
-                group["lr"] = optimiser.defaults["lr"] * group.get("faster", 1.0) * phase.schedule.factor(step)
+                group["lr"] = optimiser.defaults["lr"] * group["faster"] * phase.schedule.factor(step)
         parts = losses(batch)
         total = torch.stack([v for k, v in parts.items() if not k.startswith("_")]).sum()
         if not torch.isfinite(total):
@@ -140,28 +140,21 @@ def _optimisers(
     model: nn.Module, trained: dict[str, nn.Parameter], schedule: Schedule, faster: dict[str, float]
 ) -> list[torch.optim.Optimizer]:
     by_muon = muon.takes(model) & trained.keys() if schedule.matrix_rate else set()
-    rates = {n: next((rate for end, rate in faster.items() if n.endswith(end)), 1.0) for n in sorted(trained)}
+    groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}  # by optimiser, weight decay and rate
+    for name, parameter in trained.items():
+        rate = next((r for end, r in faster.items() if name.endswith(end)), 1.0)
+        decay = schedule.weight_decay if parameter.ndim >= 2 else 0.0
+        groups.setdefault((name in by_muon, decay, rate), []).append(parameter)
 
-    def groups(kind: Callable[[str], bool], decay: float) -> list[dict[str, Any]]:
-        """One for each rate, the usual one first."""
-        chosen = {
-            rate: [trained[n] for n in trained if rates[n] == rate and kind(n)] for rate in {1.0, *rates.values()}
-        }
-        kept = sorted(chosen.items(), key=lambda item: (item[0] != 1.0, item[0]))
-        return [{"params": ps, "weight_decay": decay, "faster": rate} for rate, ps in kept if ps]
+    def of(taken: bool) -> list[dict[str, Any]]:
+        return [
+            {"params": parameters, "weight_decay": decay, "faster": rate}
+            for (muons, decay, rate), parameters in sorted(groups.items(), key=lambda item: item[0], reverse=True)
+            if muons == taken
+        ]
 
-    decay = schedule.weight_decay
-    found: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(
-            groups(lambda n: n not in by_muon and trained[n].ndim >= 2, decay)
-            + groups(lambda n: n not in by_muon and trained[n].ndim < 2, 0.0),
-            lr=schedule.learning_rate,
-            betas=(0.9, schedule.beta2),
-        )
-    ]
-    if by_muon:
-        found.append(muon.Muon(groups(by_muon.__contains__, decay), schedule.matrix_rate))
-    return found
+    adam = torch.optim.AdamW(of(False), lr=schedule.learning_rate, betas=(0.9, schedule.beta2))
+    return [adam, muon.Muon(of(True), schedule.matrix_rate)] if by_muon else [adam]
 
 
 def _save(phase: Phase, step: int, trained: dict[str, nn.Parameter], optimisers: list[torch.optim.Optimizer]) -> None:

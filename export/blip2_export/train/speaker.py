@@ -1,4 +1,8 @@
-"""What a stage needs of a frozen language model, whichever family it is of."""
+"""What the phases need of a language model, whichever family it is of: its pre-training on text alone, and its part in a stage.
+
+A document of the pre-training is a description of a scene (32 tokens) with texts behind it, each of which sees only the
+description. In stage 2 the 32 projected queries take the description's place.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from blip2_export import scenes
-from blip2_export.train.text import Text
+from blip2_export.train.loop import Phase, fit
+from blip2_export.train.text import Text, add_counts, shares
 
 
 class TextsOf(Protocol):
@@ -25,12 +31,13 @@ class TextsOf(Protocol):
 class Speaker:
     """`texts`: the model with `losses(prefix, batch)` and the `width` of a query in its soft prompt.
 
-    `asked` is the text of a question of some kind with its answer. `pack` makes a batch of the texts of each prefix. `right` counts
-    (right, all) texts per kind of such a batch, right when each token of the target is the most probable one behind the true ones.
-    `captions` writes greedy ones.
+    `description` gives the token ids of a scene's description. `asked` is the text of a question of some kind with its answer.
+    `pack` makes a batch of the texts of each prefix. `right` counts (right, all) texts per kind of such a batch, right when every
+    token of the target is the most probable one after the true tokens. `captions` writes greedy ones.
     """
 
     texts: Any
+    description: Callable[[scenes.Scene], list[int]]
     texts_of: TextsOf
     asked: Callable[[str, str, str], Text]
     pack: Callable[[list[list[Text]]], Any]
@@ -38,6 +45,67 @@ class Speaker:
     captions: Callable[[Tensor], list[str]]
 
     @property
-    def model(self) -> nn.Module:
-        model: nn.Module = self.texts.model
-        return model
+    def model(self) -> Any:
+        return self.texts.model
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Descriptions [batch, 32] as a prefix [batch, 32, width]."""
+        prefix: Tensor = self.model.get_input_embeddings()(ids)
+        return prefix
+
+
+def pretrain(
+    phase: Phase,
+    speaker: Speaker,
+    batch_size: int,
+    n_captions: int,
+    n_questions: int,
+    faster: dict[str, float] | None = None,
+) -> None:
+    """Trains (or goes on training) the language model on text alone. `faster`: as `fit` takes it."""
+
+    def make_batch(step: int) -> tuple[Tensor, Any]:
+        rng = random.Random(f"text {step}")
+        found = [_scene_to_read(rng, step / phase.schedule.steps) for _ in range(batch_size)]
+        rows = [speaker.texts_of(s, rng, n_captions, n_questions, rng.random() < 0.2) for s in found]
+        return _descriptions(speaker, found), speaker.pack(rows)
+
+    def losses(batch: tuple[Tensor, Any]) -> dict[str, Tensor]:
+        ids, texts = batch
+        parts: dict[str, Tensor] = speaker.texts.losses(speaker.embed(ids), texts)
+        return parts
+
+    fit(phase, speaker.texts, make_batch, losses, evaluate=lambda: gate(speaker), evaluate_every=500, faster=faster)
+
+
+def _scene_to_read(rng: random.Random, share: float) -> scenes.Scene:
+    """A scene for this share of the training: lookup is learned on few objects first."""
+    most = 1 if share < 0.04 else 2 if share < 0.25 else scenes.MAX_OBJECTS
+    return scenes.sample_scene(rng, None if most == scenes.MAX_OBJECTS else rng.randint(1, most))
+
+
+def _descriptions(speaker: Speaker, found: list[scenes.Scene]) -> Tensor:
+    return torch.tensor([speaker.description(s) for s in found])
+
+
+def gate(speaker: Speaker) -> dict[str, float]:
+    """Share of right texts per kind on held-out scenes, from their true description."""
+    rng = random.Random("text gate False")
+    counts: dict[str, tuple[int, int]] = {}
+    for _ in range(6):
+        found = [scenes.sample_scene(rng) for _ in range(50)]
+        texts = speaker.pack([speaker.texts_of(s, rng, 1, 6, False) for s in found])
+        add_counts(counts, speaker.right(speaker.embed(_descriptions(speaker, found)), texts))
+    return shares(counts)
+
+
+def greedy(model: Any, prefix: Tensor, first: int, tokenizer: Any, max_new_tokens: int = 30) -> list[str]:
+    """Captions of a soft prompt, behind which the model reads the token `first`."""
+    embeds = torch.cat([prefix, model.get_input_embeddings()(torch.full((len(prefix), 1), first))], 1)
+    ids = model.generate(
+        inputs_embeds=embeds,
+        attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+    )
+    return [t.strip() for t in tokenizer.batch_decode(ids, skip_special_tokens=True)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Callable
 from typing import Any
@@ -12,9 +11,11 @@ from transformers import Blip2QFormerModel
 
 from blip2_export import scenes
 from blip2_export.train.features import SceneFeatures
+from blip2_export.train.frozen import frozen
 from blip2_export.train.loop import Phase, fit
 from blip2_export.train.qformer import QFormer
 from blip2_export.train.speaker import Speaker
+from blip2_export.train.text import add_counts, answers_right, shares
 
 
 class Stage2(nn.Module):
@@ -69,18 +70,8 @@ def scene_batches(
 def train(
     phase: Phase, model: Stage2, batches: Callable[[int], Any], evaluate: Callable[[], dict[str, float]] | None
 ) -> None:
-    before = fingerprint(model.texts.model)
-    fit(phase, model, batches, model.losses, evaluate=evaluate, evaluate_every=250)
-    if fingerprint(model.texts.model) != before:
-        raise AssertionError("the frozen language model changed during stage 2")
-
-
-def fingerprint(module: nn.Module) -> str:
-    """Hash over all weights, to prove that a frozen module stayed as it was."""
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(name.encode() + value.detach().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    with frozen(model.texts.model, "language model"):
+        fit(phase, model, batches, model.losses, evaluate=evaluate, evaluate_every=250)
 
 
 def gate(model: Stage2, speaker: Speaker, held_out: SceneFeatures, n: int = 400) -> dict[str, float]:
@@ -93,19 +84,6 @@ def gate(model: Stage2, speaker: Speaker, held_out: SceneFeatures, n: int = 400)
         found = [held_out.scene(i) for i in indices]
         prefix = model.prefix(held_out.features(indices))
         batch = speaker.pack([speaker.texts_of(s, rng, 0, 6, True) for s in found])
-        add(counts, speaker.right(prefix, batch))
+        add_counts(counts, speaker.right(prefix, batch))
         true += sum(scenes.is_true(w, s) for w, s in zip(speaker.captions(prefix), found, strict=True))
-    return {**shares(counts), "captions_true": true / n}
-
-
-def add(counts: dict[str, tuple[int, int]], more: dict[str, tuple[int, int]]) -> None:
-    for kind, (right, total) in more.items():
-        before = counts.get(kind, (0, 0))
-        counts[kind] = (before[0] + right, before[1] + total)
-
-
-def shares(counts: dict[str, tuple[int, int]]) -> dict[str, float]:
-    """Of right texts per kind, and of right answers over all kinds of questions."""
-    asked = [v for k, v in counts.items() if k in scenes.QUESTION_KINDS]
-    every = {"answers": (sum(r for r, _ in asked), sum(t for _, t in asked))} if asked else {}
-    return {k: round(r / t, 4) for k, (r, t) in [*sorted(counts.items()), *every.items()]}
+    return {**shares(counts), "answers": round(answers_right(counts) or 0.0, 4), "captions_true": true / n}

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from blip2_export import scenes
+from blip2_export import scenes, vocabulary
 
 N_QUERIES = 32  # also the length of a description in tokens: a soft prompt takes the description's place
 ASK_PROMPT = "Question: {} Answer:"
 REPORT_PROMPT = "Report:"
 PAD, BOS = 1, 2
-ANSWER_WEIGHT = 3.0
+_ANSWER_WEIGHT = 3.0
 
 
 def corpus(n: int, seed: str, ask_prompt: str = ASK_PROMPT) -> Iterator[str]:
@@ -63,28 +63,9 @@ def train_opt_tokenizer(texts: Iterator[str], vocab_size: int = 1024) -> PreTrai
 
 def train_qformer_tokenizer(texts: Iterator[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
     """WordPiece as BERT's, lower case, with `[DEC]` as the last id: the token that starts a caption of the Q-Former."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tokenizer.train_from_iterator(
-        texts, trainers.WordPieceTrainer(vocab_size=vocab_size - 1, special_tokens=special, show_progress=False)
-    )
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[(t, tokenizer.token_to_id(t)) for t in ("[CLS]", "[SEP]")],
-    )
+    tokenizer = vocabulary.word_piece(texts, vocab_size - 1)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        mask_token="[MASK]",
-        bos_token="[DEC]",
-        model_max_length=512,
+        tokenizer_object=tokenizer, bos_token="[DEC]", model_max_length=512, **vocabulary.NAMES
     )
 
 
@@ -108,14 +89,32 @@ class Text:
     target: str
 
 
-def question_text(
-    scene: scenes.Scene, rng: random.Random, kind: str | None = None, ask_prompt: str = ASK_PROMPT
-) -> Text:
-    return asked_text(*scenes.question(scene, rng, kind), ask_prompt)
-
-
 def asked_text(kind: str, asked: str, answer: str, ask_prompt: str = ASK_PROMPT) -> Text:
     return Text(kind, ask_prompt.format(asked), f" {answer}\n")
+
+
+def question_kinds(n: int) -> list[str]:
+    """One of each kind; yes or no, the slowest to learn, fills up."""
+    return [*scenes.QUESTION_KINDS, *["yes/no"] * n][:n]
+
+
+def texts_of(
+    scene: scenes.Scene,
+    rng: random.Random,
+    n_captions: int,
+    n_questions: int,
+    report: bool,
+    ask_prompt: str = ASK_PROMPT,
+) -> list[Text]:
+    """Texts about one scene."""
+    texts = [asked_text(*scenes.question(scene, rng, kind), ask_prompt) for kind in question_kinds(n_questions)]
+    texts += [caption_text(scene, rng) for _ in range(n_captions)]
+    return texts + [report_text(scene)] * report
+
+
+def target_weight(text: Text) -> float:
+    """Of a token of the target in the loss."""
+    return 1.0 if text.kind in ("caption", "report") else _ANSWER_WEIGHT
 
 
 def caption_text(scene: scenes.Scene, rng: random.Random) -> Text:
@@ -157,28 +156,37 @@ class Packed:
         return torch.cat([prefix, self.positions], 1)
 
 
-class Packer:
-    """Turns texts into `Packed` batches; keeps the token ids of prompts and targets it has seen.
+class Encoder:
+    """Token ids of texts, kept for those it has seen. `special`: with the tokens that the tokenizer puts around a text."""
 
-    `prompt_weight`: how much a language model learns to write the prompts themselves. Stage 2 learns only what follows them.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, prompt_weight: float = 0.0) -> None:
-        self.tokenizer, self.prompt_weight = tokenizer, prompt_weight
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, special: bool) -> None:
+        self.tokenizer, self.special = tokenizer, special
         self.known: dict[str, list[int]] = {}
 
     def encode(self, text: str) -> list[int]:
         if text not in self.known:
             if len(self.known) > 200_000:
                 self.known.clear()
-            self.known[text] = self.tokenizer.encode(text, add_special_tokens=False)
+            self.known[text] = self.tokenizer.encode(text, add_special_tokens=self.special)
         return self.known[text]
 
     def description(self, scene: scenes.Scene) -> list[int]:
-        ids = self.encode(scenes.describe(scene))
+        """Always `N_QUERIES` tokens."""
+        ids: list[int] = self.tokenizer.encode(scenes.describe(scene), add_special_tokens=False)
         if len(ids) != N_QUERIES:
             raise ValueError(f"a description has {len(ids)} tokens, expected {N_QUERIES}: a word was split")
         return ids
+
+
+class Packer(Encoder):
+    """Turns texts into `Packed` batches.
+
+    `prompt_weight`: how much a language model learns to write the prompts themselves. Stage 2 learns only what follows them.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, prompt_weight: float = 0.0) -> None:
+        super().__init__(tokenizer, special=False)
+        self.prompt_weight = prompt_weight
 
     def pack(self, rows: list[list[Text]]) -> Packed:
         packed = [self._row(texts) for texts in rows]
@@ -197,7 +205,7 @@ class Packer:
         for k, text in enumerate(texts):
             prompt, target = [BOS, *self.encode(text.prompt)], self.encode(text.target)
             whole = prompt + target
-            weight = 1.0 if text.kind in ("caption", "report") else ANSWER_WEIGHT
+            weight = target_weight(text)
             ids += whole[:-1]
             labels += whole[1:]
             weights += [self.prompt_weight] * (len(prompt) - 1) + [weight] * len(target)
@@ -219,3 +227,21 @@ def right_by_kind(logits: Tensor, packed: Packed) -> dict[str, tuple[int, int]]:
             right, total = counts.get(kind, (0, 0))
             counts[kind] = (right + int(hit[i][target].all()), total + 1)
     return counts
+
+
+def add_counts(counts: dict[str, tuple[int, int]], more: dict[str, tuple[int, int]]) -> None:
+    """Adds (right, all) per kind."""
+    for kind, (right, total) in more.items():
+        before = counts.get(kind, (0, 0))
+        counts[kind] = (before[0] + right, before[1] + total)
+
+
+def shares(counts: dict[str, tuple[int, int]]) -> dict[str, float]:
+    """Of right texts per kind."""
+    return {kind: round(right / total, 4) for kind, (right, total) in sorted(counts.items())}
+
+
+def answers_right(counts: dict[str, tuple[int, int]]) -> float | None:
+    """The share of right ones over all kinds of questions, if any were asked."""
+    asked = [v for kind, v in counts.items() if kind in scenes.QUESTION_KINDS]
+    return sum(right for right, _ in asked) / sum(total for _, total in asked) if asked else None

@@ -11,20 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import (
-    Blip2QFormerConfig,
-    Blip2QFormerModel,
-    Blip2VisionConfig,
-    Blip2VisionModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import Blip2QFormerModel, Blip2VisionConfig, Blip2VisionModel, PreTrainedTokenizerFast
 
 from blip2_export import positions, scenes
-from blip2_export.train import stage2
+from blip2_export.train.frozen import frozen
 from blip2_export.train.loop import Phase, fit
 from blip2_export.train.qformer import QFormer
 from blip2_export.train.speaker import Speaker
-from blip2_export.train.text import Text
+from blip2_export.train.stage2 import Stage2
+from blip2_export.train.text import Text, add_counts, answers_right, question_kinds, shares
 from blip2_export.train.vision import pixels
 
 MAX_TOKENS = 32
@@ -47,10 +42,10 @@ class Questions:
 class Vqa(nn.Module):
     """Everything of a BLIP-2 whose Q-Former reads the question. Its text branch comes from stage 1, all else from stage 2."""
 
-    def __init__(self, vision: Blip2VisionModel, stage1: QFormer, second: stage2.Stage2, side: int) -> None:
+    def __init__(self, vision: Blip2VisionModel, stage1: QFormer, second: Stage2, side: int) -> None:
         super().__init__()
         self.vision = at_size(vision, side)
-        self.qformer = Blip2QFormerModel(Blip2QFormerConfig.from_dict(stage1.cfg.to_dict()))
+        self.qformer = Blip2QFormerModel(stage1.cfg)
         self.qformer.load_state_dict({**stage1.qformer.state_dict(), **second.qformer.state_dict()})
         self.embeddings = stage1.embeddings
         self.query_tokens = second.query_tokens
@@ -95,8 +90,7 @@ class Asker:
     def ask(self, found: list[scenes.Scene], rng: random.Random, n_captions: int, n_questions: int) -> Questions:
         rows: list[tuple[int, str, Text]] = []
         for i, scene in enumerate(found):
-            kinds = [*scenes.QUESTION_KINDS, *["yes/no"] * n_questions][:n_questions]
-            for kind in rng.sample(kinds, n_questions):
+            for kind in rng.sample(question_kinds(n_questions), n_questions):
                 _, asked, answer = scenes.question(scene, rng, kind)
                 rows.append((i, asked, self.speaker.asked(kind, asked, answer)))
             rows += [(i, "", t) for t in self.speaker.texts_of(scene, rng, n_captions, 0, False)]
@@ -121,17 +115,9 @@ class Asker:
 
 
 def train(phase: Phase, model: Vqa, asker: Asker, size: int, evaluate: bool) -> None:
-    before = stage2.fingerprint(model.texts.model)
-    fit(
-        phase,
-        model,
-        asker.batches(size),
-        model.losses,
-        evaluate=(lambda: gate(model, asker)) if evaluate else None,
-        evaluate_every=200,
-    )
-    if stage2.fingerprint(model.texts.model) != before:
-        raise AssertionError("the frozen language model changed while questions were trained")
+    gated = (lambda: gate(model, asker)) if evaluate else None
+    with frozen(model.texts.model, "language model"):
+        fit(phase, model, asker.batches(size), model.losses, evaluate=gated, evaluate_every=200)
 
 
 def gate(model: Vqa, asker: Asker, n: int = 200) -> dict[str, float]:
@@ -140,5 +126,5 @@ def gate(model: Vqa, asker: Asker, n: int = 200) -> dict[str, float]:
     counts: dict[str, tuple[int, int]] = {}
     for _ in range(0, n, 25):
         questions = asker.ask([scenes.sample_scene(rng) for _ in range(25)], rng, 0, 6)
-        stage2.add(counts, asker.speaker.right(model.prefix(questions), questions.texts))
-    return stage2.shares(counts)
+        add_counts(counts, asker.speaker.right(model.prefix(questions), questions.texts))
+    return {**shares(counts), "answers": round(answers_right(counts) or 0.0, 4)}
