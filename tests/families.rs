@@ -97,7 +97,7 @@ fn texts_are_matched_together_as_alone() {
     for (row, text) in together.iter().zip(texts) {
         let alone = &rows("stage1", &["match", "--json", &sample(0), text])[0];
         assert_eq!(row["text"], text);
-        for key in ["itm_probability", "itc_similarity"] {
+        for key in ["itm_probability", "itm_logit", "itc_similarity"] {
             assert!((number(row, key) - number(alone, key)).abs() < 1e-5, "{key}: {row}, alone {alone}");
         }
         assert!((0.0..=1.0).contains(&number(row, "itm_probability")) && number(row, "itc_similarity").abs() <= 1.0001);

@@ -1,8 +1,8 @@
 """How well a stage-1 bundle tells true texts from false ones (ITM), and finds pictures by text (ITC, re-ranked by ITM).
 
 Pictures are found as LAVIS finds them (`compute_sim_matrix` in `lavis/models/blip2_models/blip2.py`): by the cosine of
-ITC, the largest over the queries; then the first `TOP` are put in order by ITM score + cosine. LAVIS' ITM score is the
-logit of class 1. The engine prints the probability, so the score here is its log-odds, the difference of both logits.
+ITC, the largest over the queries; then the first `TOP` are put in order by ITM score + cosine. The ITM score is the logit
+of class 1.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from blip2_export import scenes
 from blip2_export.held_out import HeldOut
 
 TOP = 16
-Probabilities = list[dict[str, float]]  # of each picture: what ITM says of the texts it was asked about
+Matches = list[dict[str, dict[str, float]]]  # of each picture: the engine's row about each text it was asked about
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ def figures(held: HeldOut, tasks: Collection[str], group: int) -> dict[str, floa
     groups = _groups(held, captions, group) if "embed" in tasks else []
     found: dict[str, float] = {}
     if "match" in tasks:
-        probabilities = _match(held, captions, edits, groups)
-        found |= _edits(held, captions, edits, probabilities)
+        matches = _match(held, captions, edits, groups)
+        found |= _edits(held, captions, edits, matches)
     if groups:
         found["itc_recall_at_1"] = _recall(held, captions, [(g, g.cosines) for g in groups], "itc")
     if groups and "match" in tasks:
-        reranked = [(g, _reranked(g, captions, probabilities)) for g in groups]
+        reranked = [(g, _reranked(g, captions, matches)) for g in groups]
         found["itm_recall_at_1"] = _recall(held, captions, reranked, "itm")
     return found
 
@@ -67,7 +67,7 @@ def _groups(held: HeldOut, captions: list[str], size: int) -> list[Group]:
     return groups
 
 
-def _match(held: HeldOut, captions: list[str], edits: list[str | None], groups: list[Group]) -> Probabilities:
+def _match(held: HeldOut, captions: list[str], edits: list[str | None], groups: list[Group]) -> Matches:
     """Each picture is asked once, about its own caption, the edited one and those that it is shortlisted for."""
     asked = [[text for text in pair if text] for pair in zip(captions, edits, strict=True)]
     for group in groups:
@@ -77,18 +77,16 @@ def _match(held: HeldOut, captions: list[str], edits: list[str | None], groups: 
     found = []
     for (_, picture), texts in zip(held.each(), asked, strict=True):
         rows = held.engine.rows("match", picture, *dict.fromkeys(texts))
-        found.append({row["text"]: row["itm_probability"] for row in rows})
+        found.append({row["text"]: row for row in rows})
     return found
 
 
-def _edits(
-    held: HeldOut, captions: list[str], edits: list[str | None], probabilities: Probabilities
-) -> dict[str, float]:
+def _edits(held: HeldOut, captions: list[str], edits: list[str | None], matches: Matches) -> dict[str, float]:
     n, n_told, n_right = 0, 0, 0
-    for scene, caption, edit, of in zip(held.scenes, captions, edits, probabilities, strict=True):
+    for scene, caption, edit, of in zip(held.scenes, captions, edits, matches, strict=True):
         if edit is None:
             continue
-        true, false = of[caption], of[edit]
+        true, false = of[caption]["itm_probability"], of[edit]["itm_probability"]
         told, right = true > false, (true >= 0.5) + (false < 0.5)
         n, n_told, n_right = n + 1, n_told + told, n_right + right
         if not told or right < 2:
@@ -97,19 +95,13 @@ def _edits(
     return {"edits": n, **shares}
 
 
-def _reranked(group: Group, captions: list[str], probabilities: Probabilities) -> np.ndarray:
+def _reranked(group: Group, captions: list[str], matches: Matches) -> np.ndarray:
     """Scores [texts, pictures], -inf where a picture is not on the text's shortlist."""
     scores = np.full_like(group.cosines, -np.inf)
     for text, pictures in enumerate(group.shortlists()):
-        itm = [probabilities[group.first + picture][captions[group.first + text]] for picture in pictures]
-        scores[text, pictures] = _log_odds(np.array(itm)) + group.cosines[text, pictures]
+        itm = [matches[group.first + picture][captions[group.first + text]]["itm_logit"] for picture in pictures]
+        scores[text, pictures] = np.array(itm) + group.cosines[text, pictures]
     return scores
-
-
-def _log_odds(probability: np.ndarray) -> np.ndarray:
-    """Kept finite by the bounds of what a float32 can be beside 0 and 1."""
-    p = probability.astype(np.float64).clip(2.0**-149, 1 - 2.0**-25)
-    return np.log(p) - np.log1p(-p)
 
 
 def _recall(held: HeldOut, captions: list[str], scored: list[tuple[Group, np.ndarray]], by: str) -> float:

@@ -28,8 +28,9 @@ def compare(
     for path, seen, image in zip(paths, features, images, strict=True):
         for row, text in zip(run_engine(engine, "match", "--json", *told, path, *TEXTS), TEXTS, strict=True):
             wanted = model.match(seen, image, text)
-            found = np.array([row["itm_probability"], row["itc_similarity"]])
-            off = np.abs(found - [wanted["probability"], wanted["itc"]]).max()
+            found = np.array([row["itm_probability"], row["itc_similarity"], row["itm_logit"]])
+            logit = wanted["itm_logits"][1]
+            off = (np.abs(found - [wanted["probability"], wanted["itc"], logit]) / [1, 1, max(1, abs(logit))]).max()
             out.within(float(off), f"match {Path(path).name} {text!r}")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "found.npy"

@@ -44,7 +44,8 @@ class Scripted:
         self.calls[command] += 1
         assert len(texts) == len(set(texts)), "a text is asked about twice"
         scene = self.scenes[int(picture)]
-        return [{"text": t, "itm_probability": self.itm[not scenes.is_true(t, scene)]} for t in texts]
+        found = [(text, self.itm[not scenes.is_true(text, scene)]) for text in texts]
+        return [{"text": text, "itm_probability": p, "itm_logit": 9 * p - 4} for text, p in found]
 
     def vectors(self, kind: str, *items: str) -> np.ndarray:
         """Each text has its own axis. A picture's second query lies along the axes of texts, the first one far from all."""
@@ -93,16 +94,13 @@ def test_re_ranking_keeps_to_the_shortlist_and_adds_the_cosine() -> None:
     n = evaluate_retrieval.TOP + 1
     cosines = np.linspace(0.9, 0.1, n)[None]
     group = evaluate_retrieval.Group(3, cosines, np.zeros((1, n), bool))
-    probabilities = [{"other": 1.0}] * 3 + [{"a": p} for p in [0.5, 0.7, 0.7, *[0.2] * (n - 3)]]
-    scores = evaluate_retrieval._reranked(group, ["?", "?", "?", "a"], probabilities)
+    matches = [{"other": {"itm_logit": 9.0}}] * 3 + [
+        {"a": {"itm_logit": x}} for x in [0.5, 1.5, 1.5, *[-2.0] * (n - 3)]
+    ]
+    scores = evaluate_retrieval._reranked(group, ["?", "?", "?", "a"], matches)
     assert scores.argsort()[0, ::-1][:3].tolist() == [1, 2, 0]
     assert scores[0, -1] == -np.inf and np.isfinite(scores[0, :-1]).all()
-    np.testing.assert_allclose(scores[0, 1], np.log(0.7 / 0.3) + cosines[0, 1])
-
-
-def test_probabilities_of_0_and_1_have_finite_scores() -> None:
-    ends = evaluate_retrieval._log_odds(np.array([0.0, 1e-44, 0.5, 1 - 2.0**-24, 1.0]))
-    assert np.isfinite(ends).all() and (np.diff(ends) > 0).all() and ends[2] == 0
+    np.testing.assert_allclose(scores[0, 1], 1.5 + cosines[0, 1])
 
 
 def test_what_a_bundle_lacks_is_left_out() -> None:

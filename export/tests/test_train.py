@@ -69,6 +69,9 @@ def test_every_demo_is_a_checkpoint_that_the_exporter_converts(
     assert facts["family"] == family and facts["tasks"] == tasks
     assert facts["image"]["size"] == (demo.TINY.vqa_side if name == "vqa" else 96)
     assert ("text" in facts["qformer"]) == (name in ("itm", "vqa")), "who reads text beside the queries"
+    trained = sum(file.stat().st_size for file in demos.glob(f"{name}/*.safetensors"))
+    stored = sum(file.stat().st_size for file in (tmp_path / "bundle").glob("*.data"))
+    assert stored < 0.4 * trained, "its matrices take more than 8 bits a weight"
 
 
 def test_questions_train_the_image_encoder_and_leave_the_language_model(demos: Path) -> None:

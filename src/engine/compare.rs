@@ -15,7 +15,7 @@ const BATCH: usize = 32;
 pub struct Match {
     /// Image–text matching: the probability that the text is about the picture.
     pub itm_probability: f32,
-    /// The logit behind it, which retrieval adds to the similarity.
+    /// The logit of the class "fits"; retrieval orders pictures by this and the similarity together.
     pub itm_logit: f32,
     /// Image–text contrastive similarity: a cosine, the largest over the queries.
     pub itc_similarity: f32,

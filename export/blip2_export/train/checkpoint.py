@@ -1,4 +1,4 @@
-"""Writes a trained model as an ordinary Hugging Face BLIP-2 folder."""
+"""Writes a trained model as an ordinary Hugging Face BLIP-2 folder, in float16, or small with matrices of 8 bits (`grid`)."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from blip2_export.grid import round_to_grid
 from blip2_export.train.qformer import QFormer
 from blip2_export.train.stage2 import Stage2
 from blip2_export.train.vision import MEAN, STD
@@ -30,6 +31,7 @@ def write_stage2(
     model: Stage2 | Vqa,
     tokenizer: PreTrainedTokenizerFast,
     more: dict[str, nn.Module] | None = None,
+    small: bool = False,
 ) -> None:
     """What `Blip2ForConditionalGeneration` and `Blip2Processor` read. `more`: further modules by the start of their names."""
     language = model.texts.model
@@ -49,15 +51,14 @@ def write_stage2(
         "language_model": language,
         **(more or {}),
     }
-    tensors = {f"{name}.{k}": v for name, part in parts.items() for k, v in part.state_dict().items()}
-    _write(folder, config, {**tensors, "query_tokens": model.query_tokens}, tokenizer)
+    _write(folder, config, parts, {"query_tokens": model.query_tokens}, tokenizer, small)
 
 
 def write_vqa(
     folder: Path, model: Vqa, tokenizer: PreTrainedTokenizerFast, question_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """As `write_stage2`, with the embeddings and the tokenizer of the question that the Q-Former reads."""
-    write_stage2(folder, model.vision, model, tokenizer, {"embeddings": model.embeddings})
+    """As a small `write_stage2`, with the embeddings and the tokenizer of the question that the Q-Former reads."""
+    write_stage2(folder, model.vision, model, tokenizer, {"embeddings": model.embeddings}, small=True)
     question_tokenizer.save_pretrained(folder / "qformer_tokenizer")
 
 
@@ -78,21 +79,41 @@ def write_stage1(folder: Path, vision: Blip2VisionModel, stage1: QFormer, tokeni
         f"{head}transform.dense": dense,
         f"{head}transform.LayerNorm": norm,
     }
-    tensors = {f"{name}.{k}": v for name, part in parts.items() for k, v in part.state_dict().items()}
-    tensors |= {"query_tokens": stage1.query_tokens, f"{head}bias": stage1.head_bias, "temp": stage1.temperature}
-    _write(folder, config, tensors, tokenizer)
+    more = {"query_tokens": stage1.query_tokens, f"{head}bias": stage1.head_bias, "temp": stage1.temperature}
+    _write(folder, config, parts, more, tokenizer, small=True)
 
 
-def _write(folder: Path, config: Blip2Config, tensors: dict[str, Tensor], tokenizer: PreTrainedTokenizerFast) -> None:
-    """config.json, model.safetensors, tokenizer and processor configs. Of tied tensors only the first is stored."""
+def _write(
+    folder: Path,
+    config: Blip2Config,
+    parts: dict[str, nn.Module],
+    more: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerFast,
+    small: bool,
+) -> None:
+    """config.json, model.safetensors, tokenizer and processor configs."""
     folder.mkdir(parents=True, exist_ok=True)
-    config.dtype = torch.float16
+    config.dtype = torch.float32 if small else torch.float16
     config.save_pretrained(folder)
-    names = {value.data_ptr(): name for name, value in reversed(tensors.items())}
-    stored = {name: tensors[name].detach().to(torch.float16).clone() for name in names.values()}
-    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    save_file(_stored(parts, more, small), folder / "model.safetensors", {"format": "pt"})
     tokenizer.save_pretrained(folder)
     _write_processor(folder, config.vision_config.image_size, config.num_query_tokens)
+
+
+def _stored(parts: dict[str, nn.Module], more: dict[str, Tensor], small: bool) -> dict[str, Tensor]:
+    """In float16, but if `small`, matrices that are no tables in float32 on the grid. Of tied tensors only the first is stored."""
+    tensors = {f"{name}.{k}": v for name, part in parts.items() for k, v in part.state_dict().items()} | more
+    names = {value.data_ptr(): name for name, value in reversed(tensors.items())}
+    modules = [module for part in parts.values() for module in part.modules()]
+    matrices = {m.weight.data_ptr() for m in modules if isinstance(m, (nn.Linear, nn.Conv2d))}
+    matrices -= {m.weight.data_ptr() for m in modules if isinstance(m, nn.Embedding)}
+
+    def rounded(value: Tensor) -> Tensor:
+        if small and value.data_ptr() in matrices:
+            return torch.from_numpy(round_to_grid(value.detach().numpy()))
+        return value.detach().to(torch.float16)
+
+    return {name: rounded(tensors[name]).clone() for name in names.values()}
 
 
 def _write_processor(folder: Path, side: int, n_queries: int) -> None:

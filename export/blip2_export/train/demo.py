@@ -85,7 +85,7 @@ def train(work: Path, out: Path, plan: Plan, stage: str = "stage2", llm: str = "
             (lambda: stage2.gate(second, speaker, held_out)) if _full(plan) else None,
         )
     if stage == "stage2":
-        checkpoint.write_stage2(out, eye, second, tokenizer)
+        checkpoint.write_stage2(out, eye, second, tokenizer, small=True)
         return
 
     torch.manual_seed(3)
