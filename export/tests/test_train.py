@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import random
+import shutil
 from pathlib import Path
 from unittest.mock import patch
 
@@ -17,7 +19,7 @@ from transformers import Blip2ForConditionalGeneration, Blip2Processor, OPTForCa
 
 from blip2_export import scenes
 from blip2_export.bundle import Choices, convert
-from blip2_export.train import demo, language, muon, seq2seq, stage1, stage2, text
+from blip2_export.train import cli, demo, language, muon, seq2seq, stage1, stage2, text
 from blip2_export.train.features import Pairs
 from blip2_export.train.frozen import frozen
 from blip2_export.train.images import CaptionedImages, DataError, clean
@@ -51,6 +53,25 @@ def demos(trained: Path) -> Path:
     for name, stage, llm in (("itm", "stage1", "opt"), ("t5", "stage2", "t5"), ("vqa", "vqa", "opt")):
         demo.train(trained / "work", trained / name, demo.TINY, stage, llm)
     return trained
+
+
+def test_stage_2_without_stage_1_starts_from_a_new_qformer(trained: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    shutil.copytree(trained / "work", work)
+    demo.train(work, tmp_path / "alone", demo.TINY, without_stage1=True)
+    assert (work / "stage2.pt").read_bytes() == (trained / "work" / "stage2.pt").read_bytes(), "one checkpoint for both"
+    after, alone = (load_file(folder / "model.safetensors") for folder in (trained / "checkpoint", tmp_path / "alone"))
+    eye = "vision_model.encoder.layers.0.mlp.fc1.weight"
+    assert after.keys() == alone.keys() and torch.equal(after[eye], alone[eye])
+    assert not torch.equal(after["query_tokens"], alone["query_tokens"])
+
+
+def test_only_stage_2_goes_without_stage_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+    typed = ["demo", "--work", str(tmp_path), "--out", str(tmp_path / "o"), "--stage", "vqa", "--without-stage1"]
+    assert cli.run(parser.parse_args(typed)) == 1
+    assert "--stage stage2 only" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -250,6 +271,14 @@ def test_t5_has_a_head_of_its_own_from_the_start(t5: tuple[seq2seq.Texts, seq2se
     assert model.lm_head.weight.std() < 0.1 and model.shared.weight.std() < 0.1
     taken = muon.takes(model)
     assert "lm_head.weight" not in taken and any(name.endswith("wi_0.weight") for name in taken)
+
+
+def test_places_distinguish_descriptions_of_the_same_words(t5: tuple[seq2seq.Texts, seq2seq.Batcher]) -> None:
+    placed, ids = seq2seq.Placed(t5[0].model), torch.full((2, text.N_QUERIES), 7)
+    rows = placed.described(ids)[0]
+    assert torch.equal(t5[0].described(ids)[0][0], t5[0].described(ids)[1][5]), "without places they are alike"
+    assert torch.pdist(rows).min() > 0.1 and rows.requires_grad
+    assert {name for name, _ in placed.named_parameters() if not name.startswith("model.")} == {"places"}
 
 
 def test_a_split_caption_goes_on_in_the_decoder(t5: tuple[seq2seq.Texts, seq2seq.Batcher]) -> None:

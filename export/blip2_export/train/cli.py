@@ -33,6 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     chain.add_argument(
         "--llm", choices=("opt", "t5"), default="opt", help="the language model's family (default %(default)s)"
     )
+    chain.add_argument(
+        "--without-stage1",
+        action="store_true",
+        help="start stage 2 from a new Q-Former, to see what stage 1 is worth; only with --stage stage2",
+    )
     chain.add_argument("--out", type=Path, required=True, help="the Hugging Face folder to write")
     chain.add_argument("--tiny", action="store_true", help="three steps a phase: tries the chain, learns nothing")
     first = what.add_parser(
@@ -78,7 +83,10 @@ def run(args: argparse.Namespace) -> int:
     try:
         args.work.mkdir(parents=True, exist_ok=True)
         if args.what == "demo":
-            demo.train(args.work, args.out, demo.TINY if args.tiny else demo.Plan(), args.stage, args.llm)
+            if args.without_stage1 and args.stage != "stage2":
+                raise ValueError("--without-stage1 is for --stage stage2 only")
+            plan = demo.TINY if args.tiny else demo.Plan()
+            demo.train(args.work, args.out, plan, args.stage, args.llm, args.without_stage1)
         else:
             _run_stage(args)
     except (DataError, ValueError, FloatingPointError) as error:

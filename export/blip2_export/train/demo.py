@@ -11,7 +11,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from transformers import Blip2VisionModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from blip2_export.train import checkpoint, language, seq2seq, stage1, stage2, text, vision, vqa
 from blip2_export.train.features import Pairs, SceneFeatures
@@ -33,6 +33,7 @@ class Plan:
 
     vision: Schedule = Schedule(1500, 1.5e-3, matrix_rate=5e-3, warmup=100)
     language: Schedule = Schedule(1400, 1.5e-3, matrix_rate=5e-3, warmup=100)
+    language_t5: Schedule = Schedule(2300, 1.5e-3, matrix_rate=5e-3, warmup=100)
     stage1: Schedule = Schedule(2700, 1e-3, matrix_rate=3e-3, warmup=100)
     stage2: Schedule = Schedule(1150, 1e-3, matrix_rate=3e-3, warmup=100)
     vqa: Schedule = Schedule(500, 3e-4, matrix_rate=1e-3, warmup=50)
@@ -44,7 +45,7 @@ class Plan:
 
 
 TINY = Plan(
-    *(Schedule(3, 1e-3, warmup=1) for _ in range(5)),
+    *(Schedule(3, 1e-3, warmup=1) for _ in range(6)),
     matching=2,
     n_scenes=64,
     batch_size=8,
@@ -53,10 +54,13 @@ TINY = Plan(
 )
 
 
-def train(work: Path, out: Path, plan: Plan, stage: str = "stage2", llm: str = "opt") -> None:
+def train(
+    work: Path, out: Path, plan: Plan, stage: str = "stage2", llm: str = "opt", without_stage1: bool = False
+) -> None:
     """Trains what is not yet trained in `work` and writes the Hugging Face folder `out`.
 
     `stage`: the last one, `stage1` (the retrieval model), `stage2` or `vqa`. `llm`: `opt` or `t5`; stage 1 needs none.
+    `without_stage1`: stage 2 starts from a new Q-Former, the ablation of the paper (Li et al. 2023, section 4.1, figure 5).
     """
     torch.manual_seed(0)
     _, qformer_tokenizer = text.tokenizers(work)
@@ -66,8 +70,11 @@ def train(work: Path, out: Path, plan: Plan, stage: str = "stage2", llm: str = "
     data = SceneFeatures(eye, plan.n_scenes, work)
     held_out = SceneFeatures(eye, min(400, plan.n_scenes), work, "held-out")
 
-    with frozen(eye, "vision model"):
-        q = _first(work, plan, eye, qformer_tokenizer, data, held_out)
+    torch.manual_seed(1)
+    q = QFormer(qformer_config(len(qformer_tokenizer), eye.config.hidden_size))
+    if not without_stage1:
+        with frozen(eye, "vision model"):
+            _train_stage1(work, plan, stage1.Stage1(q, qformer_tokenizer), data, held_out)
     if stage == "stage1":
         checkpoint.write_stage1(out, eye, q, qformer_tokenizer)
         return
@@ -79,7 +86,7 @@ def train(work: Path, out: Path, plan: Plan, stage: str = "stage2", llm: str = "
     n_captions, n_questions, share = (4, 6, 1) if llm == "opt" else (2, 6, 2)
     with frozen(eye, "vision model"):
         stage2.train(
-            Phase(f"stage2{_SUFFIX[llm]}", work, plan.stage2),
+            Phase(f"stage2{_SUFFIX[llm]}{'_alone' * without_stage1}", work, plan.stage2),
             second,
             stage2.scene_batches(data, speaker, plan.batch_size // share, n_captions, n_questions),
             (lambda: stage2.gate(second, speaker, held_out)) if _full(plan) else None,
@@ -95,40 +102,26 @@ def train(work: Path, out: Path, plan: Plan, stage: str = "stage2", llm: str = "
     checkpoint.write_vqa(out, third, tokenizer, qformer_tokenizer)
 
 
-def _first(
-    work: Path,
-    plan: Plan,
-    eye: Blip2VisionModel,
-    tokenizer: PreTrainedTokenizerFast,
-    data: SceneFeatures,
-    held_out: SceneFeatures,
-) -> QFormer:
-    """Stage 1. Captions with one wrong word come in once drawn negatives are told."""
+def _train_stage1(work: Path, plan: Plan, stage: stage1.Stage1, data: SceneFeatures, held_out: SceneFeatures) -> None:
+    """Captions with one wrong word come in once drawn negatives are told."""
 
     def batch(step: int) -> Pairs:
         if step < plan.matching:
             return data.pairs(step, plan.batch_size, edited=0.0 if step < plan.matching // 3 else 0.5)
         return data.pairs(step, plan.batch_size, edited=0.5, more=6, matched=0.25)
 
-    torch.manual_seed(1)
-    q = QFormer(qformer_config(len(tokenizer), eye.config.hidden_size))
-    stage1.train(
-        Phase("stage1", work, plan.stage1),
-        stage1.Stage1(q, tokenizer),
-        batch,
-        held_out if _full(plan) else None,
-    )
-    return q
+    stage1.train(Phase("stage1", work, plan.stage1), stage, batch, held_out if _full(plan) else None)
 
 
 def _speaker(work: Path, plan: Plan, llm: str) -> tuple[Speaker, PreTrainedTokenizerFast]:
     """The frozen language model with its tokenizer."""
-    phase = Phase(f"language{_SUFFIX[llm]}", work, plan.language, log_every=25)
     if llm == "opt":
         tokenizer = text.tokenizers(work)[0]
+        phase = Phase("language", work, plan.language, log_every=25)
         mouth = language.pretrain(phase, tokenizer).requires_grad_(False).eval()
         return language.speaker(language.Texts(mouth), text.Packer(tokenizer)), tokenizer
     tokenizer = seq2seq.tokenizer(work)
+    phase = Phase("language_t5", work, plan.language_t5, log_every=25)
     model = seq2seq.pretrain(phase, tokenizer).requires_grad_(False).eval()
     return seq2seq.speaker(seq2seq.Texts(model), seq2seq.Batcher(tokenizer)), tokenizer
 

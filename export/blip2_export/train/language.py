@@ -58,6 +58,11 @@ class Texts(nn.Module):
         """Of a query in the soft prompt."""
         return int(self.model.config.word_embed_proj_dim)
 
+    def described(self, ids: Tensor) -> Tensor:
+        """Descriptions [batch, 32] as a prefix [batch, 32, width]."""
+        prefix: Tensor = self.model.get_input_embeddings()(ids)
+        return prefix
+
     def logits(self, prefix: Tensor, packed: Packed) -> Tensor:
         """Logits of the packed texts [batch, length, vocab] behind `prefix` [batch, 32, hidden]."""
         embeds = torch.cat([prefix, self.model.get_input_embeddings()(packed.ids)], 1)

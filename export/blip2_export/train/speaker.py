@@ -29,7 +29,8 @@ class TextsOf(Protocol):
 
 @dataclass(frozen=True)
 class Speaker:
-    """`texts`: the model with `losses(prefix, batch)` and the `width` of a query in its soft prompt.
+    """`texts`: the model with `losses(prefix, batch)`, with `described(ids)`, which turns descriptions [batch, 32] into a prefix,
+    and with the `width` of a query in its soft prompt.
 
     `description` gives the token ids of a scene's description. `asked` is the text of a question of some kind with its answer.
     `pack` makes a batch of the texts of each prefix. `right` counts (right, all) texts per kind of such a batch, right when every
@@ -43,15 +44,6 @@ class Speaker:
     pack: Callable[[list[list[Text]]], Any]
     right: Callable[[Tensor, Any], dict[str, tuple[int, int]]]
     captions: Callable[[Tensor], list[str]]
-
-    @property
-    def model(self) -> Any:
-        return self.texts.model
-
-    def embed(self, ids: Tensor) -> Tensor:
-        """Descriptions [batch, 32] as a prefix [batch, 32, width]."""
-        prefix: Tensor = self.model.get_input_embeddings()(ids)
-        return prefix
 
 
 def pretrain(
@@ -72,7 +64,7 @@ def pretrain(
 
     def losses(batch: tuple[Tensor, Any]) -> dict[str, Tensor]:
         ids, texts = batch
-        parts: dict[str, Tensor] = speaker.texts.losses(speaker.embed(ids), texts)
+        parts: dict[str, Tensor] = speaker.texts.losses(speaker.texts.described(ids), texts)
         return parts
 
     fit(phase, speaker.texts, make_batch, losses, evaluate=lambda: gate(speaker), evaluate_every=500, faster=faster)
@@ -95,7 +87,7 @@ def gate(speaker: Speaker) -> dict[str, float]:
     for _ in range(6):
         found = [scenes.sample_scene(rng) for _ in range(50)]
         texts = speaker.pack([speaker.texts_of(s, rng, 1, 6, False) for s in found])
-        add_counts(counts, speaker.right(speaker.embed(_descriptions(speaker, found)), texts))
+        add_counts(counts, speaker.right(speaker.texts.described(_descriptions(speaker, found)), texts))
     return shares(counts)
 
 
