@@ -53,6 +53,7 @@ fmt: setup-export ## format Rust and Python
 demo-models: setup-export ## train the models of models/ from nothing (hours; goes on after a kill)
 	$(call demo,demo-opt,--stage stage2 --llm opt)
 	$(call demo,demo-itm,--stage stage1)
+	$(call demo,demo-vqa,--stage vqa --llm opt)
 
 define demo
 	cd export && .venv/bin/python -m blip2_export train demo --work ../$(WORK) --out ../$(WORK)/$(1) $(2)

@@ -49,12 +49,35 @@ def test_the_engine_matches_embeds_and_captions_as_the_reference(tmp_path: Path,
     assert len(found.written) >= 3 or not sees, "it says the same whatever it sees"
 
 
-def test_the_demo_tells_the_truth(capsys: pytest.CaptureFixture[str]) -> None:
-    choices = {"tasks": None, "count": 40, "seed": "test", "side": 256, "group": 100, "wrong": None}
-    evaluate.run(argparse.Namespace(model=ROOT / "models" / "demo-opt", engine=ENGINE, **choices))
-    seen, unseen = (json.loads(line) for line in capsys.readouterr().out.splitlines())
-    assert seen["captions_true"] >= 0.9 and seen["answers_right"] >= 0.9, seen
-    assert unseen["captions_true"] >= 0.8 and unseen["answers_right"] >= 0.8, unseen
+@pytest.mark.parametrize(
+    ("name", "least", "least_unseen"),
+    [
+        ("demo-opt", {"captions_true": 0.9, "answers_right": 0.9}, {"captions_true": 0.8, "answers_right": 0.8}),
+        ("demo-vqa", {"captions_true": 0.85, "answers_right": 0.9}, {"captions_true": 0.6, "answers_right": 0.85}),
+        (
+            "demo-itm",
+            {"itg_true": 0.85, "itm_edit_told": 0.95, "itc_recall_at_1": 0.9, "itm_recall_at_1": 0.9},
+            {"itm_edit_told": 0.9},
+        ),
+    ],
+)
+def test_a_demo_tells_the_truth(
+    name: str, least: dict[str, float], least_unseen: dict[str, float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    choices = {"tasks": None, "count": 30, "seed": "test", "side": 256, "group": 30, "wrong": None}
+    evaluate.run(argparse.Namespace(model=ROOT / "models" / name, engine=ENGINE, **choices))
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    for found, wanted in zip(lines, (least, least_unseen), strict=True):
+        assert all(found[figure] >= share for figure, share in wanted.items()), found
+
+
+def test_every_shipped_bundle_is_what_its_reference_gave() -> None:
+    bundles = [facts.parent for facts in (ROOT / "models").glob("*/bundle.json")]
+    assert len(bundles) >= 3
+    for bundle in bundles:
+        run_engine(ENGINE, "verify", str(bundle))
+    files = [file for bundle in bundles for file in bundle.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 24e6
 
 
 def test_a_line_of_json_may_hold_other_line_ends(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ class Plan:
     language_t5: Schedule = Schedule(2300, 1.5e-3, matrix_rate=5e-3, warmup=100)
     stage1: Schedule = Schedule(2700, 1e-3, matrix_rate=3e-3, warmup=100)
     stage2: Schedule = Schedule(1150, 1e-3, matrix_rate=3e-3, warmup=100)
+    stage2_t5: Schedule = Schedule(3000, 1e-3, matrix_rate=3e-3, warmup=100)
     vqa: Schedule = Schedule(500, 3e-4, matrix_rate=1e-3, warmup=50)
     matching: int = 1500
     n_scenes: int = 30_000
@@ -45,7 +46,7 @@ class Plan:
 
 
 TINY = Plan(
-    *(Schedule(3, 1e-3, warmup=1) for _ in range(6)),
+    *(Schedule(3, 1e-3, warmup=1) for _ in range(7)),
     matching=2,
     n_scenes=64,
     batch_size=8,
@@ -84,9 +85,10 @@ def train(
     second = stage2.Stage2(q, speaker.texts)
     # The decoder of OPT reads many texts behind one soft prompt, the encoder of T5 each text beside its own.
     n_captions, n_questions, share = (4, 6, 1) if llm == "opt" else (2, 6, 2)
+    schedule = plan.stage2 if llm == "opt" else plan.stage2_t5
     with frozen(eye, "vision model"):
         stage2.train(
-            Phase(f"stage2{_SUFFIX[llm]}{'_alone' * without_stage1}", work, plan.stage2),
+            Phase(f"stage2{_SUFFIX[llm]}{'_alone' * without_stage1}", work, schedule),
             second,
             stage2.scene_batches(data, speaker, plan.batch_size // share, n_captions, n_questions),
             (lambda: stage2.gate(second, speaker, held_out)) if _full(plan) else None,
