@@ -39,7 +39,7 @@ def unigram(texts: Iterable[str], parts: bool = False) -> Tokenizer:
 
 
 def word_piece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """BERT's, lower case. Every printable character may start or continue a word."""
+    """BERT's, lower case. Every printable character is a piece; letters and digits may also continue a word."""
     normalizer, pre_tokenizer = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
     learner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     learner.normalizer, learner.pre_tokenizer = normalizer, pre_tokenizer

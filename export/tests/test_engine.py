@@ -34,7 +34,7 @@ def test_the_engine_gives_the_tokens_of_the_reference(tmp_path: Path, shape: str
     )  # with most seeds this one repeats itself
     random_checkpoint.write(tmp_path / "checkpoint", shape, seed=seed)
     found = compared(tmp_path)
-    assert found.cases == 48 and not found.differences and len(found.ties) < 3
+    assert found.cases == 48 and not found.differences and not found.ties
     assert len(found.written) > 9, "the checkpoint says nearly the same whatever it sees; these weights test nothing"
     assert sum(len(set(tokens)) > 2 for tokens in found.written) > len(found.written) / 2, "it repeats itself"
 
@@ -64,7 +64,7 @@ def test_the_engine_matches_embeds_and_captions_as_the_reference(tmp_path: Path,
 def test_a_demo_tells_the_truth(
     name: str, least: dict[str, float], least_unseen: dict[str, float], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    choices = {"tasks": None, "count": 30, "seed": "test", "side": 256, "group": 30, "wrong": None}
+    choices = {"tasks": None, "count": 40, "seed": "test", "side": 256, "group": 40, "wrong": None}
     evaluate.run(argparse.Namespace(model=ROOT / "models" / name, engine=ENGINE, **choices))
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     for found, wanted in zip(lines, (least, least_unseen), strict=True):

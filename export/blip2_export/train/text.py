@@ -224,8 +224,7 @@ def right_by_kind(logits: Tensor, packed: Packed) -> dict[str, tuple[int, int]]:
     for i, kinds in enumerate(packed.kinds):
         for k, kind in enumerate(kinds):
             target = (packed.branch[i] == k) & (packed.weights[i] > 0.5)
-            right, total = counts.get(kind, (0, 0))
-            counts[kind] = (right + int(hit[i][target].all()), total + 1)
+            add_counts(counts, {kind: (int(hit[i][target].all()), 1)})
     return counts
 
 
