@@ -254,15 +254,39 @@ def test_rows_of_t5_give_the_logits_of_each_text_alone(t5: tuple[seq2seq.Texts, 
     model, batcher = t5
     rng = random.Random(0)
     rows = [seq2seq.texts_of(scenes.sample_scene(rng), rng, 2, 2, i == 0) for i in range(2)]
-    asked = batcher.pack(rows)
+    every = [(i, one) for i, texts in enumerate(rows) for one in texts]
+    prefix = torch.randn(2, text.N_QUERIES, model.width)
+    seen = []
+    with torch.no_grad():
+        for numbers, labels, logits in model.logits(prefix, batcher.pack(rows)):
+            assert (labels[:, -1] != -100).any(), "no column of padding alone"
+            for k, label, together in zip(numbers.tolist(), labels, logits, strict=True):
+                i, one = every[k]
+                ((_, alone_label, alone),) = model.logits(prefix[i : i + 1], batcher.pack([[one]]))
+                torch.testing.assert_close(together[: alone.shape[1]], alone[0], atol=1e-3, rtol=1e-4)
+                assert label[label != -100].tolist() == alone_label[0].tolist()
+                seen.append(k)
+    assert sorted(seen) == list(range(len(every)))
+
+
+def test_the_loss_of_t5_is_the_weighted_mean_over_all_targets(t5: tuple[seq2seq.Texts, seq2seq.Batcher]) -> None:
+    model, batcher = t5
+    rng = random.Random(3)
+    asked = batcher.pack([seq2seq.texts_of(scenes.sample_scene(rng), rng, 2, 6, True) for _ in range(2)])
     prefix = torch.randn(2, text.N_QUERIES, model.width)
     with torch.no_grad():
-        together = model.logits(prefix, asked)
-        for k, (i, one) in enumerate((i, one) for i, texts in enumerate(rows) for one in texts):
-            alone = batcher.pack([[one]])
-            logits = model.logits(prefix[i : i + 1], alone)[0]
-            torch.testing.assert_close(together[k, : len(logits)], logits, atol=1e-3, rtol=1e-4)
-            assert asked.labels[k, : len(logits)].tolist() == alone.labels[0].tolist()
+        parts = model.losses(prefix, asked)
+        words = model.model.get_input_embeddings()(asked.prompt)
+        whole = model.model(
+            inputs_embeds=torch.cat([prefix[asked.scene], words], 1),
+            attention_mask=torch.cat([torch.ones(len(words), text.N_QUERIES, dtype=torch.long), asked.mask], 1),
+            labels=asked.labels,
+        ).logits
+        counts = model.right(prefix, asked)
+    each = torch.nn.functional.cross_entropy(whole.transpose(1, 2), asked.labels, reduction="none", ignore_index=-100)
+    weights = asked.weights[:, None] * (asked.labels != -100)
+    torch.testing.assert_close(parts["lm"], (each * weights).sum() / weights.sum(), atol=1e-4, rtol=1e-5)
+    assert counts == seq2seq.right_by_kind(whole, asked.labels, asked.kinds)
 
 
 def test_t5_has_a_head_of_its_own_from_the_start(t5: tuple[seq2seq.Texts, seq2seq.Batcher]) -> None:
@@ -278,7 +302,7 @@ def test_places_distinguish_descriptions_of_the_same_words(t5: tuple[seq2seq.Tex
     rows = placed.described(ids)[0]
     assert torch.equal(t5[0].described(ids)[0][0], t5[0].described(ids)[1][5]), "without places they are alike"
     assert torch.pdist(rows).min() > 0.1 and rows.requires_grad
-    assert {name for name, _ in placed.named_parameters() if not name.startswith("model.")} == {"places"}
+    assert {name for name, _ in placed.named_parameters() if not name.startswith("model.")} == {"slots", "roles"}
 
 
 def test_a_split_caption_goes_on_in_the_decoder(t5: tuple[seq2seq.Texts, seq2seq.Batcher]) -> None:

@@ -27,6 +27,10 @@ from blip2_export.train.speaker import Speaker
 PAD, END = 0, 1
 ASK_PROMPT = "Question: {} Short answer:"
 _SPREAD = 0.04  # of embeddings at the start
+_LENGTHS = (
+    4,
+    16,
+)  # in tokens: targets up to each, and longer ones, are decoded apart, or answers would be mostly padding
 
 
 def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
@@ -88,6 +92,15 @@ class Asked:
     weights: Tensor
     kinds: list[str]
 
+    def groups(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The numbers of rows with targets of like lengths, and their labels without the common end of padding."""
+        lengths = (self.labels != -100).sum(1)
+        group = torch.bucketize(lengths, torch.tensor(_LENGTHS))
+        for k in range(len(_LENGTHS) + 1):
+            rows = (group == k).nonzero()[:, 0]
+            if len(rows):
+                yield rows, self.labels[rows, : int(lengths[rows].max())]
+
 
 class Batcher(text.Encoder):
     """Turns texts into `Asked` batches."""
@@ -126,45 +139,58 @@ class Texts(nn.Module):
         prefix: Tensor = self.model.get_input_embeddings()(ids)
         return prefix
 
-    def logits(self, prefix: Tensor, asked: Asked) -> Tensor:
-        """Logits of the targets [rows, length, vocab] behind `prefix` [scenes, 32, width]."""
+    def logits(self, prefix: Tensor, asked: Asked) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The groups of `asked` with their logits [rows, length, vocab] behind `prefix` [scenes, 32, width]."""
         words = self.model.get_input_embeddings()(asked.prompt)
         embeds = torch.cat([prefix[asked.scene], words], 1)
         mask = torch.cat([asked.mask.new_ones(len(words), prefix.shape[1]), asked.mask], 1)
-        # Given labels rather than shifted ids, the model builds the decoder's input as the reference's trainer does.
-        return self.model(inputs_embeds=embeds, attention_mask=mask, labels=asked.labels, use_cache=False).logits
+        hidden = self.model.encoder(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
+        for rows, labels in asked.groups():
+            # Given labels rather than shifted ids, the model builds the decoder's input as the reference's trainer does.
+            out = self.model(encoder_outputs=(hidden[rows],), attention_mask=mask[rows], labels=labels, use_cache=False)
+            yield rows, labels, out.logits
 
     def losses(self, prefix: Tensor, asked: Asked) -> dict[str, Tensor]:
-        logits = self.logits(prefix, asked)
-        each = F.cross_entropy(logits.transpose(1, 2), asked.labels, reduction="none", ignore_index=-100)
-        weights = asked.weights[:, None] * (asked.labels != -100)
-        counts = right_by_kind(logits.detach(), asked)
-        out = {"lm": (each * weights).sum() / weights.sum()}
+        total, counts = prefix.new_zeros(()), dict[str, tuple[int, int]]()
+        for rows, labels, logits in self.logits(prefix, asked):
+            each = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
+            total = total + (each * asked.weights[rows, None]).sum()
+            text.add_counts(counts, right_by_kind(logits.detach(), labels, [asked.kinds[i] for i in rows]))
+        weight = (asked.weights[:, None] * (asked.labels != -100)).sum()
+        out = {"lm": total / weight}
         if (right := text.answers_right(counts)) is not None:
             out["_answers_right"] = torch.tensor(right)
         return out
 
+    def right(self, prefix: Tensor, asked: Asked) -> dict[str, tuple[int, int]]:
+        """(right, all) texts per kind."""
+        counts: dict[str, tuple[int, int]] = {}
+        for rows, labels, logits in self.logits(prefix, asked):
+            text.add_counts(counts, right_by_kind(logits, labels, [asked.kinds[i] for i in rows]))
+        return counts
+
 
 class Placed(Texts):
-    """Descriptions carry a learned vector for each of their places, as the queries that later stand for them do.
+    """Each word of a description carries two learned vectors: of its object's slot, and of its place among the slot's words.
 
     T5 knows distances only; without these vectors it learned to look up next to nothing in 1,400 steps. They are left behind
-    with the descriptions.
+    with the descriptions: queries that stand for them find their own.
     """
 
     def __init__(self, model: T5ForConditionalGeneration) -> None:
         super().__init__(model)
-        self.places = nn.Parameter(_SPREAD * torch.randn(text.N_QUERIES, self.width))
+        self.slots = nn.Parameter(_SPREAD * torch.randn(scenes.MAX_OBJECTS, 1, self.width))
+        self.roles = nn.Parameter(_SPREAD * torch.randn(1, text.N_QUERIES // scenes.MAX_OBJECTS, self.width))
 
     def described(self, ids: Tensor) -> Tensor:
-        return super().described(ids) + self.places
+        return super().described(ids) + (self.slots + self.roles).flatten(0, 1)
 
 
-def right_by_kind(logits: Tensor, asked: Asked) -> dict[str, tuple[int, int]]:
+def right_by_kind(logits: Tensor, labels: Tensor, kinds: list[str]) -> dict[str, tuple[int, int]]:
     """(right, all) texts per kind; right when every token of the target is the most probable one after the true tokens."""
-    right = ((logits.argmax(-1) == asked.labels) | (asked.labels == -100)).all(1)
+    right = ((logits.argmax(-1) == labels) | (labels == -100)).all(1)
     counts: dict[str, tuple[int, int]] = {}
-    for kind, ok in zip(asked.kinds, right.tolist(), strict=True):
+    for kind, ok in zip(kinds, right.tolist(), strict=True):
         text.add_counts(counts, {kind: (ok, 1)})
     return counts
 
@@ -218,6 +244,6 @@ def speaker(model: Texts, batcher: Batcher) -> Speaker:
         texts_of,
         lambda kind, asked, answer: text.Text(kind, ASK_PROMPT.format(asked), answer),
         batcher.pack,
-        lambda prefix, asked: right_by_kind(model.logits(prefix, asked), asked),
+        model.right,
         lambda prefix: speakers.greedy(model.model, prefix, END, batcher.tokenizer),
     )
