@@ -49,6 +49,8 @@ def config(tokenizer: PreTrainedTokenizerFast) -> OPTConfig:
 class Texts(nn.Module):
     """A language model with the loss over packed texts."""
 
+    projection = speakers.Projection()
+
     def __init__(self, model: OPTForCausalLM) -> None:
         super().__init__()
         self.model = model

@@ -123,7 +123,13 @@ class Batcher(text.Encoder):
 
 
 class Texts(nn.Module):
-    """A T5 with the loss over asked texts."""
+    """A T5 with the loss over asked texts.
+
+    Its layers add what they find to what they read, which nothing normalises: a prefix that is far larger than words (at full rate
+    it grows to twelve times their size) drowns what they write, and looking things up is learned half as fast.
+    """
+
+    projection = speakers.Projection(spread=0.007, rate=0.1)
 
     def __init__(self, model: T5ForConditionalGeneration) -> None:
         super().__init__()

@@ -19,6 +19,19 @@ from blip2_export.train.loop import Phase, fit
 from blip2_export.train.text import Text, add_counts, shares
 
 
+@dataclass(frozen=True)
+class Projection:
+    """How the projection into a language model starts and learns. `spread`: the deviation of its weights. `rate`: a factor to the
+    learning rate."""
+
+    spread: float = 0.02
+    rate: float = 1.0
+
+    def faster(self) -> dict[str, float]:
+        """As `fit` takes it."""
+        return {f"language_projection.{part}": self.rate for part in ("weight", "bias")}
+
+
 class TextsOf(Protocol):
     """Texts about one scene: this many captions and questions, and perhaps the report."""
 
@@ -30,7 +43,7 @@ class TextsOf(Protocol):
 @dataclass(frozen=True)
 class Speaker:
     """`texts`: the model with `losses(prefix, batch)`, with `described(ids)`, which turns descriptions [batch, 32] into a prefix,
-    and with the `width` of a query in its soft prompt.
+    and with the `width` of a query in its soft prompt and the `projection` into it.
 
     `description` gives the token ids of a scene's description. `asked` is the text of a question of some kind with its answer.
     `pack` makes a batch of the texts of each prefix. `right` counts (right, all) texts per kind of such a batch, right when every

@@ -30,7 +30,7 @@ class Stage2(nn.Module):
         self.query_tokens = nn.Parameter(stage1.query_tokens.detach().clone())
         self.language_projection = nn.Linear(stage1.cfg.hidden_size, texts.width)
         self.texts = texts.requires_grad_(False)
-        nn.init.normal_(self.language_projection.weight, 0, 0.02)
+        nn.init.normal_(self.language_projection.weight, 0, texts.projection.spread)
         nn.init.zeros_(self.language_projection.bias)
 
     def prefix(self, features: Tensor) -> Tensor:
@@ -71,7 +71,8 @@ def train(
     phase: Phase, model: Stage2, batches: Callable[[int], Any], evaluate: Callable[[], dict[str, float]] | None
 ) -> None:
     with frozen(model.texts.model, "language model"):
-        fit(phase, model, batches, model.losses, evaluate=evaluate, evaluate_every=250)
+        faster = model.texts.projection.faster()
+        fit(phase, model, batches, model.losses, evaluate=evaluate, evaluate_every=250, faster=faster)
 
 
 def gate(model: Stage2, speaker: Speaker, held_out: SceneFeatures, n: int = 400) -> dict[str, float]:

@@ -117,7 +117,8 @@ class Asker:
 def train(phase: Phase, model: Vqa, asker: Asker, size: int, evaluate: bool) -> None:
     gated = (lambda: gate(model, asker)) if evaluate else None
     with frozen(model.texts.model, "language model"):
-        fit(phase, model, asker.batches(size), model.losses, evaluate=gated, evaluate_every=200)
+        faster = model.texts.projection.faster()
+        fit(phase, model, asker.batches(size), model.losses, evaluate=gated, evaluate_every=200, faster=faster)
 
 
 def gate(model: Vqa, asker: Asker, n: int = 200) -> dict[str, float]:
