@@ -52,6 +52,7 @@ fmt: setup-export ## format Rust and Python
 
 demo-models: setup-export ## train the models of models/ from nothing (hours; goes on after a kill)
 	$(call demo,demo-opt,--stage stage2 --llm opt)
+	$(call demo,demo-t5,--stage stage2 --llm t5)
 	$(call demo,demo-itm,--stage stage1)
 	$(call demo,demo-vqa,--stage vqa --llm opt)
 
