@@ -282,11 +282,11 @@ def test_the_loss_of_t5_is_the_weighted_mean_over_all_targets(t5: tuple[seq2seq.
             attention_mask=torch.cat([torch.ones(len(words), text.N_QUERIES, dtype=torch.long), asked.mask], 1),
             labels=asked.labels,
         ).logits
-        counts = model.right(prefix, asked)
+        counts = seq2seq.right_by_kind(model.logits(prefix, asked), asked.kinds)
     each = torch.nn.functional.cross_entropy(whole.transpose(1, 2), asked.labels, reduction="none", ignore_index=-100)
     weights = asked.weights[:, None] * (asked.labels != -100)
     torch.testing.assert_close(parts["lm"], (each * weights).sum() / weights.sum(), atol=1e-4, rtol=1e-5)
-    assert counts == seq2seq.right_by_kind(whole, asked.labels, asked.kinds)
+    assert counts == seq2seq.right_by_kind([(torch.arange(len(whole)), asked.labels, whole)], asked.kinds)
 
 
 def test_t5_has_a_head_of_its_own_from_the_start(t5: tuple[seq2seq.Texts, seq2seq.Batcher]) -> None:

@@ -8,7 +8,7 @@ queries take the description's place.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,10 +27,8 @@ from blip2_export.train.speaker import Speaker
 PAD, END = 0, 1
 ASK_PROMPT = "Question: {} Short answer:"
 _SPREAD = 0.04  # of embeddings at the start
-_LENGTHS = (
-    4,
-    16,
-)  # in tokens: targets up to each, and longer ones, are decoded apart, or answers would be mostly padding
+# In tokens: targets up to each, and longer ones, are decoded apart, or answers would be mostly padding.
+_LENGTHS = (4, 16)
 
 
 def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
@@ -126,7 +124,7 @@ class Texts(nn.Module):
     """A T5 with the loss over asked texts.
 
     Its layers add what they find to what they read, which nothing normalises: a prefix that is far larger than words (at full rate
-    it grows to twelve times their size) drowns what they write, and looking things up is learned half as fast.
+    it grows to twelve times their size) drowns what they write, and looking things up is learned more slowly.
     """
 
     projection = speakers.Projection(spread=0.007, rate=0.1)
@@ -157,23 +155,16 @@ class Texts(nn.Module):
             yield rows, labels, out.logits
 
     def losses(self, prefix: Tensor, asked: Asked) -> dict[str, Tensor]:
-        total, counts = prefix.new_zeros(()), dict[str, tuple[int, int]]()
-        for rows, labels, logits in self.logits(prefix, asked):
+        groups = list(self.logits(prefix, asked))
+        total = prefix.new_zeros(())
+        for rows, labels, logits in groups:
             each = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
             total = total + (each * asked.weights[rows, None]).sum()
-            text.add_counts(counts, right_by_kind(logits.detach(), labels, [asked.kinds[i] for i in rows]))
         weight = (asked.weights[:, None] * (asked.labels != -100)).sum()
         out = {"lm": total / weight}
-        if (right := text.answers_right(counts)) is not None:
+        if (right := text.answers_right(right_by_kind(groups, asked.kinds))) is not None:
             out["_answers_right"] = torch.tensor(right)
         return out
-
-    def right(self, prefix: Tensor, asked: Asked) -> dict[str, tuple[int, int]]:
-        """(right, all) texts per kind."""
-        counts: dict[str, tuple[int, int]] = {}
-        for rows, labels, logits in self.logits(prefix, asked):
-            text.add_counts(counts, right_by_kind(logits, labels, [asked.kinds[i] for i in rows]))
-        return counts
 
 
 class Placed(Texts):
@@ -192,12 +183,16 @@ class Placed(Texts):
         return super().described(ids) + (self.slots + self.roles).flatten(0, 1)
 
 
-def right_by_kind(logits: Tensor, labels: Tensor, kinds: list[str]) -> dict[str, tuple[int, int]]:
-    """(right, all) texts per kind; right when every token of the target is the most probable one after the true tokens."""
-    right = ((logits.argmax(-1) == labels) | (labels == -100)).all(1)
+def right_by_kind(groups: Iterable[tuple[Tensor, Tensor, Tensor]], kinds: list[str]) -> dict[str, tuple[int, int]]:
+    """(right, all) texts per kind; right when every token of the target is the most probable one after the true tokens.
+
+    `groups`: as `Texts.logits` gives them. `kinds`: of all rows.
+    """
     counts: dict[str, tuple[int, int]] = {}
-    for kind, ok in zip(kinds, right.tolist(), strict=True):
-        text.add_counts(counts, {kind: (ok, 1)})
+    for rows, labels, logits in groups:
+        right = ((logits.argmax(-1) == labels) | (labels == -100)).all(1)
+        for row, ok in zip(rows.tolist(), right.tolist(), strict=True):
+            text.add_counts(counts, {kinds[row]: (ok, 1)})
     return counts
 
 
@@ -250,6 +245,6 @@ def speaker(model: Texts, batcher: Batcher) -> Speaker:
         texts_of,
         lambda kind, asked, answer: text.Text(kind, ASK_PROMPT.format(asked), answer),
         batcher.pack,
-        model.right,
+        lambda prefix, asked: right_by_kind(model.logits(prefix, asked), asked.kinds),
         lambda prefix: speakers.greedy(model.model, prefix, END, batcher.tokenizer),
     )
