@@ -289,6 +289,22 @@ def test_the_loss_of_t5_is_the_weighted_mean_over_all_targets(t5: tuple[seq2seq.
     assert counts == seq2seq.right_by_kind([(torch.arange(len(whole)), asked.labels, whole)], asked.kinds)
 
 
+def test_the_projection_into_t5_starts_small_and_learns_slowly(
+    t5: tuple[seq2seq.Texts, seq2seq.Batcher], tmp_path: Path
+) -> None:
+    model = stage2.Stage2(QFormer(qformer_config(50, 16)), t5[0])
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    weight = "language_projection.weight"
+    assert 0.006 < before[weight].std() < 0.008
+    rng = random.Random(4)
+    asked = t5[1].pack([seq2seq.texts_of(scenes.sample_scene(rng), rng, 0, 6, False)])
+    phase = Phase("stage2", tmp_path, Schedule(1, 1e-3, matrix_rate=3e-3, warmup=1))
+    stage2.train(phase, model, lambda step: (torch.randn(1, 5, 16), asked), None)
+    moved = {name: float((p - before[name]).std()) for name, p in model.named_parameters()}
+    assert 1e-5 < moved[weight] <= 6e-5, "at most a tenth of 0.2 times the rate of matrices"
+    assert 1e-4 < moved["qformer.encoder.layer.4.output_query.dense.weight"] < 1e-3
+
+
 def test_t5_has_a_head_of_its_own_from_the_start(t5: tuple[seq2seq.Texts, seq2seq.Batcher]) -> None:
     model = seq2seq.new(t5[1].tokenizer)
     assert model.lm_head.weight is not model.shared.weight
