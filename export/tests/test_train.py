@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import Blip2ForConditionalGeneration, Blip2Processor, OPTForCausalLM, T5ForConditionalGeneration
 
 from blip2_export import scenes
@@ -186,7 +186,7 @@ def test_muon_gets_the_hidden_matrices_and_makes_their_updates_orthogonal(
 
 
 def test_a_known_false_text_stands_where_a_drawn_one_would(stage: stage1.Stage1) -> None:
-    features, captions = torch.randn(3, 10, 24), ["a red star", "a blue ring", "a pink cross"]
+    features, captions = random_features(3), ["a red star", "a blue ring", "a pink cross"]
     pairs = Pairs(features, captions, torch.eye(3, dtype=torch.bool), {1: "a blue star and a small ring"})
     with patch.object(stage.model, "matching_logits", wraps=stage.model.matching_logits) as matched:
         losses = stage.losses(pairs)
@@ -198,7 +198,7 @@ def test_a_known_false_text_stands_where_a_drawn_one_would(stage: stage1.Stage1)
 
 def test_itm_looks_at_the_asked_share_of_pairs(stage: stage1.Stage1) -> None:
     captions = ["a red star", "a blue ring", "a pink cross", "a cyan circle"]
-    pairs = Pairs(torch.randn(4, 10, 24), captions, torch.eye(4).bool(), {3: "a cyan star"}, matched=0.5)
+    pairs = Pairs(random_features(4), captions, torch.eye(4).bool(), {3: "a cyan star"}, matched=0.5)
     with patch.object(stage.model, "matching_logits", wraps=stage.model.matching_logits) as matched:
         assert all(torch.isfinite(v) for v in stage.losses(pairs).values())
     features = matched.call_args.args[0]
@@ -349,60 +349,65 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> stage1.Stage1:
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.2 * torch.randn_like(p))
-    return stage1.Stage1(model, tokenizer)
+    return stage1.Stage1(model.double(), tokenizer)  # equal sums in another order differ by the rounding alone
+
+
+def random_features(n: int) -> Tensor:
+    """Of `n` pictures, as `stage` takes them."""
+    return torch.randn(n, 10, 24, dtype=torch.float64)
 
 
 def test_itg_queries_do_not_see_text_and_text_does_not_see_its_future(stage: stage1.Stage1) -> None:
-    features = torch.randn(2, 10, 24)
+    features = random_features(2)
     ids, mask = stage.encode(["a red star and a blue ring", "a small pink circle"])
     with torch.no_grad():
         queries, logits = stage.model.captioning(features, ids, mask)
-        torch.testing.assert_close(queries, stage.model.queries(features), atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(queries, stage.model.queries(features), atol=1e-9, rtol=1e-9)
         changed = ids.clone()
         changed[:, 4] = 7
         _, other = stage.model.captioning(features, changed, mask)
-    torch.testing.assert_close(logits[:, :4], other[:, :4], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits[:, :4], other[:, :4], atol=1e-9, rtol=1e-9)
     assert (logits[:, 4:6] - other[:, 4:6]).abs().max() > 1e-3
 
 
 def test_captions_side_by_side_give_the_logits_of_each_alone(stage: stage1.Stage1) -> None:
-    features = torch.randn(2, 10, 24)
+    features = random_features(2)
     ids, mask = stage.encode(["a red star and a blue ring", "a pink circle", "a ring", "at the left a star"])
     with torch.no_grad():
         _, together = stage.model.captionings(features, ids.unflatten(0, (2, 2)), mask.unflatten(0, (2, 2)))
         for row in range(4):
             n = int(mask[row].sum())
             _, alone = stage.model.captioning(features[row // 2][None], ids[row : row + 1, :n], mask[row : row + 1, :n])
-            torch.testing.assert_close(together[row // 2, row % 2, :n], alone[0], atol=2e-4, rtol=1e-4)
+            torch.testing.assert_close(together[row // 2, row % 2, :n], alone[0], atol=1e-9, rtol=1e-9)
 
 
 def test_more_captions_of_a_picture_are_learned_too(stage: stage1.Stage1) -> None:
     more = [["a star", "one red star"], ["a ring", "a blue ring here"]]
     with patch.object(stage, "_generate", wraps=stage._generate) as written:
-        stage.losses(Pairs(torch.randn(2, 10, 24), ["a red star", "a blue ring"], torch.eye(2).bool(), {}, more))
+        stage.losses(Pairs(random_features(2), ["a red star", "a blue ring"], torch.eye(2).bool(), {}, more))
     said = [stage.tokenizer.decode(row, skip_special_tokens=True) for row in written.call_args.args[1].tolist()]
     assert said == ["a red star", *more[0], "a blue ring", *more[1]]
 
 
 def test_itm_queries_see_text_and_padding_changes_nothing(stage: stage1.Stage1) -> None:
-    features = torch.randn(1, 10, 24)
+    features = random_features(1)
     with torch.no_grad():
         alone = stage.model.matching_logits(features, *stage.encode(["a red star"]))
         ids, mask = stage.encode(["a red star", "a red star left of a small blue ring"])
         padded = stage.model.matching_logits(features, ids[:1], mask[:1])
         other = stage.model.matching_logits(features, *stage.encode(["a blue ring"]))
-    torch.testing.assert_close(alone, padded, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(alone, padded, atol=1e-9, rtol=1e-9)
     assert (alone - other).abs().max() > 1e-4
 
 
 def test_stage_2_drops_the_text_branch_and_keeps_the_queries(stage: stage1.Stage1) -> None:
-    copy = stage2.query_only(stage.model.qformer).eval()
+    copy = stage2.query_only(stage.model.qformer).eval().double()
     assert not any(".intermediate." in n or (".output.dense" in n and "attention" not in n) for n in copy.state_dict())
-    features = torch.randn(1, 10, 24)
+    features = random_features(1)
     tokens = stage.model.query_tokens
     with torch.no_grad():
         kept = copy(query_embeds=tokens, encoder_hidden_states=features).last_hidden_state
-        torch.testing.assert_close(kept, stage.model.queries(features), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(kept, stage.model.queries(features), atol=1e-9, rtol=1e-9)
 
 
 def test_real_data_is_read_in_coco_and_in_karpathy_form(tmp_path: Path) -> None:

@@ -78,7 +78,8 @@ class QFormer(nn.Module):
         seen[:, :n] = True
         seen[n:, n:] = torch.block_diag(*[torch.ones(length, length).tril()] * texts).bool()
         alive = torch.cat([torch.ones(rows, n, dtype=torch.bool), mask.flatten(1).bool()], 1)
-        additive = torch.where(seen[None] & alive[:, None, :], 0.0, -1e4)[:, None]
+        # A mask of another type than the features' gives wrong scores without an error.
+        additive = torch.where(seen[None] & alive[:, None, :], 0.0, -1e4)[:, None].to(features.dtype)
         places = torch.arange(length).repeat(texts)[None]
         hidden = self._joint(features, ids.flatten(1), additive, places)
         logits = F.linear(self.transform(hidden[:, n:]), self.embeddings.word_embeddings.weight, self.head_bias)
