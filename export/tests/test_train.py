@@ -19,7 +19,7 @@ from transformers import Blip2ForConditionalGeneration, Blip2Processor, OPTForCa
 
 from blip2_export import scenes
 from blip2_export.bundle import Choices, convert
-from blip2_export.train import cli, demo, language, muon, seq2seq, stage1, stage2, text
+from blip2_export.train import cli, demo, language, muon, seq2seq, speaker, stage1, stage2, text
 from blip2_export.train.features import Pairs
 from blip2_export.train.frozen import frozen
 from blip2_export.train.images import CaptionedImages, DataError, clean
@@ -319,6 +319,29 @@ def test_places_distinguish_descriptions_of_the_same_words(t5: tuple[seq2seq.Tex
     assert torch.equal(t5[0].described(ids)[0][0], t5[0].described(ids)[1][5]), "without places they are alike"
     assert torch.pdist(rows).min() > 0.1 and rows.requires_grad
     assert {name for name, _ in placed.named_parameters() if not name.startswith("model.")} == {"slots", "roles"}
+
+
+def test_the_gate_of_a_language_model_reads_its_captions() -> None:
+    asked: list[scenes.Scene] = []
+
+    class Words:
+        @staticmethod
+        def described(ids: Tensor) -> Tensor:
+            return ids
+
+    def caption(k: int) -> str:
+        return scenes.caption(asked[-50 + k], random.Random(k)) if k % 2 else "a cyan circle"  # a pair that is kept out
+
+    teacher = speaker.Speaker(
+        Words,
+        lambda scene: asked.append(scene) or [0],
+        lambda *_: [],
+        lambda *_: text.Text("", "", ""),
+        lambda rows: rows,
+        lambda prefix, rows: {"shape": (len(rows), len(rows))},
+        lambda prefix: [caption(k) for k in range(len(prefix))],
+    )
+    assert speaker.gate(teacher) == {"captions_true": 0.5, "shape": 1.0}
 
 
 def test_a_split_caption_goes_on_in_the_decoder(t5: tuple[seq2seq.Texts, seq2seq.Batcher]) -> None:

@@ -33,10 +33,10 @@ class Plan:
 
     vision: Schedule = Schedule(1500, 1.5e-3, matrix_rate=5e-3, warmup=100)
     language: Schedule = Schedule(1400, 1.5e-3, matrix_rate=5e-3, warmup=100)
-    language_t5: Schedule = Schedule(3000, 1.5e-3, matrix_rate=5e-3, warmup=100)
+    language_t5: Schedule = Schedule(4100, 1.5e-3, matrix_rate=5e-3, warmup=100)
     stage1: Schedule = Schedule(2700, 1e-3, matrix_rate=3e-3, warmup=100)
     stage2: Schedule = Schedule(1150, 1e-3, matrix_rate=3e-3, warmup=100)
-    stage2_t5: Schedule = Schedule(1700, 1e-3, matrix_rate=3e-3, warmup=100)
+    stage2_t5: Schedule = Schedule(3400, 1e-3, matrix_rate=3e-3, warmup=100)
     vqa: Schedule = Schedule(500, 3e-4, matrix_rate=1e-3, warmup=50)
     matching: int = 1500
     n_scenes: int = 30_000

@@ -88,7 +88,7 @@ def pretrain(phase: Phase, tokenizer: PreTrainedTokenizerFast, batch_size: int =
     torch.manual_seed(0)
     model = Texts(OPTForCausalLM(config(tokenizer)))
     teacher = speaker(model, Packer(tokenizer, prompt_weight=0.1))
-    speakers.pretrain(phase, teacher, batch_size, n_captions=2, n_questions=9)
+    speakers.pretrain(phase, teacher, batch_size, lambda _: (2, 9))
     return model.model
 
 

@@ -211,6 +211,11 @@ def texts_of(
     return said
 
 
+def counts(share: float) -> tuple[int, int]:
+    """Captions and questions of a scene: lookup is learned on questions, and then put to use in captions."""
+    return (1, 8) if share < 0.75 else (4, 6)
+
+
 def pretrain(phase: Phase, tokenizer: PreTrainedTokenizerFast, batch_size: int = 24) -> T5ForConditionalGeneration:
     """Trains (or goes on training) the language model and returns it."""
     torch.manual_seed(0)
@@ -218,7 +223,7 @@ def pretrain(phase: Phase, tokenizer: PreTrainedTokenizerFast, batch_size: int =
     # T5 does not divide its scores: `q` holds the root of the head dimension, and a position bias of some units must move far at a
     # rate that suits weights of some hundredths.
     faster = {"relative_attention_bias.weight": 30.0, "Attention.q.weight": model.model.config.d_kv**-0.5}
-    speakers.pretrain(phase, speaker(model, Batcher(tokenizer)), batch_size, n_captions=1, n_questions=8, faster=faster)
+    speakers.pretrain(phase, speaker(model, Batcher(tokenizer)), batch_size, counts, faster)
     return model.model
 
 

@@ -63,16 +63,19 @@ def pretrain(
     phase: Phase,
     speaker: Speaker,
     batch_size: int,
-    n_captions: int,
-    n_questions: int,
+    counts: Callable[[float], tuple[int, int]],
     faster: dict[str, float] | None = None,
 ) -> None:
-    """Trains (or goes on training) the language model on text alone. `faster`: as `fit` takes it."""
+    """Trains (or goes on training) the language model on text alone.
+
+    `counts`: how many captions and questions of a scene at this share of the training. `faster`: as `fit` takes it.
+    """
 
     def make_batch(step: int) -> tuple[Tensor, Any]:
         rng = random.Random(f"text {step}")
-        found = [_scene_to_read(rng, step / phase.schedule.steps) for _ in range(batch_size)]
-        rows = [speaker.texts_of(s, rng, n_captions, n_questions, rng.random() < 0.2) for s in found]
+        share = step / phase.schedule.steps
+        found = [_scene_to_read(rng, share) for _ in range(batch_size)]
+        rows = [speaker.texts_of(s, rng, *counts(share), rng.random() < 0.2) for s in found]
         return _descriptions(speaker, found), speaker.pack(rows)
 
     def losses(batch: tuple[Tensor, Any]) -> dict[str, Tensor]:
@@ -94,14 +97,21 @@ def _descriptions(speaker: Speaker, found: list[scenes.Scene]) -> Tensor:
 
 
 def gate(speaker: Speaker) -> dict[str, float]:
-    """Share of right texts per kind on held-out scenes, from their true description."""
+    """Share of right texts per kind on held-out scenes, from their true description, and of greedy captions that are true."""
     rng = random.Random("text gate False")
     counts: dict[str, tuple[int, int]] = {}
     for _ in range(6):
         found = [scenes.sample_scene(rng) for _ in range(50)]
+        prefix = speaker.texts.described(_descriptions(speaker, found))
         texts = speaker.pack([speaker.texts_of(s, rng, 1, 6, False) for s in found])
-        add_counts(counts, speaker.right(speaker.texts.described(_descriptions(speaker, found)), texts))
+        add_counts(counts, speaker.right(prefix, texts))
+        add_counts(counts, {"captions_true": true_captions(speaker, prefix, found)})
     return shares(counts)
+
+
+def true_captions(speaker: Speaker, prefix: Tensor, found: list[scenes.Scene]) -> tuple[int, int]:
+    """(true, all) greedy captions of these scenes."""
+    return sum(map(scenes.is_true, speaker.captions(prefix), found)), len(found)
 
 
 def greedy(model: Any, prefix: Tensor, first: int, tokenizer: Any, max_new_tokens: int = 30) -> list[str]:

@@ -9,12 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import Blip2QFormerModel
 
-from blip2_export import scenes
 from blip2_export.train.features import SceneFeatures
 from blip2_export.train.frozen import frozen
 from blip2_export.train.loop import Phase, fit
 from blip2_export.train.qformer import QFormer
-from blip2_export.train.speaker import Speaker
+from blip2_export.train.speaker import Speaker, true_captions
 from blip2_export.train.text import add_counts, answers_right, shares
 
 
@@ -79,12 +78,11 @@ def gate(model: Stage2, speaker: Speaker, held_out: SceneFeatures, n: int = 400)
     """Share of right texts per kind on held-out pictures (captions: of greedy ones that are true)."""
     rng = random.Random("stage 2 gate")
     counts: dict[str, tuple[int, int]] = {}
-    true = 0
     for start in range(0, n, 50):
         indices = list(range(start, start + 50))
         found = [held_out.scene(i) for i in indices]
         prefix = model.prefix(held_out.features(indices))
         batch = speaker.pack([speaker.texts_of(s, rng, 0, 6, True) for s in found])
         add_counts(counts, speaker.right(prefix, batch))
-        true += sum(scenes.is_true(w, s) for w, s in zip(speaker.captions(prefix), found, strict=True))
-    return {**shares(counts), "answers": round(answers_right(counts) or 0.0, 4), "captions_true": true / n}
+        add_counts(counts, {"captions_true": true_captions(speaker, prefix, found)})
+    return {**shares(counts), "answers": round(answers_right(counts) or 0.0, 4)}
