@@ -121,7 +121,10 @@ class _Both:
         rows = self._run("caption", "--prompt", prompt, *words(search), *map(str, self.paths))
         wanted = self._search(self.pixels, prompt, "", search)
         for i, (row, (found, at)) in enumerate(zip(rows, wanted, strict=True)):
-            self._note(row, found, at, f"{search} picture {i} {prompt!r}")
+            one = _Case(
+                ("caption", "--prompt", prompt), (str(self.paths[i]),), self.pixels[i : i + 1], prompt, "", search
+            )
+            self._note(row, found, at, one, f"{search} picture {i} {prompt!r}")
         return [found.tokens[at] for found, at in wanted]
 
     def answers(self, i: int, search: Search) -> None:
@@ -129,30 +132,69 @@ class _Both:
         rows = self._run("ask", *words(search), str(self.paths[i]), *QUESTIONS)
         for question, row in zip(QUESTIONS, rows, strict=True):
             prompt = self.reference.facts["prompts"]["ask"].format(question)
-            [(found, at)] = self._search(self.pixels[i : i + 1], prompt, question, search)
-            self._note(row, found, at, f"{search} picture {i} {question!r}")
+            pixels = self.pixels[i : i + 1]
+            [(found, at)] = self._search(pixels, prompt, question, search)
+            one = _Case(("ask",), (str(self.paths[i]), question), pixels, prompt, question, search)
+            self._note(row, found, at, one, f"{search} picture {i} {question!r}")
 
-    def _run(self, command: str, *more: str) -> list[dict[str, Any]]:
-        options = ("--json", "--model", str(self.bundle), "--max-new-tokens", str(self.max_new_tokens))
+    def _run(self, command: str, *more: str, n: int | None = None) -> list[dict[str, Any]]:
+        """`n`: new tokens, if not as many as usual."""
+        options = ("--json", "--model", str(self.bundle), "--max-new-tokens", str(n or self.max_new_tokens))
         return run_engine(self.engine, command, *options, *more)
 
-    def _search(self, pixels: np.ndarray, prompt: str, question: str, search: Search) -> list[tuple[Found, int]]:
-        """What the reference found, and each picture's row in it."""
+    def _search(
+        self, pixels: np.ndarray, prompt: str, question: str, search: Search, n: int | None = None
+    ) -> list[tuple[Found, int]]:
+        """What the reference found, and each picture's row in it. `n`: as for `_run`."""
         told = {key: value for key, value in search.items() if key != "bad_word"}
         if "bad_word" in search:
             told["bad_words_ids"] = self.reference.spellings(search["bad_word"])
         batches = [p[None] for p in pixels] if self.reference.mixes_pictures else [pixels]
         generate = self.reference.search
-        found = [generate(b, prompt, self.max_new_tokens, question, output_scores=True, **told) for b in batches]
+        limit = n or self.max_new_tokens
+        found = [generate(b, prompt, limit, question, output_scores=True, **told) for b in batches]
         return [(one, row) for one in found for row in range(len(one.tokens))]
 
-    def _note(self, row: dict[str, Any], wanted: Found, i: int, what: str) -> None:
+    def _note(self, row: dict[str, Any], wanted: Found, i: int, case: _Case, what: str) -> None:
         tokens = wanted.tokens[i]
         self.found.cases += 1
         self.found.written.add(tuple(tokens))
         if (row["tokens"], row["text"]) != (tokens, self.reference.text(tokens)):
-            kind = self.found.ties if _is_tie(row, wanted, i) else self.found.differences
+            tied = _is_tie(row, wanted, i, case.search) or self._parts_at_a_tie(case)
+            kind = self.found.ties if tied else self.found.differences
             kind.append(f"{what}: {row['tokens']}, reference {tokens}")
+
+    def _parts_at_a_tie(self, case: _Case) -> bool:
+        """Whether the reference's own scores leave open which beams to keep, at the first length where the two keep others.
+
+        What was kept there leads to quite other texts in the end.
+        """
+        search, n_beams = case.search, case.search.get("num_beams", 1)
+        if n_beams == 1:
+            return False
+        for n in range(search.get("min_new_tokens", 1), self.max_new_tokens + 1):
+            told = (*words(search), "--num-return", str(n_beams))
+            [row] = self._run(*case.command, *told, *case.items, n=n)
+            kept = [(c["tokens"], c["score"]) for c in row["candidates"]]
+            every = {**search, "num_return_sequences": n_beams}
+            wanted = self._search(case.pixels, case.prompt, case.question, every, n)[0][0]
+            if sorted(tokens for tokens, _ in kept) != sorted(wanted.tokens):
+                finals = map(float, wanted.given.sequences_scores)
+                pairs = list(zip(kept, wanted.tokens, finals, strict=True))
+                return all(_near(a, b, max(len(tokens), len(row)), search) for (row, a), tokens, b in pairs)
+        return False
+
+
+@dataclass(frozen=True)
+class _Case:
+    """One text: what is typed before the options of the search and behind them, and what the reference gets."""
+
+    command: tuple[str, ...]
+    items: tuple[str, ...]
+    pixels: np.ndarray
+    prompt: str
+    question: str
+    search: Search
 
 
 def words(search: Search) -> list[str]:
@@ -165,11 +207,16 @@ def words(search: Search) -> list[str]:
     return out
 
 
-def _is_tie(row: dict[str, Any], wanted: Found, i: int) -> bool:
+def _near(score: float, other: float, length: int, search: Search) -> bool:
+    """Whether the sums of log-probabilities behind two scores of beams tie. A score is a sum / length ^ penalty."""
+    return abs(score - other) * length ** search.get("length_penalty", 1.0) < _TIE
+
+
+def _is_tie(row: dict[str, Any], wanted: Found, i: int, search: Search) -> bool:
     """Whether the reference's own scores leave open which text is the better one, or which token where the two part."""
     finals = getattr(wanted.given, "sequences_scores", None)
     if finals is not None:
-        return abs(row["score"] - float(finals[i])) < _TIE
+        return _near(row["score"], float(finals[i]), max(len(row["tokens"]), len(wanted.tokens[i])), search)
     same = zip(row["tokens"], wanted.tokens[i], strict=False)
     parting = next((at for at, (a, b) in enumerate(same) if a != b), None)
     if parting is None:
