@@ -202,7 +202,7 @@ fn a_seed_draws_the_same_texts_alone_and_beside_others() {
 
 #[test]
 fn a_search_that_makes_no_sense_is_refused() {
-    let cases: [(&[&str], &str); 10] = [
+    let cases: [(&[&str], &str); 12] = [
         (&["--beams", "1", "--num-return", "2"], "greedy search writes one text"),
         (&["--beams", "2", "--num-return", "3"], "3 texts are wanted of 2 beams"),
         (&["--beams", "0"], "the number of beams must be at least 1"),
@@ -210,6 +210,8 @@ fn a_search_that_makes_no_sense_is_refused() {
         (&["--beams", "2", "--early-stopping", "soon"], "false, true and never are known"),
         (&["--repetition-penalty", "-1"], "repetition penalty is -1"),
         (&["--sample", "--temperature", "0"], "temperature is 0"),
+        (&["--sample", "--temperature", "-1"], "temperature is -1"),
+        (&["--sample", "--min-p", "-0.1"], "min-p is -0.1"),
         (&["--sample", "--top-p", "1.5"], "top-p is 1.5"),
         (&["--top-k", "5"], "--sample"),
         (&["--beams", "1", "--length-penalty", "0"], "are for beam search"),

@@ -235,19 +235,19 @@ pub(super) struct SearchArgs {
     #[arg(long)]
     pub sample: bool,
     /// Divides scores before drawing; below 1 sharpens
-    #[arg(long, value_name = "X", requires = "sample")]
+    #[arg(long, value_name = "X", requires = "sample", allow_negative_numbers = true)]
     pub temperature: Option<f32>,
     /// Draw from this many of the best tokens
     #[arg(long, value_name = "N", requires = "sample")]
     pub top_k: Option<usize>,
     /// Draw from the best tokens that together reach this probability
-    #[arg(long, value_name = "P", requires = "sample")]
+    #[arg(long, value_name = "P", requires = "sample", allow_negative_numbers = true)]
     pub top_p: Option<f32>,
     /// Draw from tokens with at least this share of the best one's probability
-    #[arg(long, value_name = "P", requires = "sample")]
+    #[arg(long, value_name = "P", requires = "sample", allow_negative_numbers = true)]
     pub min_p: Option<f32>,
     /// Draw from the tokens nearest to the expected information that together reach this probability
-    #[arg(long, value_name = "P", requires = "sample")]
+    #[arg(long, value_name = "P", requires = "sample", allow_negative_numbers = true)]
     pub typical_p: Option<f32>,
     /// The same seed draws the same texts
     #[arg(long, value_name = "N", default_value_t = 0, requires = "sample")]

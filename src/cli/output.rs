@@ -140,7 +140,9 @@ pub(super) fn look(engine: &mut Engine, path: &Path, input: &Input) -> Result<(P
 pub(super) fn warn_of_cut(engine: &Engine, text: &str) -> Result<(), Failure> {
     let n_cut = engine.n_cut(text)?;
     if n_cut > 0 {
-        eprintln!("blip2: a text is {n_cut} tokens longer than the Q-Former was trained on; the rest is not read: {text}");
+        let start: String = text.chars().take(60).collect();
+        let more = if start.len() < text.len() { "…" } else { "" };
+        eprintln!("blip2: a text is {n_cut} tokens longer than the Q-Former was trained on; the rest is not read: {start}{more}");
     }
     Ok(())
 }
