@@ -132,7 +132,9 @@ def test_every_phase_logs_its_losses(trained: Path) -> None:
         assert logged[-1]["step"] == 3 and names <= logged[-1].keys()
         assert all(math.isfinite(logged[-1][name]) for name in names)
     rows = [json.loads(r) for r in (trained / "work" / "language.jsonl").read_text().splitlines()]
-    assert {"colour", "shape", "size", "count", "where", "yes/no", "caption"} == set(rows[-1]["evaluation"])
+    assert {"colour", "shape", "size", "count", "where", "yes/no", "caption", "captions_true"} == set(
+        rows[-1]["evaluation"]
+    )
 
 
 def _regression(work: Path, steps: int, stop_after: int | None = None) -> nn.Linear:
