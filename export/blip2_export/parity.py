@@ -10,7 +10,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,9 +121,8 @@ class _Both:
         rows = self._run("caption", "--prompt", prompt, *words(search), *map(str, self.paths))
         wanted = self._search(self.pixels, prompt, "", search)
         for i, (row, (found, at)) in enumerate(zip(rows, wanted, strict=True)):
-            one = _Case(
-                ("caption", "--prompt", prompt), (str(self.paths[i]),), self.pixels[i : i + 1], prompt, "", search
-            )
+            typed = ("caption", "--prompt", prompt, str(self.paths[i]))
+            one = _Case(typed, self.pixels[i : i + 1], prompt, "", search)
             self._note(row, found, at, one, f"{search} picture {i} {prompt!r}")
         return [found.tokens[at] for found, at in wanted]
 
@@ -134,25 +133,21 @@ class _Both:
             prompt = self.reference.facts["prompts"]["ask"].format(question)
             pixels = self.pixels[i : i + 1]
             [(found, at)] = self._search(pixels, prompt, question, search)
-            one = _Case(("ask",), (str(self.paths[i]), question), pixels, prompt, question, search)
+            one = _Case(("ask", str(self.paths[i]), question), pixels, prompt, question, search)
             self._note(row, found, at, one, f"{search} picture {i} {question!r}")
 
-    def _run(self, command: str, *more: str, n: int | None = None) -> list[dict[str, Any]]:
-        """`n`: new tokens, if not as many as usual."""
-        options = ("--json", "--model", str(self.bundle), "--max-new-tokens", str(n or self.max_new_tokens))
+    def _run(self, command: str, *more: str) -> list[dict[str, Any]]:
+        options = ("--json", "--model", str(self.bundle), "--max-new-tokens", str(self.max_new_tokens))
         return run_engine(self.engine, command, *options, *more)
 
-    def _search(
-        self, pixels: np.ndarray, prompt: str, question: str, search: Search, n: int | None = None
-    ) -> list[tuple[Found, int]]:
-        """What the reference found, and each picture's row in it. `n`: as for `_run`."""
+    def _search(self, pixels: np.ndarray, prompt: str, question: str, search: Search) -> list[tuple[Found, int]]:
+        """What the reference found, and each picture's row in it."""
         told = {key: value for key, value in search.items() if key != "bad_word"}
         if "bad_word" in search:
             told["bad_words_ids"] = self.reference.spellings(search["bad_word"])
         batches = [p[None] for p in pixels] if self.reference.mixes_pictures else [pixels]
         generate = self.reference.search
-        limit = n or self.max_new_tokens
-        found = [generate(b, prompt, limit, question, output_scores=True, **told) for b in batches]
+        found = [generate(b, prompt, self.max_new_tokens, question, output_scores=True, **told) for b in batches]
         return [(one, row) for one in found for row in range(len(one.tokens))]
 
     def _note(self, row: dict[str, Any], wanted: Found, i: int, case: _Case, what: str) -> None:
@@ -165,32 +160,31 @@ class _Both:
             kind.append(f"{what}: {row['tokens']}, reference {tokens}")
 
     def _parts_at_a_tie(self, case: _Case) -> bool:
-        """Whether the reference's own scores leave open which beams to keep, at the first length where the two keep others.
+        """Whether scores leave open which beams to keep, at the first length where engine and reference keep others.
 
-        What was kept there leads to quite other texts in the end.
+        What is kept there leads to quite other texts in the end.
         """
         search, n_beams = case.search, case.search.get("num_beams", 1)
         if n_beams == 1:
             return False
+        every = {**search, "num_return_sequences": n_beams}
         for n in range(search.get("min_new_tokens", 1), self.max_new_tokens + 1):
-            told = (*words(search), "--num-return", str(n_beams))
-            [row] = self._run(*case.command, *told, *case.items, n=n)
+            so_far = replace(self, max_new_tokens=n)
+            [row] = so_far._run(*case.typed, *words(search), "--num-return", str(n_beams))
             kept = [(c["tokens"], c["score"]) for c in row["candidates"]]
-            every = {**search, "num_return_sequences": n_beams}
-            wanted = self._search(case.pixels, case.prompt, case.question, every, n)[0][0]
+            wanted = so_far._search(case.pixels, case.prompt, case.question, every)[0][0]
             if sorted(tokens for tokens, _ in kept) != sorted(wanted.tokens):
                 finals = map(float, wanted.given.sequences_scores)
-                pairs = list(zip(kept, wanted.tokens, finals, strict=True))
-                return all(_near(a, b, max(len(tokens), len(row)), search) for (row, a), tokens, b in pairs)
+                ranks = zip(kept, wanted.tokens, finals, strict=True)
+                return all(_near(a, b, max(len(one), len(other)), search) for (one, a), other, b in ranks)
         return False
 
 
 @dataclass(frozen=True)
 class _Case:
-    """One text: what is typed before the options of the search and behind them, and what the reference gets."""
+    """One text: what is typed for it, but for the options of the search, and what the reference gets."""
 
-    command: tuple[str, ...]
-    items: tuple[str, ...]
+    typed: tuple[str, ...]
     pixels: np.ndarray
     prompt: str
     question: str

@@ -211,7 +211,7 @@ def texts_of(
     return said
 
 
-def counts(share: float) -> tuple[int, int]:
+def _mixture(share: float) -> tuple[int, int]:
     """Captions and questions of a scene: lookup is learned on questions, and then put to use in captions."""
     return (1, 8) if share < 0.75 else (4, 6)
 
@@ -223,7 +223,7 @@ def pretrain(phase: Phase, tokenizer: PreTrainedTokenizerFast, batch_size: int =
     # T5 does not divide its scores: `q` holds the root of the head dimension, and a position bias of some units must move far at a
     # rate that suits weights of some hundredths.
     faster = {"relative_attention_bias.weight": 30.0, "Attention.q.weight": model.model.config.d_kv**-0.5}
-    speakers.pretrain(phase, speaker(model, Batcher(tokenizer)), batch_size, counts, faster)
+    speakers.pretrain(phase, speaker(model, Batcher(tokenizer)), batch_size, _mixture, faster)
     return model.model
 
 

@@ -63,19 +63,19 @@ def pretrain(
     phase: Phase,
     speaker: Speaker,
     batch_size: int,
-    counts: Callable[[float], tuple[int, int]],
+    mixture: Callable[[float], tuple[int, int]],
     faster: dict[str, float] | None = None,
 ) -> None:
     """Trains (or goes on training) the language model on text alone.
 
-    `counts`: how many captions and questions of a scene at this share of the training. `faster`: as `fit` takes it.
+    `mixture`: how many captions and questions of a scene at this share of the training. `faster`: as `fit` takes it.
     """
 
     def make_batch(step: int) -> tuple[Tensor, Any]:
         rng = random.Random(f"text {step}")
         share = step / phase.schedule.steps
         found = [_scene_to_read(rng, share) for _ in range(batch_size)]
-        rows = [speaker.texts_of(s, rng, *counts(share), rng.random() < 0.2) for s in found]
+        rows = [speaker.texts_of(s, rng, *mixture(share), rng.random() < 0.2) for s in found]
         return _descriptions(speaker, found), speaker.pack(rows)
 
     def losses(batch: tuple[Tensor, Any]) -> dict[str, Tensor]:
@@ -111,7 +111,7 @@ def gate(speaker: Speaker) -> dict[str, float]:
 
 def true_captions(speaker: Speaker, prefix: Tensor, found: list[scenes.Scene]) -> tuple[int, int]:
     """(true, all) greedy captions of these scenes."""
-    return sum(map(scenes.is_true, speaker.captions(prefix), found)), len(found)
+    return sum(scenes.is_true(w, s) for w, s in zip(speaker.captions(prefix), found, strict=True)), len(found)
 
 
 def greedy(model: Any, prefix: Tensor, first: int, tokenizer: Any, max_new_tokens: int = 30) -> list[str]:
