@@ -340,7 +340,7 @@ fn the_demo_bundle_gives_what_its_reference_gave() {
     assert!(text.contains("tokens") && text.contains("first_logits") && !text.contains("WRONG"), "{text}");
     assert_eq!(works(["verify", "models/demo-opt"]), text);
     let facts: Value = serde_json::from_str(&works(["inspect", "--json"])).unwrap();
-    assert_eq!(facts["format_version"], 1);
+    assert_eq!(facts["format_version"], 2);
     assert!(works(["inspect"]).contains("query tokens"));
 }
 
@@ -348,7 +348,7 @@ fn the_demo_bundle_gives_what_its_reference_gave() {
 fn a_bundle_that_contradicts_itself_says_where() {
     type Edit = fn(&mut Value);
     let cases: [(Edit, &str); 15] = [
-        (|f| f["format_version"] = json!(99), "bundle format version 99, this engine reads version 1"),
+        (|f| f["format_version"] = json!(99), "bundle format version 99, this engine reads version 2"),
         (|f| f["format_version"] = json!("new"), "bundle format version \"new\""),
         (|f| drop(f.as_object_mut().unwrap().remove("vision")), "missing field `vision`"),
         (|f| f["colour"] = json!("red"), "unknown field `colour`"),
@@ -380,7 +380,7 @@ fn a_bundle_with_missing_or_changed_files_says_which() {
     let scratch = Scratch::new();
     caption(&scratch.0.join("nothing"), "no bundle there");
 
-    std::fs::write(scratch.bundle(|_| ()).join("bundle.json"), "{\"format_version\": 1,").unwrap();
+    std::fs::write(scratch.bundle(|_| ()).join("bundle.json"), "{\"format_version\": 2,").unwrap();
     caption(&scratch.0.join("bundle"), "bundle.json is not valid: EOF");
 
     std::fs::remove_file(scratch.bundle(|_| ()).join("qformer.onnx")).unwrap();

@@ -20,7 +20,7 @@ from blip2_export import golden, language, lavis, processor, qformer, retrieval,
 from blip2_export.checkpoint import Checkpoint, CheckpointError
 from blip2_export.graph import OPSET, Graph, sha256
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _ONNXRUNTIME = "1.31"
 _BEAMS, _STAGE_1_BEAMS = 5, 3  # of the paper's evaluations (section 4) and of LAVIS' `blip2_qformer.py`
 

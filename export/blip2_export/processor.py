@@ -45,6 +45,7 @@ def image_facts(folder: Path | None, image_size: int, resized: bool = False) -> 
             raise CheckpointError(f"{folder}: the processor has {step} off, which is not supported")
     return {
         "size": image_size,
+        "alpha": "drop" if folder is None else "white",
         "mean": list(config.get("image_mean", (0.48145466, 0.4578275, 0.40821073))),
         "std": list(config.get("image_std", (0.26862954, 0.26130258, 0.27577711))),
         "rescale": config.get("rescale_factor", 1 / 255),

@@ -17,7 +17,7 @@ pub use error::BundleError;
 pub use facts::*;
 
 /// The bundle format that this engine reads.
-pub const FORMAT_VERSION: u64 = 1;
+pub const FORMAT_VERSION: u64 = 2;
 
 const FACTS: &str = "bundle.json";
 

@@ -28,12 +28,20 @@ pub struct Picture {
     pub rgb: Vec<u8>,
 }
 
-/// How a bundle wants its pixels: `(resize(rgb) × rescale − mean) / std`.
+/// How a bundle wants its pixels: `(crop(resize(rgb)) × rescale − mean) / std`.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Preprocess {
     /// Side of the square that the image encoder takes.
     pub size: u32,
+    /// What becomes of transparency.
+    pub alpha: Alpha,
+    /// What a picture is resized to; absent: `size` × `size`, whatever its shape.
+    #[serde(default)]
+    pub resize: ResizeTo,
+    /// Whether the middle of the resized picture, `size` × `size`, is cut out; what lies beyond its edges is black.
+    #[serde(default)]
+    pub center_crop: bool,
     /// Mean of each channel.
     pub mean: [f32; 3],
     /// Standard deviation of each channel.
@@ -42,6 +50,36 @@ pub struct Preprocess {
     pub rescale: f64,
     /// Resampling filter.
     pub resample: Resample,
+}
+
+/// What becomes of transparency.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+pub enum Alpha {
+    /// The picture lies over white, as `transformers` 5 has it.
+    White,
+    /// Colours count as they are stored, as LAVIS and `transformers` 4 have it.
+    Drop,
+}
+
+/// What a picture is resized to before the middle may be cut out.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "snake_case")]
+pub enum ResizeTo {
+    /// The square that the image encoder takes, whatever the picture's shape.
+    #[default]
+    Square,
+    /// These sides, whatever the picture's shape.
+    Exact {
+        /// Columns.
+        width: u32,
+        /// Rows.
+        height: u32,
+    },
+    /// The shorter side becomes this long, the shape stays.
+    ShortestEdge(u32),
+    /// Nothing: the picture stays as it is.
+    Keep,
 }
 
 /// Pillow's convolution filters.
