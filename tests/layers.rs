@@ -17,7 +17,7 @@ const DOORS: [(&str, &str); 9] = [
     ("half", "runtime"),
     ("image", "pixels"),
     ("mozjpeg", "pixels"),
-    ("png", "pixels"),
+    ("weezl", "pixels"),
     ("flate2", "pixels"),
     ("tokenizers", "text"),
     ("clap", "cli"),

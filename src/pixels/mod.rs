@@ -4,13 +4,16 @@
 //! high byte, 16-bit greys above 255 are white, transparency is kept beside the colours. Resizing is Pillow's, bit for bit.
 
 mod alpha;
+mod bmp;
 mod gif;
 mod jpeg;
 mod orientation;
 mod png;
+mod pnm;
 mod preprocess;
 mod resize;
 mod warning;
+mod webp;
 
 use std::fs::File;
 use std::io::{Cursor, Read};
@@ -156,24 +159,24 @@ impl Picture {
             return Err(PixelsError::TooManyBytes { found: bytes.len() as u64, limit: limits.max_bytes });
         }
         let mut reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format().map_err(PixelsError::Io)?;
-        let Some(format) = reader.format() else { return Err(PixelsError::NotAPicture) };
+        let Some(format) = reader.format() else { return pnm::decode(bytes, limits) };
         match format {
-            ImageFormat::Png => return png::decode(bytes, limits),
+            ImageFormat::Bmp => return bmp::decode(bytes, limits),
             ImageFormat::Gif => return gif::decode(bytes, limits),
+            ImageFormat::Jpeg => return jpeg::decode(bytes, limits),
+            ImageFormat::Png => return png::decode(bytes, limits),
+            ImageFormat::Pnm => return pnm::decode(bytes, limits),
+            ImageFormat::WebP => return webp::decode(bytes, limits),
             _ => {}
         }
         let mut allocations = image::Limits::default();
         allocations.max_alloc = Some(limits.max_pixels.saturating_mul(16));
         reader.limits(allocations);
-        let mut decoder = reader.into_decoder().map_err(undecodable)?;
+        let decoder = reader.into_decoder().map_err(undecodable)?;
         let (width, height) = decoder.dimensions();
         limits.check(width, height)?;
-        let turn = decoder.orientation().map_or(1, |turn| turn.to_exif());
-        let decoded = match format {
-            ImageFormat::Jpeg => DynamicImage::from(jpeg::decode(bytes)?),
-            _ => DynamicImage::from_decoder(decoder).map_err(|error| PixelsError::Damaged(error.into()))?,
-        };
-        Ok(rgb(decoded).turned(turn))
+        let decoded = DynamicImage::from_decoder(decoder).map_err(|error| PixelsError::Damaged(error.into()))?;
+        Ok(rgb(decoded).turned(orientation::of_tiff(bytes)))
     }
 }
 
