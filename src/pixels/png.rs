@@ -159,7 +159,6 @@ impl<'a> Chunks<'a> {
                 }
             }
         }
-        rows.finish()?;
         picture.alpha = alpha;
         picture.warnings.extend(rows.ended_early.then_some(PictureWarning::RowsMissing));
         Ok(picture)
@@ -231,11 +230,6 @@ impl Rows {
             return Err(damaged("rows are missing"));
         }
         Ok(Some(&self.row[1..]))
-    }
-
-    /// Looks at the sum where the data reaches it.
-    fn finish(&mut self) -> Result<(), PixelsError> {
-        if self.ended_early { Ok(()) } else { self.inflate(&mut [0]).map(|_| ()) }
     }
 
     /// How many bytes came, and whether the data says that no more will.
