@@ -118,8 +118,12 @@ pub enum PixelsError {
 }
 
 impl Picture {
-    /// An opaque picture of `width × height × 3` bytes.
+    /// An opaque picture.
+    ///
+    /// # Panics
+    /// If these are not `width × height × 3` bytes.
     pub fn from_rgb(width: u32, height: u32, rgb: Vec<u8>) -> Self {
+        assert_eq!(rgb.len() as u64, u64::from(width) * u64::from(height) * 3, "three bytes a pixel");
         Self { width, height, rgb, alpha: None, warnings: Vec::new() }
     }
 
@@ -158,17 +162,20 @@ impl Picture {
         if bytes.len() as u64 > limits.max_bytes {
             return Err(PixelsError::TooManyBytes { found: bytes.len() as u64, limit: limits.max_bytes });
         }
-        let mut reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format().map_err(PixelsError::Io)?;
-        let Some(format) = reader.format() else { return pnm::decode(bytes, limits) };
-        match format {
-            ImageFormat::Bmp => return bmp::decode(bytes, limits),
-            ImageFormat::Gif => return gif::decode(bytes, limits),
-            ImageFormat::Jpeg => return jpeg::decode(bytes, limits),
-            ImageFormat::Png => return png::decode(bytes, limits),
-            ImageFormat::Pnm => return pnm::decode(bytes, limits),
-            ImageFormat::WebP => return webp::decode(bytes, limits),
-            _ => {}
+        let reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format().map_err(PixelsError::Io)?;
+        match reader.format() {
+            Some(ImageFormat::Bmp) => bmp::decode(bytes, limits),
+            Some(ImageFormat::Gif) => gif::decode(bytes, limits),
+            Some(ImageFormat::Jpeg) => jpeg::decode(bytes, limits),
+            Some(ImageFormat::Png) => png::decode(bytes, limits),
+            Some(ImageFormat::Tiff) => Self::decode_tiff(bytes, limits),
+            Some(ImageFormat::WebP) => webp::decode(bytes, limits),
+            _ => pnm::decode(bytes, limits),
         }
+    }
+
+    fn decode_tiff(bytes: &[u8], limits: &Limits) -> Result<Self, PixelsError> {
+        let mut reader = ImageReader::with_format(Cursor::new(bytes), ImageFormat::Tiff);
         let mut allocations = image::Limits::default();
         allocations.max_alloc = Some(limits.max_pixels.saturating_mul(16));
         reader.limits(allocations);

@@ -403,7 +403,7 @@ fn unhexed(profile: &[u8]) -> Option<Vec<u8>> {
     let digits: Vec<u8> =
         profile.split(|byte| *byte == b'\n').skip(3).flatten().copied().filter(|b| !b.is_ascii_whitespace()).collect();
     let pairs = digits.chunks(2).map(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok());
-    if digits.len() % 2 == 0 { pairs.collect() } else { None }
+    if digits.len().is_multiple_of(2) { pairs.collect() } else { None }
 }
 
 fn damaged(reason: &str) -> PixelsError {
