@@ -3,8 +3,12 @@
 //! Decoding gives what Pillow's `convert("RGB")` gives after EXIF orientation is applied: alpha is dropped, palettes are expanded,
 //! 16-bit colours keep their high byte, 16-bit greys above 255 are white. Resizing is Pillow's, bit for bit.
 
+mod foreign;
+mod guard;
 mod jpeg;
+mod limits;
 mod resize;
+mod tiff;
 
 use std::fs::File;
 use std::io::{Cursor, Read};
@@ -15,6 +19,7 @@ use image::{DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader};
 use ndarray::Array4;
 use serde::Deserialize;
 
+pub use limits::Limits;
 pub use resize::resize;
 
 /// A decoded picture: 8-bit RGB, row by row, three bytes a pixel.
@@ -94,45 +99,51 @@ pub enum Resample {
     Lanczos,
 }
 
-/// What is refused before any decoding.
-#[derive(Clone, Copy, Debug)]
-pub struct Limits {
-    /// Largest file.
-    pub max_bytes: u64,
-    /// Largest `width × height`.
-    pub max_pixels: u64,
-}
-
-impl Default for Limits {
-    /// 64 MiB, and the number of pixels at which Pillow warns of a decompression bomb.
-    fn default() -> Self {
-        Self { max_bytes: 64 << 20, max_pixels: 89_478_485 }
-    }
-}
-
 /// Why a picture cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum PixelsError {
     /// The file cannot be opened or read.
     #[error("cannot be read")]
     Io(#[source] std::io::Error),
-    /// A folder or a device.
-    #[error("is not a file")]
+    /// A folder.
+    #[error("is a folder, not a file")]
     NotAFile,
     /// No bytes at all.
     #[error("is empty")]
     Empty,
-    /// More bytes than allowed.
-    #[error("has {found} bytes, more than the {limit} allowed")]
+    /// More bytes than allowed; of a pipe no more than one of these is read.
+    #[error("has more than the {limit} bytes allowed")]
     TooManyBytes {
-        /// Size of the file.
-        found: u64,
         /// The limit in force.
         limit: u64,
     },
     /// The content is of no known image format.
     #[error("is not a picture in a known format (JPEG, PNG, GIF, WebP, BMP, TIFF, PNM)")]
     NotAPicture,
+    /// A format that is known and not read; its name with an article.
+    #[error("is {0}, which is not supported; convert it to JPEG or PNG")]
+    Foreign(&'static str),
+    /// A TIFF file of a kind that is not read, and what is odd about it.
+    #[error("TIFF of this kind ({0}) is not supported; convert it to PNG")]
+    UnsupportedTiff(String),
+    /// The header declares no columns or no rows.
+    #[error("is {width}×{height}, without any pixel")]
+    NoPixels {
+        /// Declared columns.
+        width: u32,
+        /// Declared rows.
+        height: u32,
+    },
+    /// The header declares a side that is too long.
+    #[error("is {width}×{height}, a side of it longer than the {limit} pixels allowed")]
+    TooLong {
+        /// Declared columns.
+        width: u32,
+        /// Declared rows.
+        height: u32,
+        /// The limit in force.
+        limit: u32,
+    },
     /// The header declares too many pixels.
     #[error("is {width}×{height}, more than the {limit} pixels allowed")]
     TooManyPixels {
@@ -149,10 +160,10 @@ pub enum PixelsError {
 }
 
 impl Picture {
-    /// Opens and decodes a file; the format is told from its content.
+    /// Opens and decodes a file, a pipe or a device; the format is told from its content.
     pub fn open(path: &Path, limits: &Limits) -> Result<Self, PixelsError> {
         let metadata = std::fs::metadata(path).map_err(PixelsError::Io)?;
-        if !metadata.is_file() {
+        if metadata.is_dir() {
             return Err(PixelsError::NotAFile);
         }
         let file = File::open(path).map_err(PixelsError::Io)?;
@@ -162,7 +173,7 @@ impl Picture {
     /// Reads to the end, never more than the limit, and decodes.
     pub fn read(reader: impl Read, limits: &Limits) -> Result<Self, PixelsError> {
         let mut bytes = Vec::new();
-        reader.take(limits.max_bytes + 1).read_to_end(&mut bytes).map_err(PixelsError::Io)?;
+        reader.take(limits.max_bytes.saturating_add(1)).read_to_end(&mut bytes).map_err(PixelsError::Io)?;
         Self::decode(&bytes, limits)
     }
 
@@ -172,11 +183,22 @@ impl Picture {
             return Err(PixelsError::Empty);
         }
         if bytes.len() as u64 > limits.max_bytes {
-            return Err(PixelsError::TooManyBytes { found: bytes.len() as u64, limit: limits.max_bytes });
+            return Err(PixelsError::TooManyBytes { limit: limits.max_bytes });
         }
+        guard::contained(|| Self::decode_known(bytes, limits))
+    }
+
+    fn decode_known(bytes: &[u8], limits: &Limits) -> Result<Self, PixelsError> {
         let mut reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format().map_err(PixelsError::Io)?;
-        if reader.format().is_none() {
-            return Err(PixelsError::NotAPicture);
+        if tiff::is_tiff(bytes) {
+            let tiff::Decoded { width, height, rgb, orientation, .. } = tiff::decode(bytes, limits)?;
+            let turn = orientation.and_then(|turn| Orientation::from_exif(turn as u8)).unwrap_or(Orientation::NoTransforms);
+            let mut turned = image::RgbImage::from_raw(width, height, rgb).map(DynamicImage::from).ok_or(PixelsError::NotAPicture)?;
+            turned.apply_orientation(turn);
+            return Ok(self::rgb(turned));
+        }
+        if reader.format().is_none_or(|format| !READ.contains(&format)) {
+            return Err(foreign::name(bytes).map_or(PixelsError::NotAPicture, PixelsError::Foreign));
         }
         let mut allocations = image::Limits::default();
         allocations.max_alloc = Some(limits.max_pixels.saturating_mul(16));
@@ -184,9 +206,7 @@ impl Picture {
         let format = reader.format();
         let mut decoder = reader.into_decoder().map_err(undecodable)?;
         let (width, height) = decoder.dimensions();
-        if u64::from(width) * u64::from(height) > limits.max_pixels {
-            return Err(PixelsError::TooManyPixels { width, height, limit: limits.max_pixels });
-        }
+        limits.check(width, height)?;
         let turn = decoder.orientation().unwrap_or(Orientation::NoTransforms);
         let mut decoded = match format {
             Some(ImageFormat::Jpeg) => DynamicImage::from(jpeg::decode(bytes)?),
@@ -196,6 +216,9 @@ impl Picture {
         Ok(rgb(decoded))
     }
 }
+
+const READ: [ImageFormat; 6] =
+    [ImageFormat::Jpeg, ImageFormat::Png, ImageFormat::Gif, ImageFormat::WebP, ImageFormat::Bmp, ImageFormat::Pnm];
 
 fn undecodable(error: ImageError) -> PixelsError {
     match error {

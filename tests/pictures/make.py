@@ -12,6 +12,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import tiffs
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 HERE = Path(__file__).parent
@@ -101,6 +102,7 @@ def main() -> None:
     small.convert("CMYK").save(HERE / "tiff_cmyk.tiff")
     with_alpha(small).save(HERE / "tiff_rgba.tiff")
     sixteen_bit(small).save(HERE / "tiff_grey16.tiff")
+    tiffs.draw(HERE, small, other)
     small.save(HERE / "pnm_rgb.ppm")
     small.convert("L").save(HERE / "pnm_grey.pgm")
     small.convert("1").save(HERE / "pnm_1bit.pbm")
