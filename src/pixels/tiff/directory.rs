@@ -104,10 +104,11 @@ impl<'a> Field<'a> {
         (0..field.len()).filter_map(move |index| field.number(index))
     }
 
-    /// Fractions and floats; whole numbers too.
+    /// Whole numbers, fractions and floats; nothing of bytes and texts.
     pub fn real(&self, index: usize) -> Option<f32> {
         let slice = self.item(index)?;
         Some(match self.kind {
+            1 | 2 | 7 => return None,
             5 => {
                 let (over, under) = slice.split_at(4);
                 (self.source.value(over) as f64 / self.source.value(under) as f64) as f32

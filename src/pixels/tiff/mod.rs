@@ -14,23 +14,10 @@ mod jpeg;
 mod layout;
 mod samples;
 
-use super::{Limits, PixelsError};
+use super::orientation::Metadata;
+use super::{Limits, Picture, PixelsError};
 use directory::Directory;
 use layout::Layout;
-
-/// What a file holds, before it is turned.
-pub struct Decoded {
-    pub width: u32,
-    pub height: u32,
-    /// Three bytes a pixel.
-    pub rgb: Vec<u8>,
-    /// One byte a pixel.
-    pub alpha: Option<Vec<u8>>,
-    /// As in EXIF.
-    pub orientation: Option<u16>,
-    /// The XMP packet.
-    pub xmp: Option<Vec<u8>>,
-}
 
 /// Why a TIFF file cannot be read.
 #[derive(Debug, thiserror::Error)]
@@ -65,15 +52,22 @@ pub fn is_tiff(bytes: &[u8]) -> bool {
 }
 
 /// Decodes the first page.
-pub fn decode(bytes: &[u8], limits: &Limits) -> Result<Decoded, PixelsError> {
+pub fn decode(bytes: &[u8], limits: &Limits) -> Result<Picture, PixelsError> {
     let directory = Directory::read(bytes)?;
     let layout = Layout::read(&directory)?;
     limits.check(layout.width, layout.height)?;
     let canvas = chunks::read(&directory, &layout)?;
     let (rgb, alpha) = colour::convert(canvas, &layout, &directory)?;
-    let xmp = directory.get(XMP).map(|field| field.bytes().to_vec());
-    let orientation = directory.number(ORIENTATION).map(|turn| turn.min(u64::from(u16::MAX)) as u16);
-    Ok(Decoded { width: layout.width, height: layout.height, rgb, alpha, orientation, xmp })
+    Ok(Picture { alpha, ..Picture::from_rgb(layout.width, layout.height, rgb) }.turned(orientation(&directory)))
+}
+
+/// The tag, as any kind of number, or what XMP says where there is none.
+fn orientation(directory: &Directory<'_>) -> u8 {
+    let Some(stored) = directory.get(ORIENTATION).and_then(|field| field.real(0)) else {
+        let xmp = directory.get(XMP).map(|field| field.bytes().to_vec());
+        return Metadata { exif: None, xmp }.orientation();
+    };
+    (2..=8).find(|known| f32::from(*known) == stored).unwrap_or(1)
 }
 
 const ORIENTATION: u16 = 274;
