@@ -85,7 +85,7 @@ def oriented(k: int) -> Image.Exif:
 
 
 def main() -> None:
-    for old in [p for p in HERE.iterdir() if p.suffix != ".py"]:
+    for old in [p for p in HERE.iterdir() if p.is_file() and p.suffix != ".py"]:
         old.unlink()
     small, other = photo(45, 37, 1), photo(45, 37, 2)
     photo(320, 240, 3).save(HERE / "photo.jpg", quality=90)
@@ -144,7 +144,7 @@ def main() -> None:
         sixteen_bit_png(HERE / f"png_{name}16.png", channels, colour)
     transparent(small)
     for path in sorted(HERE.iterdir()):
-        if path.suffix != ".py":
+        if path.is_file() and path.suffix != ".py":
             expected(path)
     (HERE / "square.json").write_text(json.dumps({key: facts for key, (facts, _) in SQUARES.items()}, indent=1) + "\n")
 
