@@ -17,7 +17,7 @@ const DOORS: [(&str, &str); 14] = [
     ("half", "runtime"),
     ("image", "pixels"),
     ("mozjpeg", "pixels"),
-    ("png", "pixels"),
+    ("weezl", "pixels"),
     ("flate2", "pixels"),
     ("weezl", "pixels"),
     ("fax", "pixels"),

@@ -129,8 +129,9 @@ fn resizing_equals_pillow_in_every_byte() {
 
 #[test]
 fn pictures_that_are_cut_off_are_refused() {
-    // Half of an animation still holds its first frame.
-    for path in inputs().into_iter().filter(|path| !path.to_str().unwrap().contains("animated")) {
+    // Half of an animation still holds its first frame, and half of a TIFF file its first page.
+    let has_one_picture = |path: &PathBuf| !["animated", "pages"].iter().any(|many| path.to_str().unwrap().contains(many));
+    for path in inputs().into_iter().filter(has_one_picture) {
         let whole = std::fs::read(&path).unwrap();
         let half = Picture::decode(&whole[..whole.len() / 2], &Limits::default());
         assert!(half.is_err(), "{}", path.display());

@@ -40,7 +40,10 @@ impl Frame {
         let mut rest = Reader(bytes.get(6..)?);
         let (screen, flags) = ([rest.u16()?, rest.u16()?], rest.byte()?);
         rest.take(2)?;
-        let mut palette = if flags & 0x80 > 0 { colours(rest.take(6 << (flags & 7))?) } else { greys() };
+        let mut palette = greys();
+        if flags & 0x80 > 0 {
+            palette = colours(rest.take(6 << (flags & 7))?).unwrap_or(palette);
+        }
         let mut transparent = None;
         loop {
             match rest.byte()? {
@@ -58,7 +61,7 @@ impl Frame {
         }
         let (at, size, flags) = ([rest.u16()?, rest.u16()?], [rest.u16()?, rest.u16()?], rest.byte()?);
         if flags & 0x80 > 0 {
-            palette = colours(rest.take(6 << (flags & 7))?);
+            palette = colours(rest.take(6 << (flags & 7))?).unwrap_or(palette);
         }
         let (interlaced, code_size) = (flags & 0x40 > 0, rest.byte()?);
         let (mut data, mut ended) = (Vec::new(), !rest.0.is_empty());
@@ -105,13 +108,12 @@ impl Frame {
     }
 }
 
-/// A palette that says what its indices say is none: what lies beyond its end is grey, not black.
-fn colours(palette: &[u8]) -> Box<[[u8; 3]; 256]> {
+/// Nothing where a palette only says what its indices say: Pillow passes over such a one. What lies beyond the end of another is black.
+fn colours(palette: &[u8]) -> Option<Box<[[u8; 3]; 256]>> {
     let mut found = Box::new([[0; 3]; 256]);
     let stored = palette.as_chunks::<3>().0;
     found[..stored.len()].copy_from_slice(stored);
-    let greys = greys();
-    if stored == &greys[..stored.len()] { greys } else { found }
+    (stored != &greys()[..stored.len()]).then_some(found)
 }
 
 fn greys() -> Box<[[u8; 3]; 256]> {

@@ -4,6 +4,7 @@
 //! high byte, 16-bit greys above 255 are white, transparency is kept beside the colours. Resizing is Pillow's, bit for bit.
 
 mod alpha;
+mod bmp;
 mod foreign;
 mod gif;
 mod guard;
@@ -11,16 +12,18 @@ mod jpeg;
 mod limits;
 mod orientation;
 mod png;
+mod pnm;
 mod preprocess;
 mod resize;
 mod tiff;
 mod warning;
+mod webp;
 
 use std::fs::File;
-use std::io::{Cursor, Read};
+use std::io::Read;
 use std::path::Path;
 
-use image::{DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader};
+use image::{DynamicImage, ImageFormat};
 
 pub use alpha::Alpha;
 pub use limits::Limits;
@@ -164,37 +167,15 @@ impl Picture {
         if tiff::is_tiff(bytes) {
             return tiff::decode(bytes, limits);
         }
-        let mut reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format().map_err(PixelsError::Io)?;
-        let Some(format) = reader.format().filter(|format| READ.contains(format)) else {
-            return Err(foreign::name(bytes).map_or(PixelsError::NotAPicture, PixelsError::Foreign));
-        };
-        match format {
-            ImageFormat::Png => return png::decode(bytes, limits),
-            ImageFormat::Gif => return gif::decode(bytes, limits),
-            _ => {}
+        match image::guess_format(bytes) {
+            Ok(ImageFormat::Bmp) => bmp::decode(bytes, limits),
+            Ok(ImageFormat::Gif) => gif::decode(bytes, limits),
+            Ok(ImageFormat::Jpeg) => jpeg::decode(bytes, limits),
+            Ok(ImageFormat::Png) => png::decode(bytes, limits),
+            Ok(ImageFormat::Pnm) => pnm::decode(bytes, limits),
+            Ok(ImageFormat::WebP) => webp::decode(bytes, limits),
+            _ => foreign::name(bytes).map_or_else(|| pnm::decode(bytes, limits), |name| Err(PixelsError::Foreign(name))),
         }
-        let mut allocations = image::Limits::default();
-        allocations.max_alloc = Some(limits.max_pixels.saturating_mul(16));
-        reader.limits(allocations);
-        let mut decoder = reader.into_decoder().map_err(undecodable)?;
-        let (width, height) = decoder.dimensions();
-        limits.check(width, height)?;
-        let turn = decoder.orientation().map_or(1, |turn| turn.to_exif());
-        let decoded = match format {
-            ImageFormat::Jpeg => DynamicImage::from(jpeg::decode(bytes)?),
-            _ => DynamicImage::from_decoder(decoder).map_err(|error| PixelsError::Damaged(error.into()))?,
-        };
-        Ok(rgb(decoded).turned(turn))
-    }
-}
-
-const READ: [ImageFormat; 6] =
-    [ImageFormat::Jpeg, ImageFormat::Png, ImageFormat::Gif, ImageFormat::WebP, ImageFormat::Bmp, ImageFormat::Pnm];
-
-fn undecodable(error: ImageError) -> PixelsError {
-    match error {
-        ImageError::Unsupported(_) => PixelsError::NotAPicture,
-        other => PixelsError::Damaged(other.into()),
     }
 }
 

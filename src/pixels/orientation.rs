@@ -2,7 +2,7 @@
 
 use super::Picture;
 
-const ORIENTATION: u16 = 274;
+const ORIENTATION: u64 = 274;
 
 /// What a file says beside its pixels.
 #[derive(Debug, Default)]
@@ -16,45 +16,20 @@ impl Metadata {
     /// 1 to 8; 1, upright, where nothing is said or another value.
     pub fn orientation(&self) -> u8 {
         let stored = self.exif.as_deref().and_then(stored_in_exif);
-        let said = stored.or_else(|| self.xmp.as_deref().and_then(stored_in_xmp)).unwrap_or(1.0);
-        (2..=8u8).find(|known| f64::from(*known) == said).unwrap_or(1)
+        upright_or(stored.or_else(|| self.xmp.as_deref().and_then(stored_in_xmp)))
     }
 }
 
-/// The value as a number, whatever its type. The first usable entry counts, and of several values the first.
+fn upright_or(said: Option<f64>) -> u8 {
+    (2..=8u8).find(|known| said == Some(f64::from(*known))).unwrap_or(1)
+}
+
+/// The value as a number, whatever its type; of several values the first.
 fn stored_in_exif(exif: &[u8]) -> Option<f64> {
-    let mut tiff = exif;
-    for _ in 0..2 {
-        tiff = tiff.strip_prefix(b"Exif\0\0").unwrap_or(tiff);
-    }
-    let big_endian = match tiff.first_chunk::<4>()? {
-        b"MM\0*" | b"MM*\0" => true,
-        b"II*\0" | b"II\0*" => false,
-        _ => return None,
-    };
-    let tiff = Tiff { bytes: tiff, big_endian };
-    let directory = tiff.number::<4>(4)? as usize;
-    let mut read = 0;
-    for entry in 0..tiff.number::<2>(directory)? as usize {
-        let at = directory.checked_add(2 + 12 * entry)?;
-        let [tag, kind, count] = [tiff.number::<2>(at)?, tiff.number::<2>(at + 2)?, tiff.number::<4>(at + 4)?];
-        tiff.number::<4>(at + 8)?;
-        let Some(size) = size_of(kind).map(|size| size.saturating_mul(count)) else { continue };
-        let mut value = at + 8;
-        if size > 4 {
-            read += size;
-            if read > tiff.bytes.len() as u64 {
-                continue;
-            }
-            value = tiff.number::<4>(at + 8)? as usize;
-            // Pillow reads no further where a value lies outside.
-            tiff.bytes.get(value..)?.get(..size as usize)?;
-        }
-        if tag == u64::from(ORIENTATION) && size > 0 {
-            return tiff.value(kind, value);
-        }
-    }
-    None
+    let bare = |exif| <[u8]>::strip_prefix(exif, b"Exif\0\0").unwrap_or(exif);
+    let tiff = Tiff::new(bare(bare(exif)))?;
+    let (kind, value) = tiff.entry(ORIENTATION)?;
+    tiff.value(kind, value)
 }
 
 fn size_of(kind: u64) -> Option<u64> {
@@ -72,31 +47,62 @@ struct Tiff<'a> {
     big_endian: bool,
 }
 
-impl Tiff<'_> {
-    /// Integer of `N` bytes.
-    fn number<const N: usize>(&self, at: usize) -> Option<u64> {
-        let bytes = self.bytes.get(at..)?.first_chunk::<N>()?;
-        let join = |whole, byte: &u8| whole << 8 | u64::from(*byte);
-        Some(if self.big_endian { bytes.iter().fold(0, join) } else { bytes.iter().rev().fold(0, join) })
+impl<'a> Tiff<'a> {
+    fn new(bytes: &'a [u8]) -> Option<Self> {
+        match bytes.first_chunk::<4>()? {
+            b"MM\0*" | b"MM*\0" => Some(Self { bytes, big_endian: true }),
+            b"II*\0" | b"II\0*" => Some(Self { bytes, big_endian: false }),
+            _ => None,
+        }
+    }
+
+    /// Type and value of the first usable entry of the first directory. Pillow reads no further where a value lies outside.
+    fn entry(&self, wanted: u64) -> Option<(u64, &'a [u8])> {
+        let directory = number(self.big_endian, self.bytes.get(4..8)?) as usize;
+        let short = |at: usize| Some(number(self.big_endian, self.bytes.get(at..)?.get(..2)?));
+        let long = |at: usize| Some(number(self.big_endian, self.bytes.get(at..)?.get(..4)?));
+        let mut n_read = 0;
+        for at in (0..short(directory)? as usize).map(|entry| directory.saturating_add(2 + 12 * entry)) {
+            let (tag, kind, count, place) = (short(at)?, short(at + 2)?, long(at + 4)?, long(at + 8)? as usize);
+            let Some(size) = size_of(kind).map(|size| size * count) else { continue };
+            let mut value = self.bytes.get(at + 8..)?.get(..4.min(size as usize))?;
+            if size > 4 {
+                n_read += size;
+                if n_read > self.bytes.len() as u64 {
+                    continue;
+                }
+                value = self.bytes.get(place..)?.get(..size as usize)?;
+            }
+            if tag == wanted && size > 0 {
+                return Some((kind, value));
+            }
+        }
+        None
     }
 
     /// Bytes and texts are no numbers, even where they hold one.
-    fn value(&self, kind: u64, at: usize) -> Option<f64> {
-        let signed = |at| Some(f64::from(self.number::<4>(at)? as u32 as i32));
-        match kind {
-            3 => Some(self.number::<2>(at)? as f64),
-            4 | 13 => Some(self.number::<4>(at)? as f64),
-            5 => Some(self.number::<4>(at)? as f64 / self.number::<4>(at + 4)? as f64),
-            6 => Some(f64::from(self.number::<1>(at)? as u8 as i8)),
-            8 => Some(f64::from(self.number::<2>(at)? as u16 as i16)),
-            9 => signed(at),
-            10 => Some(signed(at)? / signed(at + 4)?),
-            11 => Some(f64::from(f32::from_bits(self.number::<4>(at)? as u32))),
-            12 => Some(f64::from_bits(self.number::<8>(at)?)),
-            16 => Some(self.number::<8>(at)? as f64),
-            _ => Some(f64::NAN),
-        }
+    fn value(&self, kind: u64, value: &[u8]) -> Option<f64> {
+        let unsigned = |range: std::ops::Range<usize>| Some(number(self.big_endian, value.get(range)?));
+        let signed = |range| Some(f64::from(unsigned(range)? as u32 as i32));
+        Some(match kind {
+            3 => unsigned(0..2)? as f64,
+            4 | 13 => unsigned(0..4)? as f64,
+            5 => unsigned(0..4)? as f64 / unsigned(4..8)? as f64,
+            6 => f64::from(unsigned(0..1)? as u8 as i8),
+            8 => f64::from(unsigned(0..2)? as u16 as i16),
+            9 => signed(0..4)?,
+            10 => signed(0..4)? / signed(4..8)?,
+            11 => f64::from(f32::from_bits(unsigned(0..4)? as u32)),
+            12 => f64::from_bits(unsigned(0..8)?),
+            16 => unsigned(0..8)? as f64,
+            _ => f64::NAN,
+        })
     }
+}
+
+fn number(big_endian: bool, bytes: &[u8]) -> u64 {
+    let join = |whole, byte: &u8| whole << 8 | u64::from(*byte);
+    if big_endian { bytes.iter().fold(0, join) } else { bytes.iter().rev().fold(0, join) }
 }
 
 /// As an attribute or as an element.

@@ -1,10 +1,9 @@
-//! PNG. The chunks are read as Pillow reads them, which decides what is transparent, what is forgiven and which way is up; the `png` crate
-//! gets the pixels alone.
+//! PNG, read as Pillow reads it, which decides what is transparent, what is forgiven and which way is up.
 
-use std::io::{Cursor, Read};
+use std::io::Read;
 
 use flate2::read::ZlibDecoder;
-use png::{DecodeOptions, Decoder, DecodingError};
+use flate2::{Decompress, FlushDecompress, Status};
 
 use super::orientation::Metadata;
 use super::{Limits, Picture, PictureWarning, PixelsError};
@@ -17,7 +16,7 @@ const MAX_TEXT_BYTES: u64 = 1 << 20;
 pub fn decode(bytes: &[u8], limits: &Limits) -> Result<Picture, PixelsError> {
     let chunks = Chunks::read(bytes)?;
     limits.check(chunks.header.width, chunks.header.height)?;
-    let mut picture = chunks.paint(limits)?.turned(chunks.metadata().orientation());
+    let mut picture = chunks.paint()?.turned(chunks.metadata().orientation());
     if !chunks.ended {
         picture.warnings.push(PictureWarning::NoEnd);
     }
@@ -136,50 +135,35 @@ impl<'a> Chunks<'a> {
         Metadata { exif: last(b"exif").or_else(profile), xmp: last(b"XML:com.adobe.xmp") }
     }
 
-    fn paint(&self, limits: &Limits) -> Result<Picture, PixelsError> {
+    fn paint(&self) -> Result<Picture, PixelsError> {
         let (width, height) = (self.header.width, self.header.height);
         let n_pixels = width as usize * height as usize;
         let mut picture = Picture::from_rgb(width, height, vec![0; n_pixels * 3]);
-        let has_alpha = self.header.colour >= GREY_ALPHA || self.transparency.is_some();
-        let mut alpha = vec![0; if has_alpha { n_pixels } else { 0 }];
-        let paints = self.paints();
-        let mut options = DecodeOptions::default();
-        options.set_ignore_checksums(true);
-        let mut decoder = Decoder::new_with_options(Cursor::new(self.pixels_alone()), options);
-        decoder.set_limits(png::Limits { bytes: limits.max_pixels.saturating_mul(16) as usize });
-        let mut reader = decoder.read_info().map_err(broken)?;
-        for &[left, top, step, down] in self.header.passes() {
-            for y in (top..height).step_by(down as usize).take_while(|_| left < width) {
-                let row = reader.next_row().map_err(broken)?.ok_or_else(|| damaged("rows are missing"))?;
-                let samples = self.header.samples(row.data());
+        let mut alpha = self.has_alpha().then(|| vec![0; n_pixels]);
+        let (paints, mut rows) = (self.paints(), Rows::new(self.data.concat(), self.header.bytes_a_pixel()));
+        for &[left, top, step, down] in self.header.passes().iter().filter(|pass| pass[0] < width) {
+            rows.begin(self.header.bytes_a_row((width - left).div_ceil(step)));
+            for y in (top..height).step_by(down as usize) {
+                let Some(row) = rows.next()? else { break };
+                let samples = self.header.samples(row);
                 for (x, pixel) in (left..width).step_by(step as usize).zip(samples.chunks_exact(self.header.n_channels())) {
                     let place = y as usize * width as usize + x as usize;
                     let [red, green, blue, opacity] = paints.of(pixel);
                     picture.rgb[place * 3..][..3].copy_from_slice(&[red, green, blue]);
-                    if has_alpha {
+                    if let Some(alpha) = &mut alpha {
                         alpha[place] = opacity;
                     }
                 }
             }
         }
-        picture.alpha = has_alpha.then_some(alpha);
+        rows.finish()?;
+        picture.alpha = alpha;
+        picture.warnings.extend(rows.ended_early.then_some(PictureWarning::RowsMissing));
         Ok(picture)
     }
 
-    /// Header and data in a file of their own. What lies in a palette passes as grey: only its indices are wanted.
-    fn pixels_alone(&self) -> Vec<u8> {
-        let Header { width, height, depth, colour, interlaced } = &self.header;
-        let colour = if *colour == PALETTE { GREY } else { *colour };
-        let mut header = [width.to_be_bytes(), height.to_be_bytes()].concat();
-        header.extend([*depth, colour, 0, 0, u8::from(*interlaced)]);
-        let mut file = SIGNATURE.to_vec();
-        for (kind, data) in [(b"IHDR", &header[..]), (b"IDAT", &self.data.concat()), (b"IEND", &[])] {
-            file.extend((data.len() as u32).to_be_bytes());
-            file.extend(kind);
-            file.extend(data);
-            file.extend([0; 4]);
-        }
-        file
+    fn has_alpha(&self) -> bool {
+        self.header.colour >= GREY_ALPHA || self.transparency.is_some()
     }
 
     fn paints(&self) -> Paints {
@@ -203,6 +187,100 @@ impl<'a> Chunks<'a> {
             GREY_ALPHA => Paints::GreyAlpha,
             _ => Paints::Rgba,
         }
+    }
+}
+
+/// Inflates and restores one row after the other.
+struct Rows {
+    inflate: Decompress,
+    data: Vec<u8>,
+    read: usize,
+    bytes_a_pixel: usize,
+    /// The row before, with its filter in front.
+    last: Vec<u8>,
+    row: Vec<u8>,
+    ended_early: bool,
+}
+
+impl Rows {
+    fn new(data: Vec<u8>, bytes_a_pixel: usize) -> Self {
+        let inflate = Decompress::new(true);
+        Self { inflate, data, read: 0, bytes_a_pixel, last: Vec::new(), row: Vec::new(), ended_early: false }
+    }
+
+    /// A pass whose rows have this many bytes.
+    fn begin(&mut self, n_bytes: usize) {
+        self.last = vec![0; n_bytes + 1];
+        self.row = vec![0; n_bytes + 1];
+    }
+
+    /// Nothing where the data says that it ends between two rows, which Pillow lets pass.
+    fn next(&mut self) -> Result<Option<&[u8]>, PixelsError> {
+        std::mem::swap(&mut self.last, &mut self.row);
+        let mut row = std::mem::take(&mut self.row);
+        let (n_filled, ended) = self.inflate(&mut row)?;
+        self.row = row;
+        self.ended_early |= ended && n_filled == 0;
+        if self.ended_early {
+            return Ok(None);
+        }
+        if n_filled < self.row.len() || !unfilter(&mut self.row, &self.last, self.bytes_a_pixel) {
+            return Err(damaged("rows are missing"));
+        }
+        Ok(Some(&self.row[1..]))
+    }
+
+    /// Looks at the sum where the data reaches it.
+    fn finish(&mut self) -> Result<(), PixelsError> {
+        if self.ended_early { Ok(()) } else { self.inflate(&mut [0]).map(|_| ()) }
+    }
+
+    /// How many bytes came, and whether the data says that no more will.
+    fn inflate(&mut self, into: &mut [u8]) -> Result<(usize, bool), PixelsError> {
+        let mut n_filled = 0;
+        loop {
+            let before = (self.inflate.total_in(), self.inflate.total_out());
+            let status = self
+                .inflate
+                .decompress(&self.data[self.read..], &mut into[n_filled..], FlushDecompress::None)
+                .map_err(|error| PixelsError::Damaged(error.into()))?;
+            let (n_in, n_out) = (self.inflate.total_in() - before.0, self.inflate.total_out() - before.1);
+            self.read += n_in as usize;
+            n_filled += n_out as usize;
+            if status == Status::StreamEnd || n_filled == into.len() || (n_in, n_out) == (0, 0) {
+                return Ok((n_filled, status == Status::StreamEnd));
+            }
+        }
+    }
+}
+
+/// Whether there is such a filter.
+fn unfilter(row: &mut [u8], last: &[u8], bytes_a_pixel: usize) -> bool {
+    let (filter, n) = (row[0], bytes_a_pixel);
+    for at in 1..row.len() {
+        let (left, above_left) = if at > n { (row[at - n], last[at - n]) } else { (0, 0) };
+        let predicted = match filter {
+            0 => return true,
+            1 => left,
+            2 => last[at],
+            3 => u8::midpoint(left, last[at]),
+            4 => paeth(left, last[at], above_left),
+            _ => return false,
+        };
+        row[at] = row[at].wrapping_add(predicted);
+    }
+    true
+}
+
+fn paeth(left: u8, above: u8, above_left: u8) -> u8 {
+    let (a, b, c) = (i16::from(left), i16::from(above), i16::from(above_left));
+    let (to_left, to_above, to_corner) = ((b - c).abs(), (a - c).abs(), (a + b - 2 * c).abs());
+    if to_left <= to_above && to_left <= to_corner {
+        left
+    } else if to_above <= to_corner {
+        above
+    } else {
+        above_left
     }
 }
 
@@ -251,6 +329,14 @@ impl Header {
             _ => return Ok(None),
         };
         if data.len() < at_least { Err(damaged("the transparent colour is cut off")) } else { Ok(Some(data)) }
+    }
+
+    fn bytes_a_row(&self, n_pixels: u32) -> usize {
+        (n_pixels as usize * self.n_channels() * usize::from(self.depth)).div_ceil(8)
+    }
+
+    fn bytes_a_pixel(&self) -> usize {
+        self.bytes_a_row(1)
     }
 
     fn n_channels(&self) -> usize {
@@ -325,8 +411,4 @@ fn unhexed(profile: &[u8]) -> Option<Vec<u8>> {
 
 fn damaged(reason: &str) -> PixelsError {
     PixelsError::Damaged(reason.into())
-}
-
-fn broken(error: DecodingError) -> PixelsError {
-    PixelsError::Damaged(error.into())
 }

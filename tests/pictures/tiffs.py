@@ -66,6 +66,8 @@ def greys(folder: Path, small: Image.Image) -> None:
         reals = (deep * 0.77).astype(f"{order}f4")
         tags = {BITS: ("H", [32]), PHOTOMETRIC: ("H", [photometric]), FORMAT: ("H", [3])}
         write(folder / f"tiff_float_{photometric}.tiff", (width, height), tags, [reals.tobytes()], order=order)
+        if order == ">":
+            continue  # Pillow takes what libtiff has turned for unturned
         tags |= {COMPRESSION: ("H", [8]), PREDICTOR: ("H", [3])}
         data = zlib.compress(b"".join(float_differences(row) for row in reals))
         write(folder / f"tiff_float_predictor_{photometric}.tiff", (width, height), tags, [data], order=order)

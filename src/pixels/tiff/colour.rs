@@ -14,8 +14,7 @@ pub fn convert(canvas: Canvas, layout: &Layout, directory: &Directory<'_>) -> Re
     let Canvas { mut samples, n_channels, .. } = canvas;
     let last = || samples.iter().skip(n_channels - 1).step_by(n_channels).copied().collect();
     let alpha = layout.alpha.map(|_| last());
-    // Planes are taken as they are.
-    if layout.alpha == Some(AlphaKind::Associated) && !layout.is_planar {
+    if layout.alpha == Some(AlphaKind::Associated) {
         samples.chunks_exact_mut(4).for_each(divide_by_alpha);
     }
     let rgb = match layout.colour {
