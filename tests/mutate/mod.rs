@@ -208,6 +208,7 @@ fn mend_checksums(bytes: &mut [u8]) {
 }
 
 fn checksum(data: &[u8]) -> u32 {
-    let step = |sum: u32, _| if sum & 1 == 1 { sum >> 1 ^ 0xEDB8_8320 } else { sum >> 1 };
-    !data.iter().fold(!0, |sum: u32, byte| (0..8).fold(sum ^ u32::from(*byte), step))
+    let mut checksum = flate2::Crc::new();
+    checksum.update(data);
+    checksum.sum()
 }
