@@ -290,6 +290,14 @@ fn transparency_is_treated_as_the_bundle_or_the_command_line_says() {
 }
 
 #[test]
+fn a_damaged_picture_that_is_whole_is_captioned_with_a_warning() {
+    let picture = root().join("tests/pictures/damaged_no_end.png");
+    let output = blip2([OsStr::new("caption"), picture.as_ref()]);
+    assert!(output.status.success() && !out(&output).is_empty(), "{}", err(&output));
+    assert!(err(&output).contains("damaged_no_end.png: the end of the file is missing") && err(&output).lines().count() == 1);
+}
+
+#[test]
 fn a_picture_that_does_not_become_a_square_is_named() {
     let scratch = Scratch::new();
     let bundle = scratch.bundle(|facts| facts["image"]["resize"] = json!("keep"));

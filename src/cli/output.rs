@@ -123,7 +123,12 @@ pub(super) fn picture(path: &Path, input: &Input) -> Result<(Picture, Timings), 
         if path == Path::new("-") { Picture::read(std::io::stdin().lock(), limits) } else { Picture::open(path, limits) }
     });
     match opened {
-        Ok(picture) => Ok((if let Some(alpha) = input.alpha { picture.without_alpha(alpha) } else { picture }, timings)),
+        Ok(picture) => {
+            for warning in picture.warnings() {
+                eprintln!("blip2: {}: {warning}", path.display());
+            }
+            Ok((if let Some(alpha) = input.alpha { picture.without_alpha(alpha) } else { picture }, timings))
+        }
         Err(source) => Err(Failure::Picture { path: path.to_path_buf(), source }),
     }
 }
