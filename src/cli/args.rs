@@ -209,6 +209,9 @@ pub(super) struct Input {
     /// Largest picture in pixels, checked before it is decoded
     #[arg(long, value_name = "N", default_value_t = Limits::default().max_pixels, hide_short_help = true)]
     pub max_pixels: u64,
+    /// Longest side of a picture, in pixels
+    #[arg(long, value_name = "N", default_value_t = Limits::default().max_side, hide_short_help = true)]
+    pub max_side: u32,
     /// What becomes of transparency: white, laid over white; drop, colours as they are stored [default: the bundle's]
     #[arg(long, value_name = "HOW")]
     pub alpha: Option<Alpha>,
@@ -403,7 +406,7 @@ impl SearchArgs {
 
 impl From<&Input> for Limits {
     fn from(input: &Input) -> Self {
-        Self { max_bytes: input.max_bytes, max_pixels: input.max_pixels }
+        Self { max_bytes: input.max_bytes, max_pixels: input.max_pixels, max_side: input.max_side }
     }
 }
 

@@ -105,7 +105,7 @@ fn is_marker(pair: &[u8]) -> bool {
 }
 
 /// JPEG files hold inks the other way round, 255 for none. Pillow's integer formula.
-fn rgb_of_inverted_cmyk([cyan, magenta, yellow, black]: [u8; 4]) -> [u8; 3] {
+pub(super) fn rgb_of_inverted_cmyk([cyan, magenta, yellow, black]: [u8; 4]) -> [u8; 3] {
     [cyan, magenta, yellow].map(|ink| divided_by_255(u32::from(ink) * u32::from(black)))
 }
 
