@@ -381,7 +381,7 @@ fn the_demo_bundle_gives_what_its_reference_gave() {
     let facts: Value = serde_json::from_str(&works(["inspect", "--json"])).unwrap();
     assert_eq!(facts["format_version"], 2);
     let shown = works(["inspect"]);
-    assert!(shown.contains("query tokens") && shown.contains("resized to a square, alpha white"), "{shown}");
+    assert!(shown.contains("query tokens") && shown.contains("resized to a square (bicubic), alpha white"), "{shown}");
 }
 
 #[test]

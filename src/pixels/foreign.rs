@@ -28,7 +28,9 @@ fn container(bytes: &[u8]) -> Option<&'static str> {
     let (major, compatible) = (bytes.get(8..12)?, bytes.get(16..box_end).unwrap_or_default());
     std::iter::once(major).chain(compatible.chunks_exact(4)).find_map(|brand| match brand {
         b"avif" | b"avis" => Some("an AVIF picture"),
-        b"heic" | b"heix" | b"hevc" | b"hevx" | b"heim" | b"heis" | b"mif1" | b"msf1" | b"mif2" if !compatible.windows(4).any(is_av1) => {
+        b"heic" | b"heix" | b"hevc" | b"hevx" | b"heim" | b"heis" | b"mif1" | b"msf1" | b"mif2"
+            if !compatible.windows(4).any(is_av1) =>
+        {
             Some("a HEIC picture")
         }
         b"jxl " => Some("a JPEG XL picture"),

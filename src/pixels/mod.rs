@@ -120,8 +120,12 @@ pub enum PixelsError {
 }
 
 impl Picture {
-    /// An opaque picture of `width × height × 3` bytes.
+    /// An opaque picture.
+    ///
+    /// # Panics
+    /// If these are not `width × height × 3` bytes.
     pub fn from_rgb(width: u32, height: u32, rgb: Vec<u8>) -> Self {
+        assert_eq!(rgb.len() as u64, u64::from(width) * u64::from(height) * 3, "three bytes a pixel");
         Self { width, height, rgb, alpha: None, warnings: Vec::new() }
     }
 

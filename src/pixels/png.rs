@@ -159,7 +159,6 @@ impl<'a> Chunks<'a> {
                 }
             }
         }
-        rows.finish()?;
         picture.alpha = alpha;
         picture.warnings.extend(rows.ended_early.then_some(PictureWarning::RowsMissing));
         Ok(picture)
@@ -231,11 +230,6 @@ impl Rows {
             return Err(damaged("rows are missing"));
         }
         Ok(Some(&self.row[1..]))
-    }
-
-    /// Looks at the sum where the data reaches it.
-    fn finish(&mut self) -> Result<(), PixelsError> {
-        if self.ended_early { Ok(()) } else { self.inflate(&mut [0]).map(|_| ()) }
     }
 
     /// How many bytes came, and whether the data says that no more will.
@@ -409,7 +403,7 @@ fn unhexed(profile: &[u8]) -> Option<Vec<u8>> {
     let digits: Vec<u8> =
         profile.split(|byte| *byte == b'\n').skip(3).flatten().copied().filter(|b| !b.is_ascii_whitespace()).collect();
     let pairs = digits.chunks(2).map(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok());
-    if digits.len() % 2 == 0 { pairs.collect() } else { None }
+    if digits.len().is_multiple_of(2) { pairs.collect() } else { None }
 }
 
 fn damaged(reason: &str) -> PixelsError {

@@ -26,7 +26,8 @@ pub fn seeds(format: Format) -> Vec<Vec<u8>> {
         let ending = path.extension().and_then(|ending| ending.to_str()).unwrap_or_default();
         format.extensions.contains(&ending) && path.file_name().unwrap().to_str().unwrap().matches('.').count() == 1
     };
-    let mut paths: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).filter(|path| is_seed(path)).collect();
+    let mut paths: Vec<_> =
+        std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).filter(|path| is_seed(path)).collect();
     paths.sort();
     paths.iter().map(|path| std::fs::read(path).unwrap()).filter(|bytes| bytes.len() < 1 << 16).collect()
 }
@@ -52,9 +53,8 @@ impl Lcg {
 }
 
 /// Numbers at which something overflows, ends or begins.
-const ODD_NUMBERS: [u32; 18] = [
-    0, 1, 2, 3, 7, 8, 127, 128, 255, 256, 9459, 32767, 32768, 65535, 65536, 0x7FFF_FFFF, 0x8000_0000, 0xFFFF_FFFF,
-];
+const ODD_NUMBERS: [u32; 18] =
+    [0, 1, 2, 3, 7, 8, 127, 128, 255, 256, 9459, 32767, 32768, 65535, 65536, 0x7FFF_FFFF, 0x8000_0000, 0xFFFF_FFFF];
 
 impl Mutator {
     pub fn new(format: Format, seed: u64) -> Self {

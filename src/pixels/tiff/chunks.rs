@@ -88,7 +88,10 @@ impl<'a> Grid<'a> {
 
     /// Goes through one plane from left to right and from top to bottom.
     fn each(
-        &self, layout: &Layout, plane: usize, mut work: impl FnMut(Place, &'a [u8]) -> Result<(), TiffError>,
+        &self,
+        layout: &Layout,
+        plane: usize,
+        mut work: impl FnMut(Place, &'a [u8]) -> Result<(), TiffError>,
     ) -> Result<(), TiffError> {
         let (across, down) = (layout.width.div_ceil(self.chunk_width), layout.height.div_ceil(self.chunk_height));
         let first = plane * across as usize * down as usize;
@@ -153,7 +156,11 @@ impl Canvas {
 
     /// Blocks of brightness samples, followed by the two chroma samples that they share.
     fn put_blocks(
-        &mut self, mut data: impl Read, place: Place, (across, down): (u32, u32), layout: &Layout,
+        &mut self,
+        mut data: impl Read,
+        place: Place,
+        (across, down): (u32, u32),
+        layout: &Layout,
     ) -> Result<(), TiffError> {
         let n_blocks = place.width.div_ceil(across) as usize;
         let n_values = (across * down) as usize + 2;

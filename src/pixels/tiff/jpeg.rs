@@ -28,8 +28,11 @@ pub fn old(directory: &Directory<'_>, layout: &Layout) -> Result<Vec<u8>, TiffEr
     let stream = stream.ok_or_else(|| TiffError::unsupported("old JPEG compression without a JPEG file in it"))?;
     let picture = Decompress::new_mem(stream)?;
     check_size(&picture, layout.width, layout.height)?;
-    let shape: Vec<_> =
-        picture.components().iter().map(|part| (part.h_samp_factor as usize, part.v_samp_factor as usize, part.row_stride())).collect();
+    let shape: Vec<_> = picture
+        .components()
+        .iter()
+        .map(|part| (part.h_samp_factor as usize, part.v_samp_factor as usize, part.row_stride()))
+        .collect();
     let [(across, down, stride), (1, 1, chroma_stride), (1, 1, _)] = shape[..] else {
         return Err(TiffError::unsupported("old JPEG compression of other colours than YCbCr"));
     };

@@ -92,7 +92,17 @@ impl Layout {
         let colour = colour(photometric, n_samples)?;
         let sample = sample(colour, bits, directory)?;
         let alpha = alpha(colour, sample, n_samples, &extra)?;
-        Ok(Self { width, height, colour, sample, n_samples, alpha, is_planar, compression, is_big_endian: directory.source.big_endian })
+        Ok(Self {
+            width,
+            height,
+            colour,
+            sample,
+            n_samples,
+            alpha,
+            is_planar,
+            compression,
+            is_big_endian: directory.source.big_endian,
+        })
     }
 }
 
