@@ -151,6 +151,13 @@ fn pictures_that_are_cut_off_are_refused() {
     }
 }
 
+#[test]
+fn a_picture_that_says_more_than_it_holds_ends_itself_only() {
+    let short = Picture { width: 9, height: 9, ..Picture::from_rgb(1, 1, vec![0; 3]) };
+    let how = preprocess(&json!({"size": 8}));
+    assert!(matches!(Pixels::from_pictures(&[&short], &how), Err(PixelsError::Damaged(_))));
+}
+
 fn refusal(bytes: &[u8]) -> String {
     Picture::decode(bytes, &Limits::default()).unwrap_err().to_string()
 }
