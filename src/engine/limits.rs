@@ -1,0 +1,60 @@
+//! What may be asked for at once: options that make sense, and no more memory than there is.
+
+use super::{Engine, Generation, Request};
+use crate::decode::{Strategy, StrategyError};
+use crate::language::{CAPACITY_STEP, Prefix};
+use crate::prompt::Prompt;
+
+/// Bytes that texts may take which are read again together, for their likelihood.
+const REREAD_BYTES: usize = 1 << 30;
+
+impl Generation {
+    /// Refuses options that make no sense, alone or together, for a vocabulary of this size.
+    pub fn check(&self, vocabulary: usize) -> Result<(), StrategyError> {
+        self.strategy.check(&self.processors, vocabulary)?;
+        if self.stop.iter().any(String::is_empty) {
+            return Err(StrategyError::EmptyStop);
+        }
+        let min = self.processors.min_new_tokens;
+        match self.max_new_tokens {
+            Some(0) => Err(StrategyError::Zero("the limit of new tokens")),
+            Some(max) if max < min => Err(StrategyError::Lengths { min, max }),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Engine {
+    /// Refuses more rows than fit into memory together with what they write.
+    pub(super) fn check_memory(&self, requests: &[Request<'_>], prompts: &[Prompt]) -> Result<(), StrategyError> {
+        let n_rows: u128 = requests.iter().map(|request| request.generation.strategy.n_rows() as u128).sum();
+        // Beams fork, and slots for them come in powers of two.
+        let forks = requests.iter().any(|request| matches!(request.generation.strategy, Strategy::Beam { .. }));
+        let rows = if forks { n_rows.next_power_of_two() } else { n_rows };
+        let (language, n_queries) = (self.bundle.language(), self.bundle.facts().qformer.n_queries);
+        let longest = prompts.iter().map(|prompt| n_queries + prompt.ids.len()).max().unwrap_or(0);
+        let n_new = requests.iter().zip(prompts);
+        let n_new = n_new.map(|(request, prompt)| self.n_new(request, self.bundle.room_behind(prompt.ids.len()))).max();
+        let encoded = language.cross_attention.as_ref().map(|facts| facts.tensors().count() * facts.n_heads * facts.head_dim);
+        let before = if encoded.is_some() { 1 } else { longest };
+        let positions = (before + n_new.unwrap_or(0)).next_multiple_of(CAPACITY_STEP) as u64;
+        let position_bytes = language.kv_cache.bytes_per_position() as u64;
+        // Logits where the graph writes them, and where searches read them; keys and values of what an encoder read.
+        let row_bytes = (4 * (2 * language.vocab_size + encoded.unwrap_or(0) * longest)) as u64;
+        let needed = rows.saturating_mul(u128::from(positions) * u128::from(position_bytes) + u128::from(row_bytes));
+        let allowed = u128::from(self.runtime.memory_bytes());
+        if needed <= allowed {
+            return Ok(());
+        }
+        let rows = u64::try_from(rows).unwrap_or(u64::MAX);
+        Err(StrategyError::TooLarge { rows, positions, position_bytes, row_bytes, needed, allowed })
+    }
+
+    /// How many texts of up to `longest` tokens are read again in one batch.
+    pub(super) fn texts_at_once(&self, prefix: &Prefix, longest: usize) -> usize {
+        let language = self.bundle.language();
+        let positions = self.bundle.facts().qformer.n_queries + prefix.prompt.len() + longest;
+        let bytes = positions * (language.kv_cache.bytes_per_position() + 4 * language.hidden) + longest * language.vocab_size * 4;
+        (REREAD_BYTES / bytes.max(1)).max(1)
+    }
+}
