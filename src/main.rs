@@ -25,7 +25,8 @@ fn exit_code(failure: &Failure) -> ExitCode {
         Failure::Picture { .. } => 3,
         Failure::Mismatch(_) => 4,
         Failure::Nothing => 5,
-        Failure::Engine(error) | Failure::Text { source: error, .. } => of_engine(error),
+        Failure::Engine(error) => of_engine(error),
+        Failure::Text { source: error, .. } => of_engine(error),
         Failure::Reported(first) | Failure::Row { source: first, .. } => return exit_code(first),
     })
 }

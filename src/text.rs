@@ -239,7 +239,8 @@ impl Text {
             let from = normal.convert_offsets(Range::Normalized(at..at + char.len_utf8()));
             from.into_iter().for_each(|from| kept[from].fill(true));
         }
-        for (at, char) in text.char_indices().filter(|(at, char)| !char.is_whitespace() && !(covered[*at] && kept[*at])) {
+        let is_read = |(at, char): &(usize, char)| char.is_whitespace() || (covered[*at] && kept[*at]);
+        for (at, char) in text.char_indices().filter(|place| !is_read(place)) {
             if self.drops(char, text, normal.get()) {
                 found.push((at, &text[at..at + char.len_utf8()]));
             }

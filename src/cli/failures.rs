@@ -44,7 +44,7 @@ impl Failures {
                 Ok(read) => sound.push(Sound { index, text, read }),
                 Err(source) => {
                     let text = plain(&shortened(text)).into_owned();
-                    self.note(failed(index, Failure::Text { kind, place: index + 1, text, source }));
+                    self.note(failed(index, Failure::Text { kind, place: index + 1, text, source: Box::new(source) }));
                 }
             }
         }

@@ -52,7 +52,7 @@ pub enum Failure {
         /// Its beginning.
         text: String,
         /// Why.
-        source: Error,
+        source: Box<Error>,
     },
     /// An item has no vectors for an array, whose other rows are written.
     #[error("row {row} of {} is NaN", plain(&.path.to_string_lossy()))]
