@@ -9,11 +9,14 @@ from pathlib import Path
 
 _COMMANDS = {
     "convert": ("blip2_export.convert", "write a bundle from a Hugging Face BLIP-2 folder"),
-    "random-checkpoint": ("blip2_export.random_checkpoint", "write a small checkpoint with random weights, for tests"),
+    "random-checkpoint": (
+        "blip2_export.check.random_command",
+        "write a small checkpoint with random weights, for tests",
+    ),
     "train": ("blip2_export.train.cli", "train the demo"),
-    "scenes": ("blip2_export.scenes", "draw scenes with captions and questions"),
-    "parity": ("blip2_export.parity", "compare a bundle in the engine with its checkpoint in transformers"),
-    "evaluate": ("blip2_export.evaluate", "measure on held-out scenes how often a bundle is right"),
+    "scenes": ("blip2_export.scenes.drawing", "draw scenes with captions and questions"),
+    "parity": ("blip2_export.check.parity", "compare a bundle in the engine with its checkpoint in transformers"),
+    "evaluate": ("blip2_export.scenes.evaluate", "measure on held-out scenes how often a bundle is right"),
 }
 
 

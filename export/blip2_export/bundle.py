@@ -16,9 +16,11 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import Blip2Config, InstructBlipConfig
 
-from blip2_export import golden, language, lavis, processor, qformer, retrieval, vision
-from blip2_export.checkpoint import Checkpoint, CheckpointError
-from blip2_export.graph import OPSET, Graph, sha256
+from blip2_export.graphs import language, qformer, retrieval, vision
+from blip2_export.graphs.builder import OPSET, Graph, sha256
+from blip2_export.read import lavis, processor
+from blip2_export.read.checkpoint import Checkpoint, CheckpointError
+from blip2_export.reference import golden
 
 FORMAT_VERSION = 2
 _ONNXRUNTIME = "1.31"

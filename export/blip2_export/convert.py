@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 from blip2_export.bundle import Choices, convert
-from blip2_export.checkpoint import CheckpointError
-from blip2_export.graph import UnsupportedError
-from blip2_export.hub import locate
-from blip2_export.lavis import Parts
+from blip2_export.graphs.builder import UnsupportedError
+from blip2_export.read.checkpoint import CheckpointError
+from blip2_export.read.hub import locate
+from blip2_export.read.lavis import Parts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,10 +17,12 @@ import pytest
 import torch
 from graphs import Graphs
 
-from blip2_export import bundle, random_checkpoint, scenes
+from blip2_export import bundle
 from blip2_export.bundle import Choices, convert
-from blip2_export.checkpoint import CheckpointError
-from blip2_export.golden import Reference
+from blip2_export.check import random_checkpoint
+from blip2_export.read.checkpoint import CheckpointError
+from blip2_export.reference.generation import Reference
+from blip2_export.scenes import drawing
 
 TOLERANCE = 1e-4
 PROMPTS = ("", "Question: what colour is the star? Answer:", "a photo of")
@@ -53,7 +55,7 @@ def assert_close(found: np.ndarray, expected: np.ndarray, stage: str) -> None:
 def test_every_stage_and_every_token_equal_the_reference(made, shape: str) -> None:
     checkpoint, folder = made(shape)
     graphs, reference = Graphs(folder), Reference(checkpoint, json.loads((folder / "bundle.json").read_text()))
-    seen = [reference.stages(p) for p in scenes.sample_pictures(8, seed=3, side=120)]
+    seen = [reference.stages(p) for p in drawing.sample_pictures(8, seed=3, side=120)]
     assert np.std([q for _, _, q in seen], axis=0).max() > 1e-2, "the checkpoint does not tell pictures apart"
     pixels = np.stack([s[0] for s in seen])
     features = graphs.features(pixels)
@@ -81,7 +83,7 @@ def test_a_16_bit_checkpoint_keeps_its_size_and_equals_the_lifted_reference(tmp_
         Graphs(tmp_path / "b"),
         Reference(tmp_path / "c", json.loads((tmp_path / "b" / "bundle.json").read_text())),
     )
-    pixels, features, queries = reference.stages(scenes.sample_pictures(1, 0)[0])
+    pixels, features, queries = reference.stages(drawing.sample_pictures(1, 0)[0])
     assert_close(graphs.features(pixels[None])[0], features, "features")
     assert_close(graphs.queries(features[None])[0], queries, "queries")
     ids, logits, tokens, _ = reference.generate(pixels, PROMPTS[1], N_NEW)
@@ -166,9 +168,9 @@ def test_an_existing_bundle_is_replaced_only_by_force_and_only_by_a_complete_one
 def test_a_killed_conversion_leaves_no_bundle_and_the_next_one_cleans_up(made, tmp_path: Path) -> None:
     checkpoint, _ = made("tiny")
     program = (
-        "import sys, time\nfrom pathlib import Path\nfrom blip2_export import bundle, decoder\n"
+        "import sys, time\nfrom pathlib import Path\nfrom blip2_export import bundle\nfrom blip2_export.graphs import opt\n"
         "def slow(*a):\n    print('here', flush=True)\n    time.sleep(60)\n"
-        "decoder.build = slow\n"
+        "opt.build = slow\n"
         "bundle.convert(Path(sys.argv[1]), Path(sys.argv[2]), bundle.Choices('x', golden=False))\n"
     )
     child = subprocess.Popen(

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from blip2_export import evaluate, random_checkpoint, random_retrieval
 from blip2_export.bundle import Choices, convert
-from blip2_export.comparison import Comparison, run_engine
-from blip2_export.parity import Plan, compare
+from blip2_export.check import random_checkpoint, random_retrieval
+from blip2_export.check.comparison import Comparison
+from blip2_export.check.parity import Plan, compare
+from blip2_export.engine import run_engine
+from blip2_export.scenes import evaluate
 
 ROOT = Path(__file__).parents[2]
 ENGINE = Path(os.environ.get("BLIP2_ENGINE", ROOT / "target" / "debug" / "blip2"))

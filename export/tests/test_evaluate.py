@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from test_engine import ENGINE, ROOT
 
-from blip2_export import evaluate, evaluate_retrieval, evaluate_texts, scenes
-from blip2_export.held_out import HeldOut
+from blip2_export.scenes import drawing, evaluate, retrieval, texts
+from blip2_export.scenes.held_out import HeldOut
 
 STAGE1 = ROOT / "tests" / "bundles" / "stage1"
 N, GROUP = 45, 20
@@ -31,9 +31,9 @@ class Scripted:
 
     def __init__(self, itc: str = "right", itm: tuple[float, float] = (0.9, 0.1)) -> None:
         rng = random.Random("scenes")
-        self.scenes = [scenes.sample_scene(rng) for _ in range(N)]
+        self.scenes = [drawing.sample_scene(rng) for _ in range(N)]
         captions = random.Random("texts")
-        self.axes = {text: i for i, text in enumerate(dict.fromkeys(scenes.caption(s, captions) for s in self.scenes))}
+        self.axes = {text: i for i, text in enumerate(dict.fromkeys(drawing.caption(s, captions) for s in self.scenes))}
         self.itc, self.itm = itc, itm
         self.calls: Counter[str] = Counter()
 
@@ -44,7 +44,7 @@ class Scripted:
         self.calls[command] += 1
         assert len(texts) == len(set(texts)), "a text is asked about twice"
         scene = self.scenes[int(picture)]
-        found = [(text, self.itm[not scenes.is_true(text, scene)]) for text in texts]
+        found = [(text, self.itm[not drawing.is_true(text, scene)]) for text in texts]
         return [{"text": text, "itm_probability": p, "itm_logit": 9 * p - 4} for text, p in found]
 
     def vectors(self, kind: str, *items: str) -> np.ndarray:
@@ -55,7 +55,7 @@ class Scripted:
         return np.array([[[-1] * len(self.axes), [self.cosine(t, int(i)) for t in self.axes]] for i in items])
 
     def cosine(self, text: str, picture: int) -> float:
-        true = scenes.is_true(text, self.scenes[picture])
+        true = drawing.is_true(text, self.scenes[picture])
         if self.itc == "decoyed":
             return 0.9 if true else float(picture % GROUP < 10)
         return float(true == (self.itc == "right"))
@@ -79,7 +79,7 @@ def test_a_model_that_is_known_has_known_figures(
     itc: str, itm: tuple[float, float], expected: dict[str, float]
 ) -> None:
     engine = Scripted(itc, itm)
-    found = evaluate_retrieval.figures(engine.held_out(), ["match", "embed"], GROUP)
+    found = retrieval.figures(engine.held_out(), ["match", "embed"], GROUP)
     assert found == {
         "edits": N,
         "itm_edit_told": expected["told"],
@@ -91,13 +91,13 @@ def test_a_model_that_is_known_has_known_figures(
 
 
 def test_re_ranking_keeps_to_the_shortlist_and_adds_the_cosine() -> None:
-    n = evaluate_retrieval.TOP + 1
+    n = retrieval.TOP + 1
     cosines = np.linspace(0.9, 0.1, n)[None]
-    group = evaluate_retrieval.Group(3, cosines, np.zeros((1, n), bool))
+    group = retrieval.Group(3, cosines, np.zeros((1, n), bool))
     matches = [{"other": {"itm_logit": 9.0}}] * 3 + [
         {"a": {"itm_logit": x}} for x in [0.5, 1.5, 1.5, *[-2.0] * (n - 3)]
     ]
-    scores = evaluate_retrieval._reranked(group, ["?", "?", "?", "a"], matches)
+    scores = retrieval._reranked(group, ["?", "?", "?", "a"], matches)
     assert scores.argsort()[0, ::-1][:3].tolist() == [1, 2, 0]
     assert scores[0, -1] == -np.inf and np.isfinite(scores[0, :-1]).all()
     np.testing.assert_allclose(scores[0, 1], 1.5 + cosines[0, 1])
@@ -105,25 +105,25 @@ def test_re_ranking_keeps_to_the_shortlist_and_adds_the_cosine() -> None:
 
 def test_what_a_bundle_lacks_is_left_out() -> None:
     engine = Scripted()
-    assert list(evaluate_retrieval.figures(engine.held_out(), ["embed"], GROUP)) == ["itc_recall_at_1"]
+    assert list(retrieval.figures(engine.held_out(), ["embed"], GROUP)) == ["itc_recall_at_1"]
     assert "match" not in engine.calls
-    assert list(evaluate_retrieval.figures(Scripted().held_out(), ["match"], GROUP)) == ITM
-    assert list(evaluate_retrieval.figures(Scripted().held_out(), ["match", "embed"], N + 1)) == ITM
+    assert list(retrieval.figures(Scripted().held_out(), ["match"], GROUP)) == ITM
+    assert list(retrieval.figures(Scripted().held_out(), ["match", "embed"], N + 1)) == ITM
 
 
 def test_scenes_without_an_edit_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    edit = scenes.one_word_edit
-    monkeypatch.setattr(scenes, "one_word_edit", lambda c, s, rng: edit(c, s, rng) if "small" in c else None)
+    edit = drawing.one_word_edit
+    monkeypatch.setattr(drawing, "one_word_edit", lambda c, s, rng: edit(c, s, rng) if "small" in c else None)
     engine = Scripted()
-    found = evaluate_retrieval.figures(engine.held_out(), ["match"], GROUP)
+    found = retrieval.figures(engine.held_out(), ["match"], GROUP)
     assert 0 < found["edits"] < N and found["itm_edit_told"] == found["itm_edit_right"] == 1
-    monkeypatch.setattr(scenes, "one_word_edit", lambda *_: None)
-    assert evaluate_retrieval.figures(engine.held_out(), ["match"], GROUP) == {"edits": 0}
+    monkeypatch.setattr(drawing, "one_word_edit", lambda *_: None)
+    assert retrieval.figures(engine.held_out(), ["match"], GROUP) == {"edits": 0}
 
 
 def test_wrong_decisions_are_kept() -> None:
     held = Scripted("reversed", (0.1, 0.9)).held_out()
-    evaluate_retrieval.figures(held, ["match", "embed"], GROUP)
+    retrieval.figures(held, ["match", "embed"], GROUP)
     kinds = Counter(row.get("by", "edit") for row in held.wrong)
     assert kinds == {"edit": N, "itc": 2 * GROUP, "itm": 2 * GROUP}
     assert json.loads(json.dumps(held.wrong)) == held.wrong
@@ -131,9 +131,9 @@ def test_wrong_decisions_are_kept() -> None:
 
 def test_captions_count_when_all_they_say_is_so() -> None:
     held = Scripted().held_out()
-    written = [scenes.caption(s, random.Random(0)) if i % 3 else "a red dog" for i, s in enumerate(held.scenes)]
+    written = [drawing.caption(s, random.Random(0)) if i % 3 else "a red dog" for i, s in enumerate(held.scenes)]
     held.engine.rows = lambda *_: [{"text": text} for text in written]  # type: ignore[method-assign]
-    assert evaluate_texts.captions(held) == round(2 / 3, 4)
+    assert texts.captions(held) == round(2 / 3, 4)
     assert [row["caption"] for row in held.wrong] == ["a red dog"] * (N // 3)
 
 

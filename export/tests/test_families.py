@@ -15,12 +15,13 @@ from safetensors.torch import load_file, save_file
 from test_convert import TOLERANCE, assert_close
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from blip2_export import random_checkpoint, scenes
 from blip2_export.bundle import Choices, convert
-from blip2_export.checkpoint import CheckpointError
-from blip2_export.encoder_decoder import relative_buckets
-from blip2_export.golden import Reference
-from blip2_export.graph import UnsupportedError
+from blip2_export.check import random_checkpoint
+from blip2_export.graphs.builder import UnsupportedError
+from blip2_export.graphs.t5 import relative_buckets
+from blip2_export.read.checkpoint import CheckpointError
+from blip2_export.reference.generation import Reference
+from blip2_export.scenes import drawing
 
 # Prompt and question; the question matters only where the Q-Former reads it and not the prompt.
 ASKED = (
@@ -63,7 +64,7 @@ def case(tmp_path_factory: pytest.TempPathFactory):
 @pytest.mark.parametrize("shape", sorted(random_checkpoint.FAMILIES))
 def test_every_stage_and_every_token_equal_the_reference(case, shape: str) -> None:
     graphs, reference = case(shape).open()
-    seen = [reference.look(p) for p in scenes.sample_pictures(6, seed=3, side=120)]
+    seen = [reference.look(p) for p in drawing.sample_pictures(6, seed=3, side=120)]
     features = graphs.features(np.stack([pixels for pixels, _ in seen]))
     assert_close(features, np.stack([f for _, f in seen]), "features")
     rows = [(i, *asked) for i in range(len(seen)) for asked in ASKED]
@@ -87,7 +88,7 @@ def test_every_stage_and_every_token_equal_the_reference(case, shape: str) -> No
 @pytest.mark.parametrize("shape", ["instruct-t5", "instruct-llama-odd-1", "vqa-opt", "vqa-t5"])
 def test_the_question_changes_the_queries_and_its_padding_does_not(case, shape: str) -> None:
     graphs, reference = case(shape).open()
-    _, features = reference.look(scenes.sample_pictures(1, 0)[0])
+    _, features = reference.look(drawing.sample_pictures(1, 0)[0])
     questions = [reference.question_ids(*asked) for asked in ASKED]
     assert len({len(q) for q in questions}) == len(questions), "questions of one length test no padding"
     together = graphs.queries(np.repeat(features[None], len(questions), axis=0), questions)
@@ -182,7 +183,7 @@ def test_rows_of_unequal_length_decode_as_they_would_alone(case, shape: str) -> 
 def test_long_texts_equal_the_reference(case, shape: str) -> None:
     graphs, reference = case(shape).open()
     prompts = ["a red star left of a blue ring " * n for n in (6, 1)]
-    seen = [reference.look(p) for p in scenes.sample_pictures(3, seed=2, side=100)]
+    seen = [reference.look(p) for p in drawing.sample_pictures(3, seed=2, side=100)]
     rows = [(pixels, features, prompt) for pixels, features in seen for prompt in prompts]
     queries = np.stack([reference.queries(features, prompt) for _, features, prompt in rows])
     told = [reference.generate(pixels, prompt, LONG) for pixels, _, prompt in rows]
@@ -223,7 +224,7 @@ def test_a_16_bit_checkpoint_keeps_its_size_and_equals_the_lifted_reference(
     rotary = made.facts["language"]["max_positions"] * 32 * 4 if "llama" in shape else 0  # angles stay float32
     assert sum(stored.values()) - rotary < 1.25 * (made.checkpoint / "model.safetensors").stat().st_size, stored
     graphs, reference = made.open()
-    pixels, features, queries = reference.stages(scenes.sample_pictures(1, 0)[0], *ASKED[1])
+    pixels, features, queries = reference.stages(drawing.sample_pictures(1, 0)[0], *ASKED[1])
     assert_close(graphs.features(pixels[None])[0], features, "features")
     questions = [reference.question_ids(*ASKED[1])] if reference.question else None
     assert_close(graphs.queries(features[None], questions)[0], queries, "queries")
@@ -235,7 +236,7 @@ def test_a_16_bit_checkpoint_keeps_its_size_and_equals_the_lifted_reference(
 
 def first_logits(made: Case) -> np.ndarray:
     graphs, reference = made.open()
-    pixels, _, queries = reference.stages(scenes.sample_pictures(1, 0)[0])
+    pixels, _, queries = reference.stages(drawing.sample_pictures(1, 0)[0])
     ids, logits, _, _ = reference.generate(pixels, "a photo of", 1)
     found, _ = graphs.greedy(queries[None], [ids], 1)
     assert_close(found[0], logits, "first logits")

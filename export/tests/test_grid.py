@@ -14,9 +14,10 @@ from graphs import Graphs
 from safetensors.torch import load_file, save_file
 from stage1_graphs import Stage1Graphs
 
-from blip2_export import graph, random_checkpoint, random_retrieval
 from blip2_export.bundle import Choices, convert
-from blip2_export.grid import on_grid, round_to_grid
+from blip2_export.check import random_checkpoint, random_retrieval
+from blip2_export.graphs import builder
+from blip2_export.graphs.grid import on_grid, round_to_grid
 
 TABLES = ("embed_tokens.weight", "shared.weight", "word_embeddings.weight")
 
@@ -118,7 +119,7 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     """Bundles of one rounded checkpoint: in 8 bits, and in float32."""
     rounded_checkpoint(tmp_path / "c", request.param)
     convert(tmp_path / "c", tmp_path / "small", Choices("x", golden=False))
-    monkeypatch.setattr(graph, "on_grid", lambda array: None)
+    monkeypatch.setattr(builder, "on_grid", lambda array: None)
     convert(tmp_path / "c", tmp_path / "large", Choices("x", golden=False))
     return tmp_path / "small", tmp_path / "large"
 

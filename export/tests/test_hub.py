@@ -18,15 +18,17 @@ from graphs import Graphs
 from stand_in_hub import Hub, Model, serve
 
 from blip2_export import convert as command
-from blip2_export import golden, random_checkpoint, scenes
 from blip2_export.bundle import Choices, convert
-from blip2_export.checkpoint import CheckpointError
-from blip2_export.hub import locate
+from blip2_export.check import random_checkpoint
+from blip2_export.read.checkpoint import CheckpointError
+from blip2_export.read.hub import locate
+from blip2_export.reference import generation
+from blip2_export.scenes import drawing
 
 NAME = "Salesforce/blip2-opt-2.7b"
 _FETCH = """
 import sys
-from blip2_export import hub
+from blip2_export.read import hub
 try:
     print(hub.fetch(*sys.argv[1:]))
 except hub.CheckpointError as error:
@@ -121,8 +123,8 @@ def test_the_pickled_first_revision_of_an_id_equals_the_reference(
     folder = fetched(python("-c", _FETCH, NAME, "refs/pr/1"))
     convert(folder, tmp_path / "b", Choices("x", golden=False))
     graphs = Graphs(tmp_path / "b")
-    reference = golden.Reference(first, graphs.facts)
-    pixels, _, _ = reference.stages(scenes.sample_pictures(1, seed=3)[0])
+    reference = generation.Reference(first, graphs.facts)
+    pixels, _, _ = reference.stages(drawing.sample_pictures(1, seed=3)[0])
     ids, _, tokens, _ = reference.generate(pixels, "a photo of", 8)
     assert graphs.greedy(graphs.queries(graphs.features(pixels[None])), [ids], 8)[1] == [tokens]
     assert hub.fetched() >= {"pytorch_model-00001-of-00002.bin", "vocab.json", "merges.txt"}
@@ -232,7 +234,9 @@ def test_a_model_that_is_no_checkpoint_is_refused_before_its_weights_come(
 
 def test_a_path_is_never_taken_for_an_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("blip2_export.hub.fetch", lambda repo, revision: Path("cache") / repo / (revision or "main"))
+    monkeypatch.setattr(
+        "blip2_export.read.hub.fetch", lambda repo, revision: Path("cache") / repo / (revision or "main")
+    )
     (tmp_path / "models" / "here").mkdir(parents=True)
     for path in ("models/here", "./models/away", "../a/b", "/a/b", "a/b/c", "away", "a/b.", "a--b/c", "~/a"):
         assert locate(path) == Path(path)

@@ -27,11 +27,13 @@ from transformers import (
     BlipImageProcessorPil,
 )
 
-from blip2_export import random_checkpoint, reference
 from blip2_export.bundle import Choices, convert
-from blip2_export.checkpoint import CheckpointError
-from blip2_export.lavis import LavisCheckpoint, Parts
-from blip2_export.random_retrieval import Lavis, write_lavis
+from blip2_export.check import random_checkpoint
+from blip2_export.check.random_retrieval import Lavis, write_lavis
+from blip2_export.read.checkpoint import CheckpointError
+from blip2_export.read.lavis import LavisCheckpoint, Parts
+from blip2_export.reference import load
+from blip2_export.reference.pictures import drawn as golden_pictures
 
 EVA = Lavis()
 CLIP = Lavis(vision="clip", vision_width=128, width=128, n_layers=4, image_size=42)
@@ -186,16 +188,16 @@ def test_a_stage_2_file_with_opt_equals_formulas_and_transformers_end_to_end(tmp
 
 def assert_goldens_equal_the_graphs(bundle: Path, graphs: Graphs) -> None:
     cases = json.loads((bundle / "golden" / "golden.json").read_text())["cases"]
-    assert len(cases) == 4
+    assert len(cases) == 2 * len(golden_pictures())
     for case in cases:
         given = np.fromfile(bundle / case["queries"]["file"], "<f4").reshape(1, 3, -1)
         assert graphs.greedy(given, [case["prompt_ids"]], case["max_new_tokens"])[1] == [case["tokens"]]
 
 
 def random_pictures(n: int) -> list:
-    from blip2_export import scenes
+    from blip2_export.scenes import drawing
 
-    return scenes.sample_pictures(n, seed=3, side=120)
+    return drawing.sample_pictures(n, seed=3, side=120)
 
 
 def test_a_stage_2_file_with_t5_equals_formulas_and_transformers_end_to_end(tmp_path: Path) -> None:
@@ -208,7 +210,7 @@ def test_a_stage_2_file_with_t5_equals_formulas_and_transformers_end_to_end(tmp_
     assert config.text_config.dense_act_fn == "gelu" and config.text_config.is_gated_act
     assert not config.text_config.scale_decoder_outputs
     assert (config.text_config.d_model, config.text_config.num_decoder_layers) == (36, 2)
-    model = reference.load(checkpoint, Blip2ForConditionalGeneration, config.vision_config.image_size)
+    model = load.load(checkpoint, Blip2ForConditionalGeneration, config.vision_config.image_size)
     alone = AutoModelForSeq2SeqLM.from_pretrained(folder / "llm", dtype=torch.float32).state_dict()
     for name, value in model.language_model.state_dict().items():
         assert torch.equal(value, alone[name]), name

@@ -18,10 +18,13 @@ from graphs import Graphs
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, Blip2ForConditionalGeneration, Blip2Processor
 
-from blip2_export import golden, processor, random_checkpoint, scenes
 from blip2_export.bundle import Choices, convert
-from blip2_export.checkpoint import Checkpoint, CheckpointError
-from blip2_export.pickled import PickledError, PickledFile
+from blip2_export.check import random_checkpoint
+from blip2_export.read import processor
+from blip2_export.read.checkpoint import Checkpoint, CheckpointError
+from blip2_export.read.pickled import PickledError, PickledFile
+from blip2_export.reference import pictures
+from blip2_export.scenes import drawing
 
 TOLERANCE = 1e-4
 PROMPTS = ("", "Question: what colour is the star? Answer:", "a photo of")
@@ -58,7 +61,7 @@ def reference(folder: Path, pixels: np.ndarray, prompt: str) -> tuple[list[int],
     if len(speech.tokenizer) > n_rows:
         model.resize_token_embeddings(len(speech.tokenizer))
     new_rows = list(range(n_rows, model.get_input_embeddings().num_embeddings))
-    inputs = speech(images=scenes.sample_pictures(1, seed=3)[0], text=prompt, return_tensors="pt")
+    inputs = speech(images=drawing.sample_pictures(1, seed=3)[0], text=prompt, return_tensors="pt")
     inputs["pixel_values"] = torch.from_numpy(pixels)[None]
     out = model.generate(
         **inputs,
@@ -74,7 +77,9 @@ def reference(folder: Path, pixels: np.ndarray, prompt: str) -> tuple[list[int],
 
 def assert_equal_to_reference(folder: Path, bundle: Path) -> None:
     graphs = Graphs(bundle)
-    pixels = np.stack([golden.preprocess(p, graphs.facts["image"]) for p in scenes.sample_pictures(3, seed=3, side=90)])
+    pixels = np.stack(
+        [pictures.preprocess(p, graphs.facts["image"]) for p in drawing.sample_pictures(3, seed=3, side=90)]
+    )
     queries = graphs.queries(graphs.features(pixels))
     wanted = [reference(folder, *case) for case in zip(pixels, PROMPTS, strict=True)]
     tokenizer = Tokenizer.from_file(str(bundle / "tokenizer.json"))
@@ -149,7 +154,7 @@ def test_reading_a_pickled_file_takes_the_memory_of_one_tensor(tmp_path: Path) -
     torch.save({"0": torch.zeros(9)}, tmp_path / "warm.bin")
     torch.save({str(i): torch.zeros(1 << 20) for i in range(32)}, tmp_path / "x.bin")
     program = (
-        "import re, sys, torch\nfrom pathlib import Path\nfrom blip2_export.pickled import PickledFile\n"
+        "import re, sys, torch\nfrom pathlib import Path\nfrom blip2_export.read.pickled import PickledFile\n"
         "used = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])\n"
         "PickledFile(Path(sys.argv[1]))\nbefore = used()\nfile = PickledFile(Path(sys.argv[2]))\n"
         "for name in file.keys():\n    file.get_tensor(name).sum()\n"

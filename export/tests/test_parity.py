@@ -10,8 +10,8 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
-from blip2_export import parity
-from blip2_export.golden import Found
+from blip2_export.check import parity
+from blip2_export.reference.generation import Found
 
 Kept = list[tuple[list[int], float]]  # tokens and scores of beams, the best first
 # By new tokens. The beams part at the second, where one of two is dropped, and end in texts of other scores.

@@ -16,13 +16,14 @@ from tokenizers import Tokenizer
 from torch.nn import functional as F
 from transformers import Blip2ForImageTextRetrieval
 
-from blip2_export import random_checkpoint, random_retrieval, scenes
 from blip2_export.bundle import Choices, convert
-from blip2_export.checkpoint import CheckpointError
-from blip2_export.golden import preprocess
-from blip2_export.golden_retrieval import TEXTS
-from blip2_export.graph import UnsupportedError
-from blip2_export.positions import resize
+from blip2_export.check import random_checkpoint, random_retrieval
+from blip2_export.graphs.builder import UnsupportedError
+from blip2_export.graphs.positions import resize
+from blip2_export.read.checkpoint import CheckpointError
+from blip2_export.reference.pictures import preprocess
+from blip2_export.reference.retrieval import TEXTS
+from blip2_export.scenes import drawing
 
 SHAPES = sorted(random_retrieval.SHAPES)
 WRITING = [s for s in SHAPES if s.startswith("itg")]
@@ -54,7 +55,7 @@ def assert_close(found: np.ndarray, expected: torch.Tensor | np.ndarray, stage: 
 
 
 def pictures(graphs: Stage1Graphs, n: int) -> np.ndarray:
-    return np.stack([preprocess(p, graphs.facts["image"]) for p in scenes.sample_pictures(n, seed=3, side=120)])
+    return np.stack([preprocess(p, graphs.facts["image"]) for p in drawing.sample_pictures(n, seed=3, side=120)])
 
 
 def texts(graphs: Stage1Graphs) -> tuple[np.ndarray, np.ndarray]:

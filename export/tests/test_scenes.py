@@ -6,36 +6,36 @@ import random
 
 import numpy as np
 
-from blip2_export import scenes
+from blip2_export.scenes import drawing
 
 
-def many(n: int, unseen: bool = False) -> list[scenes.Scene]:
+def many(n: int, unseen: bool = False) -> list[drawing.Scene]:
     rng = random.Random("tests")
-    return [scenes.sample_scene(rng, unseen=unseen) for _ in range(n)]
+    return [drawing.sample_scene(rng, unseen=unseen) for _ in range(n)]
 
 
 def test_every_caption_is_true_of_its_scene_and_no_edited_one_is() -> None:
     rng = random.Random(1)
     for scene in many(1500) + many(300, unseen=True):
-        caption = scenes.caption(scene, rng)
-        assert scenes.is_true(caption, scene), (caption, scene)
-        edited = scenes.one_word_edit(caption, scene, rng)
+        caption = drawing.caption(scene, rng)
+        assert drawing.is_true(caption, scene), (caption, scene)
+        edited = drawing.one_word_edit(caption, scene, rng)
         assert edited is not None and edited != caption
-        assert not scenes.is_true(edited, scene), (edited, scene)
+        assert not drawing.is_true(edited, scene), (edited, scene)
 
 
 def test_text_that_is_no_caption_is_not_true() -> None:
     scene = many(1)[0]
-    for text in ("", "a", "a red", "there is a dog", scenes.caption(scene, random.Random(0)) + " and more"):
-        assert not scenes.is_true(text, scene)
+    for text in ("", "a", "a red", "there is a dog", drawing.caption(scene, random.Random(0)) + " and more"):
+        assert not drawing.is_true(text, scene)
 
 
 def test_unseen_pairs_occur_only_where_asked_for() -> None:
-    def pairs(found: list[scenes.Scene]) -> list[set[tuple[str, str]]]:
+    def pairs(found: list[drawing.Scene]) -> list[set[tuple[str, str]]]:
         return [{(t.shape, t.colour) for t in s.things} for s in found]
 
-    assert all(not p & scenes.UNSEEN_PAIRS for p in pairs(many(1500)))
-    assert all(p & scenes.UNSEEN_PAIRS for p in pairs(many(300, unseen=True)))
+    assert all(not p & drawing.UNSEEN_PAIRS for p in pairs(many(1500)))
+    assert all(p & drawing.UNSEEN_PAIRS for p in pairs(many(300, unseen=True)))
 
 
 def test_objects_differ_in_shape_and_colour_and_do_not_touch() -> None:
@@ -58,33 +58,33 @@ def test_relations_hold_in_the_picture_with_a_margin() -> None:
 
 def test_a_picture_shows_each_object_in_its_colour_at_its_place() -> None:
     for scene in many(60):
-        picture = np.asarray(scenes.draw(scene, 192)).astype(int)
+        picture = np.asarray(drawing.draw(scene, 192)).astype(int)
         for t in scene.things:
-            left, top, alpha = scenes.coverage(t, 192)
+            left, top, alpha = drawing.coverage(t, 192)
             box = picture[top : top + alpha.shape[0], left : left + alpha.shape[1]]
             seen = box[alpha > 0.99].mean(0)
-            assert np.abs(seen - scenes.COLOURS[t.colour]).max() < 14, (t, seen)
+            assert np.abs(seen - drawing.COLOURS[t.colour]).max() < 14, (t, seen)
 
 
 def test_the_same_seed_gives_the_same_picture() -> None:
-    first, second = (scenes.draw(scenes.sample_scene(random.Random(5))) for _ in range(2))
+    first, second = (drawing.draw(drawing.sample_scene(random.Random(5))) for _ in range(2))
     assert first.tobytes() == second.tobytes()
 
 
 def test_answers_fit_their_questions() -> None:
     rng = random.Random(2)
-    said = {kind: set[str]() for kind in scenes.QUESTION_KINDS}
+    said = {kind: set[str]() for kind in drawing.QUESTION_KINDS}
     for scene in many(2000):
-        kind, question, answer = scenes.question(scene, rng)
+        kind, question, answer = drawing.question(scene, rng)
         said[kind].add(answer)
         assert question.endswith("?")
         if kind == "yes/no":
             noun = question.removeprefix("is there ").removesuffix("?")
-            if any(c in noun for c in scenes.COLOURS) and noun.split()[-1] in scenes.SHAPES and noun.startswith("a"):
-                assert (answer == "yes") == scenes.is_true(noun, scene)
-    assert said["colour"] == set(scenes.COLOURS)
-    assert said["shape"] == set(scenes.SHAPES)
-    assert said["count"] == set(scenes.NUMBERS[1:])
-    assert said["where"] == {scenes.place_name(r, c) for r in range(3) for c in range(3)}
+            if any(c in noun for c in drawing.COLOURS) and noun.split()[-1] in drawing.SHAPES and noun.startswith("a"):
+                assert (answer == "yes") == drawing.is_true(noun, scene)
+    assert said["colour"] == set(drawing.COLOURS)
+    assert said["shape"] == set(drawing.SHAPES)
+    assert said["count"] == set(drawing.NUMBERS[1:])
+    assert said["where"] == {drawing.place_name(r, c) for r in range(3) for c in range(3)}
     assert said["yes/no"] == {"yes", "no"}
-    assert said["size"] == set(scenes.SIZES)
+    assert said["size"] == set(drawing.SIZES)

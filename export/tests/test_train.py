@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Blip2ForConditionalGeneration, Blip2Processor, OPTForCausalLM, T5ForConditionalGeneration
 
-from blip2_export import scenes
 from blip2_export.bundle import Choices, convert
+from blip2_export.scenes import drawing
 from blip2_export.train import cli, demo, language, muon, seq2seq, speaker, stage1, stage2, text
 from blip2_export.train.features import Pairs
 from blip2_export.train.frozen import frozen
@@ -38,7 +38,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_chain_writes_a_folder_that_transformers_loads_and_runs(trained: Path) -> None:
     model = Blip2ForConditionalGeneration.from_pretrained(trained / "checkpoint", dtype=torch.float32)
     processor = Blip2Processor.from_pretrained(trained / "checkpoint")
-    inputs = processor(images=scenes.sample_pictures(1, 0)[0], text="Question: where? Answer:", return_tensors="pt")
+    inputs = processor(images=drawing.sample_pictures(1, 0)[0], text="Question: where? Answer:", return_tensors="pt")
     assert inputs.input_ids[0, :33].tolist() == [model.config.image_token_index] * 32 + [text.BOS]
     out = model.generate(**inputs, max_new_tokens=3, do_sample=False)
     assert out.shape[1] > inputs.input_ids.shape[1]
@@ -232,7 +232,7 @@ def opt(tmp_path_factory: pytest.TempPathFactory) -> tuple[language.Texts, text.
 def test_packed_texts_give_the_logits_of_each_text_alone(opt: tuple[language.Texts, text.Packer]) -> None:
     model, packer = opt
     rng = random.Random(0)
-    rows = [language.texts_of(scenes.sample_scene(rng), rng, 2, 4, True) for _ in range(3)]
+    rows = [language.texts_of(drawing.sample_scene(rng), rng, 2, 4, True) for _ in range(3)]
     prefix = torch.randn(3, text.N_QUERIES, model.model.config.hidden_size)
     packed = packer.pack(rows)
     with torch.no_grad():
@@ -255,7 +255,7 @@ def t5(tmp_path_factory: pytest.TempPathFactory) -> tuple[seq2seq.Texts, seq2seq
 def test_rows_of_t5_give_the_logits_of_each_text_alone(t5: tuple[seq2seq.Texts, seq2seq.Batcher]) -> None:
     model, batcher = t5
     rng = random.Random(0)
-    rows = [seq2seq.texts_of(scenes.sample_scene(rng), rng, 2, 2, i == 0) for i in range(2)]
+    rows = [seq2seq.texts_of(drawing.sample_scene(rng), rng, 2, 2, i == 0) for i in range(2)]
     every = [(i, one) for i, texts in enumerate(rows) for one in texts]
     prefix = torch.randn(2, text.N_QUERIES, model.width)
     seen = []
@@ -274,7 +274,7 @@ def test_rows_of_t5_give_the_logits_of_each_text_alone(t5: tuple[seq2seq.Texts, 
 def test_the_loss_of_t5_is_the_weighted_mean_over_all_targets(t5: tuple[seq2seq.Texts, seq2seq.Batcher]) -> None:
     model, batcher = t5
     rng = random.Random(3)
-    asked = batcher.pack([seq2seq.texts_of(scenes.sample_scene(rng), rng, 2, 6, True) for _ in range(2)])
+    asked = batcher.pack([seq2seq.texts_of(drawing.sample_scene(rng), rng, 2, 6, True) for _ in range(2)])
     prefix = torch.randn(2, text.N_QUERIES, model.width)
     with torch.no_grad():
         parts = model.losses(prefix, asked)
@@ -299,7 +299,7 @@ def test_the_projection_into_t5_starts_small_and_learns_slowly(
     weight = "language_projection.weight"
     assert 0.006 < before[weight].std() < 0.008
     rng = random.Random(4)
-    asked = t5[1].pack([seq2seq.texts_of(scenes.sample_scene(rng), rng, 0, 6, False)])
+    asked = t5[1].pack([seq2seq.texts_of(drawing.sample_scene(rng), rng, 0, 6, False)])
     phase = Phase("stage2", tmp_path, Schedule(1, 1e-3, matrix_rate=3e-3, warmup=1))
     stage2.train(phase, model, lambda step: (torch.randn(1, 5, 16), asked), None)
     moved = {name: float((p - before[name]).std()) for name, p in model.named_parameters()}
@@ -324,7 +324,7 @@ def test_places_distinguish_descriptions_of_the_same_words(t5: tuple[seq2seq.Tex
 
 
 def test_the_gate_of_a_language_model_reads_its_captions() -> None:
-    asked: list[scenes.Scene] = []
+    asked: list[drawing.Scene] = []
 
     class Words:
         @staticmethod
@@ -332,7 +332,9 @@ def test_the_gate_of_a_language_model_reads_its_captions() -> None:
             return ids
 
     def caption(k: int) -> str:
-        return scenes.caption(asked[-50 + k], random.Random(k)) if k % 2 else "a cyan circle"  # a pair that is kept out
+        return (
+            drawing.caption(asked[-50 + k], random.Random(k)) if k % 2 else "a cyan circle"
+        )  # a pair that is kept out
 
     teacher = speaker.Speaker(
         Words,
@@ -347,7 +349,7 @@ def test_the_gate_of_a_language_model_reads_its_captions() -> None:
 
 
 def test_a_split_caption_goes_on_in_the_decoder(t5: tuple[seq2seq.Texts, seq2seq.Batcher]) -> None:
-    scene = scenes.sample_scene(random.Random(5))
+    scene = drawing.sample_scene(random.Random(5))
     whole = {t.target for t in seq2seq.texts_of(scene, random.Random(1), 200, 0, False, split=False)}
     parts = seq2seq.texts_of(scene, random.Random(1), 200, 0, False)
     begun = [t for t in parts if t.prompt]
@@ -436,7 +438,7 @@ def test_stage_2_drops_the_text_branch_and_keeps_the_queries(stage: stage1.Stage
 
 
 def test_real_data_is_read_in_coco_and_in_karpathy_form(tmp_path: Path) -> None:
-    scenes.write_dataset(tmp_path / "d", 5, 0, 64)
+    drawing.write_dataset(tmp_path / "d", 5, 0, 64)
     batch = CaptionedImages(tmp_path / "d").batch(0, 8, 32)
     assert batch.pixels.shape == (8, 3, 32, 32)
     assert batch.true.diagonal().all() and not batch.true.all()

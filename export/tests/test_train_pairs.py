@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, Blip2ForConditionalGeneration, PreTrainedTokenizerFast
 
-from blip2_export import random_checkpoint, scenes
 from blip2_export.bundle import Choices, convert
+from blip2_export.check import random_checkpoint
+from blip2_export.scenes import drawing
 from blip2_export.train import pairs, text
 from blip2_export.train.images import CaptionedImages, DataError
 
@@ -21,7 +22,7 @@ from blip2_export.train.images import CaptionedImages, DataError
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
     random_checkpoint.write(folder / "base", "odd-3", seed=4)
-    scenes.write_dataset(folder / "data", 12, 0, 64)
+    drawing.write_dataset(folder / "data", 12, 0, 64)
     return folder
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from blip2_export import scenes, vocabulary
+from blip2_export import vocabulary
+from blip2_export.scenes import drawing
 from blip2_export.train import text
 
 LINES = list(text.corpus(40, "vocabulary"))
@@ -34,5 +35,5 @@ def test_unigram_keeps_words_whole_and_parts_split_unseen_ones() -> None:
 
 def test_word_pieces_know_the_words_of_scenes() -> None:
     tokenizer = vocabulary.word_piece(LINES, 400)
-    for colour in scenes.COLOURS:
+    for colour in drawing.COLOURS:
         assert tokenizer.encode(colour, add_special_tokens=False).tokens == [colour]

@@ -15,7 +15,7 @@ import torch
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1] / "export"))
 
-from blip2_export import random_checkpoint, random_retrieval  # noqa: E402
+from blip2_export.check import random_checkpoint, random_retrieval  # noqa: E402
 from blip2_export.bundle import Choices, convert  # noqa: E402
 
 BUNDLES = {"t5": "t5", "instruct-llama": "instruct-llama", "vqa-opt": "vqa-opt", "stage1": "itg-tiny"}

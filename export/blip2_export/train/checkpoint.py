@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from blip2_export.grid import round_to_grid
+from blip2_export.graphs.grid import round_to_grid
 from blip2_export.train.qformer import QFormer
 from blip2_export.train.stage2 import Stage2
 from blip2_export.train.vision import MEAN, STD

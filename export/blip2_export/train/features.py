@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import Blip2VisionModel
 
-from blip2_export import scenes
+from blip2_export.scenes import drawing
 from blip2_export.train.vision import pixels
 
 _RELATIONS = 0.5  # share of the further captions that relate two objects, the slowest kind to learn
@@ -50,8 +50,8 @@ class SceneFeatures:
             self._compute(vision, shape)
         self.table = np.load(self.path, mmap_mode="r")
 
-    def scene(self, i: int) -> scenes.Scene:
-        return scenes.sample_scene(random.Random(f"{self.name} scene {i}"), unseen=self.unseen)
+    def scene(self, i: int) -> drawing.Scene:
+        return drawing.sample_scene(random.Random(f"{self.name} scene {i}"), unseen=self.unseen)
 
     def features(self, indices: list[int]) -> Tensor:
         return torch.from_numpy(self.table[indices].astype(np.float32))
@@ -63,16 +63,16 @@ class SceneFeatures:
         rng = random.Random(f"{self.name} pairs {step}")
         indices = [rng.randrange(self.count) for _ in range(size)]
         found = [self.scene(i) for i in indices]
-        captions = [scenes.caption(s, rng) for s in found]
-        true = torch.tensor([[scenes.is_true(c, s) for c in captions] for s in found])
+        captions = [drawing.caption(s, rng) for s in found]
+        true = torch.tensor([[drawing.is_true(c, s) for c in captions] for s in found])
         edits = {
-            i: scenes.one_word_edit(c, s, rng)
+            i: drawing.one_word_edit(c, s, rng)
             for i, (c, s) in enumerate(zip(captions, found, strict=True))
             if rng.random() < edited
         }
         false = {i: text for i, text in edits.items() if text}
         others = [
-            [scenes.caption(s, rng, "relation" if rng.random() < _RELATIONS else None) for _ in range(more)]
+            [drawing.caption(s, rng, "relation" if rng.random() < _RELATIONS else None) for _ in range(more)]
             for s in found
         ]
         return Pairs(self.features(indices), captions, true | torch.eye(size, dtype=torch.bool), false, others, matched)
@@ -83,7 +83,7 @@ class SceneFeatures:
         side = vision.config.image_size
         for start in range(0, self.count, 64):
             block = range(start, min(start + 64, self.count))
-            batch = np.stack([pixels(np.asarray(scenes.draw(self.scene(i), side))) for i in block])
+            batch = np.stack([pixels(np.asarray(drawing.draw(self.scene(i), side))) for i in block])
             with torch.inference_mode():
                 table[block.start : block.stop] = vision(torch.from_numpy(batch)).last_hidden_state.numpy()
             if start % 6400 == 0:

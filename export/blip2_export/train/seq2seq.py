@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-from blip2_export import scenes, vocabulary
+from blip2_export import vocabulary
+from blip2_export.scenes import drawing
 from blip2_export.train import speaker as speakers
 from blip2_export.train import text
 from blip2_export.train.loop import Phase
@@ -176,8 +177,8 @@ class Placed(Texts):
 
     def __init__(self, model: T5ForConditionalGeneration) -> None:
         super().__init__(model)
-        self.slots = nn.Parameter(_SPREAD * torch.randn(scenes.MAX_OBJECTS, 1, self.width))
-        self.roles = nn.Parameter(_SPREAD * torch.randn(1, text.N_QUERIES // scenes.MAX_OBJECTS, self.width))
+        self.slots = nn.Parameter(_SPREAD * torch.randn(drawing.MAX_OBJECTS, 1, self.width))
+        self.roles = nn.Parameter(_SPREAD * torch.randn(1, text.N_QUERIES // drawing.MAX_OBJECTS, self.width))
 
     def described(self, ids: Tensor) -> Tensor:
         return super().described(ids) + (self.slots + self.roles).flatten(0, 1)
@@ -197,7 +198,7 @@ def right_by_kind(groups: Iterable[tuple[Tensor, Tensor, Tensor]], kinds: list[s
 
 
 def texts_of(
-    scene: scenes.Scene, rng: random.Random, n_captions: int, n_questions: int, report: bool, split: bool = True
+    scene: drawing.Scene, rng: random.Random, n_captions: int, n_questions: int, report: bool, split: bool = True
 ) -> list[text.Text]:
     """Texts about one scene. `split`: half of the captions are given up to a random word, and the decoder writes the rest."""
     said = []

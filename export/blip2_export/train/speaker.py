@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from blip2_export import scenes
+from blip2_export.scenes import drawing
 from blip2_export.train.loop import Phase, fit
 from blip2_export.train.text import Text, add_counts, shares
 
@@ -36,7 +36,7 @@ class TextsOf(Protocol):
     """Texts about one scene: this many captions and questions, and perhaps the report."""
 
     def __call__(
-        self, scene: scenes.Scene, rng: random.Random, n_captions: int, n_questions: int, report: bool
+        self, scene: drawing.Scene, rng: random.Random, n_captions: int, n_questions: int, report: bool
     ) -> list[Text]: ...
 
 
@@ -51,7 +51,7 @@ class Speaker:
     """
 
     texts: Any
-    description: Callable[[scenes.Scene], list[int]]
+    description: Callable[[drawing.Scene], list[int]]
     texts_of: TextsOf
     asked: Callable[[str, str, str], Text]
     pack: Callable[[list[list[Text]]], Any]
@@ -86,13 +86,13 @@ def pretrain(
     fit(phase, speaker.texts, make_batch, losses, evaluate=lambda: gate(speaker), evaluate_every=500, faster=faster)
 
 
-def _scene_to_read(rng: random.Random, share: float) -> scenes.Scene:
+def _scene_to_read(rng: random.Random, share: float) -> drawing.Scene:
     """A scene for this share of the training: lookup is learned on few objects first."""
-    most = 1 if share < 0.04 else 2 if share < 0.25 else scenes.MAX_OBJECTS
-    return scenes.sample_scene(rng, None if most == scenes.MAX_OBJECTS else rng.randint(1, most))
+    most = 1 if share < 0.04 else 2 if share < 0.25 else drawing.MAX_OBJECTS
+    return drawing.sample_scene(rng, None if most == drawing.MAX_OBJECTS else rng.randint(1, most))
 
 
-def _descriptions(speaker: Speaker, found: list[scenes.Scene]) -> Tensor:
+def _descriptions(speaker: Speaker, found: list[drawing.Scene]) -> Tensor:
     return torch.tensor([speaker.description(s) for s in found])
 
 
@@ -101,7 +101,7 @@ def gate(speaker: Speaker) -> dict[str, float]:
     rng = random.Random("text gate False")
     counts: dict[str, tuple[int, int]] = {}
     for _ in range(6):
-        found = [scenes.sample_scene(rng) for _ in range(50)]
+        found = [drawing.sample_scene(rng) for _ in range(50)]
         prefix = speaker.texts.described(_descriptions(speaker, found))
         texts = speaker.pack([speaker.texts_of(s, rng, 1, 6, False) for s in found])
         add_counts(counts, speaker.right(prefix, texts))
@@ -109,9 +109,9 @@ def gate(speaker: Speaker) -> dict[str, float]:
     return shares(counts)
 
 
-def true_captions(speaker: Speaker, prefix: Tensor, found: list[scenes.Scene]) -> tuple[int, int]:
+def true_captions(speaker: Speaker, prefix: Tensor, found: list[drawing.Scene]) -> tuple[int, int]:
     """(true, all) greedy captions of these scenes."""
-    return sum(scenes.is_true(w, s) for w, s in zip(speaker.captions(prefix), found, strict=True)), len(found)
+    return sum(drawing.is_true(w, s) for w, s in zip(speaker.captions(prefix), found, strict=True)), len(found)
 
 
 def greedy(model: Any, prefix: Tensor, first: int, tokenizer: Any, max_new_tokens: int = 30) -> list[str]:

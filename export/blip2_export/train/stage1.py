@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
-from blip2_export import scenes
+from blip2_export.scenes import drawing
 from blip2_export.train.features import Pairs, SceneFeatures
 from blip2_export.train.loop import Phase, fit
 from blip2_export.train.qformer import QFormer
@@ -129,19 +129,19 @@ def gate(stage: Stage1, held_out: SceneFeatures, n: int = 200) -> dict[str, floa
     rng = random.Random("stage 1 gate")
     found = [held_out.scene(i) for i in range(n)]
     features = held_out.features(list(range(n)))
-    captions = [scenes.caption(s, rng) for s in found]
+    captions = [drawing.caption(s, rng) for s in found]
     ids, mask = stage.encode(captions)
     queries = stage.model.queries(features)
     cosines = stage.similarity(queries[:100], ids[:100], mask[:100])
     best = cosines.argmax(0).tolist()
-    recalled = sum(scenes.is_true(captions[t], found[i]) for t, i in enumerate(best)) / 100
-    edits = [scenes.one_word_edit(c, s, rng) or "nothing" for c, s in zip(captions, found, strict=True)]
+    recalled = sum(drawing.is_true(captions[t], found[i]) for t, i in enumerate(best)) / 100
+    edits = [drawing.one_word_edit(c, s, rng) or "nothing" for c, s in zip(captions, found, strict=True)]
     right = stage.model.matching_logits(features, ids, mask)
     wrong = stage.model.matching_logits(features, *stage.encode(edits))
     told = (right[:, 1] - right[:, 0] > wrong[:, 1] - wrong[:, 0]).float().mean()
     both = torch.cat([right.argmax(1) == 1, wrong.argmax(1) == 0]).float().mean()
     written = write(stage, features)
-    true = sum(scenes.is_true(w, s) for w, s in zip(written, found, strict=True)) / n
+    true = sum(drawing.is_true(w, s) for w, s in zip(written, found, strict=True)) / n
     return {"itc_recall": recalled, "itm_edit_told": float(told), "itm_edit_right": float(both), "itg_true": true}
 
 

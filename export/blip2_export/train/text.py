@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from blip2_export import scenes, vocabulary
+from blip2_export import vocabulary
+from blip2_export.scenes import drawing
 
 N_QUERIES = 32  # also the length of a description in tokens: a soft prompt takes the description's place
 ASK_PROMPT = "Question: {} Answer:"
@@ -26,11 +27,11 @@ def corpus(n: int, seed: str, ask_prompt: str = ASK_PROMPT) -> Iterator[str]:
     """Captions, questions with answers and reports of `n` scenes."""
     rng = random.Random(seed)
     for _ in range(n):
-        scene = scenes.sample_scene(rng)
-        yield scenes.caption(scene, rng) + "\n"
-        yield REPORT_PROMPT + scenes.describe(scene) + "\n"
-        for kind in scenes.QUESTION_KINDS:
-            _, asked, answer = scenes.question(scene, rng, kind)
+        scene = drawing.sample_scene(rng)
+        yield drawing.caption(scene, rng) + "\n"
+        yield REPORT_PROMPT + drawing.describe(scene) + "\n"
+        for kind in drawing.QUESTION_KINDS:
+            _, asked, answer = drawing.question(scene, rng, kind)
             yield f"{ask_prompt.format(asked)} {answer}\n"
 
 
@@ -95,11 +96,11 @@ def asked_text(kind: str, asked: str, answer: str, ask_prompt: str = ASK_PROMPT)
 
 def question_kinds(n: int) -> list[str]:
     """One of each kind; yes or no, the slowest to learn, fills up."""
-    return [*scenes.QUESTION_KINDS, *["yes/no"] * n][:n]
+    return [*drawing.QUESTION_KINDS, *["yes/no"] * n][:n]
 
 
 def texts_of(
-    scene: scenes.Scene,
+    scene: drawing.Scene,
     rng: random.Random,
     n_captions: int,
     n_questions: int,
@@ -107,7 +108,7 @@ def texts_of(
     ask_prompt: str = ASK_PROMPT,
 ) -> list[Text]:
     """Texts about one scene."""
-    texts = [asked_text(*scenes.question(scene, rng, kind), ask_prompt) for kind in question_kinds(n_questions)]
+    texts = [asked_text(*drawing.question(scene, rng, kind), ask_prompt) for kind in question_kinds(n_questions)]
     texts += [caption_text(scene, rng) for _ in range(n_captions)]
     return texts + [report_text(scene)] * report
 
@@ -117,12 +118,12 @@ def target_weight(text: Text) -> float:
     return 1.0 if text.kind in ("caption", "report") else _ANSWER_WEIGHT
 
 
-def caption_text(scene: scenes.Scene, rng: random.Random) -> Text:
-    return Text("caption", "", scenes.caption(scene, rng) + "\n")
+def caption_text(scene: drawing.Scene, rng: random.Random) -> Text:
+    return Text("caption", "", drawing.caption(scene, rng) + "\n")
 
 
-def report_text(scene: scenes.Scene) -> Text:
-    return Text("report", REPORT_PROMPT, scenes.describe(scene) + "\n")
+def report_text(scene: drawing.Scene) -> Text:
+    return Text("report", REPORT_PROMPT, drawing.describe(scene) + "\n")
 
 
 @dataclass
@@ -170,9 +171,9 @@ class Encoder:
             self.known[text] = self.tokenizer.encode(text, add_special_tokens=self.special)
         return self.known[text]
 
-    def description(self, scene: scenes.Scene) -> list[int]:
+    def description(self, scene: drawing.Scene) -> list[int]:
         """Always `N_QUERIES` tokens."""
-        ids: list[int] = self.tokenizer.encode(scenes.describe(scene), add_special_tokens=False)
+        ids: list[int] = self.tokenizer.encode(drawing.describe(scene), add_special_tokens=False)
         if len(ids) != N_QUERIES:
             raise ValueError(f"a description has {len(ids)} tokens, expected {N_QUERIES}: a word was split")
         return ids
@@ -242,5 +243,5 @@ def shares(counts: dict[str, tuple[int, int]]) -> dict[str, float]:
 
 def answers_right(counts: dict[str, tuple[int, int]]) -> float | None:
     """The share of right ones over all kinds of questions, if any were asked."""
-    asked = [v for kind, v in counts.items() if kind in scenes.QUESTION_KINDS]
+    asked = [v for kind, v in counts.items() if kind in drawing.QUESTION_KINDS]
     return sum(right for right, _ in asked) / sum(total for _, total in asked) if asked else None

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Blip2VisionConfig, Blip2VisionModel
 
-from blip2_export import scenes
+from blip2_export.scenes import drawing
 from blip2_export.train.loop import Phase, fit
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 CELLS = 4  # foreground is learned on 4×4 cells of a patch
 RECOLOURED = 0.5  # share of objects painted in any colour, their colour not learned, so that shape does not lean on it
-_SHAPES, _COLOURS, _SIZES = list(scenes.SHAPES), sorted(scenes.COLOURS), sorted(scenes.SIZES)
+_SHAPES, _COLOURS, _SIZES = list(drawing.SHAPES), sorted(drawing.COLOURS), sorted(drawing.SIZES)
 
 
 def config(image_size: int = 96) -> Blip2VisionConfig:
@@ -50,7 +50,7 @@ class Pretext(nn.Module):
         self.n_side = vision.config.image_size // vision.config.patch_size
         self.mask = nn.Linear(width, CELLS * CELLS)
         self.offset = nn.Linear(width, 2)
-        self.count = nn.Linear(width, scenes.MAX_OBJECTS)
+        self.count = nn.Linear(width, drawing.MAX_OBJECTS)
         self.patch = nn.ModuleList(nn.Linear(width, n) for n in (len(_SHAPES), len(_COLOURS), len(_SIZES)))
         self.pooled = nn.ModuleList(nn.Linear(width, n) for n in (len(_SHAPES), len(_COLOURS), len(_SIZES)))
         self.place = nn.Linear(width, 2)
@@ -85,27 +85,27 @@ def make_batch(
 ) -> dict[str, Tensor]:
     """`size` scenes with what each patch and each object is; -100 marks a label that is not learned."""
     rng = random.Random(seed)
-    rows = [_example(scenes.sample_scene(rng, unseen=unseen), rng, side, patch, recoloured) for _ in range(size)]
+    rows = [_example(drawing.sample_scene(rng, unseen=unseen), rng, side, patch, recoloured) for _ in range(size)]
     return {k: torch.from_numpy(np.stack([r[k] for r in rows])) for k in rows[0]}
 
 
-def _example(scene: scenes.Scene, rng: random.Random, side: int, patch: int, recoloured: float) -> dict[str, Any]:
+def _example(scene: drawing.Scene, rng: random.Random, side: int, patch: int, recoloured: float) -> dict[str, Any]:
     n, cell = side // patch, patch // CELLS
-    canvas = np.asarray(scenes.draw(scenes.Scene((), scene.background, scene.seed), side)).astype(np.float32)
-    labels = np.full((scenes.MAX_OBJECTS, 3), -1, np.int64)
-    cover = np.zeros((scenes.MAX_OBJECTS, side, side), np.float32)
+    canvas = np.asarray(drawing.draw(drawing.Scene((), scene.background, scene.seed), side)).astype(np.float32)
+    labels = np.full((drawing.MAX_OBJECTS, 3), -1, np.int64)
+    cover = np.zeros((drawing.MAX_OBJECTS, side, side), np.float32)
     for k, thing in enumerate(scene.things):
         free = rng.random() < recoloured
         colour = _any_colour(rng, canvas) if free else _jittered(rng, thing.colour)
-        scenes.paint(canvas, thing, colour)
-        left, top, alpha = scenes.coverage(thing, side)
+        drawing.paint(canvas, thing, colour)
+        left, top, alpha = drawing.coverage(thing, side)
         cover[k, top : top + alpha.shape[0], left : left + alpha.shape[1]] = alpha
         labels[k] = (
             _SHAPES.index(thing.shape),
             -100 if free else _COLOURS.index(thing.colour),
             _SIZES.index(thing.size),
         )
-    per_patch = cover.reshape(scenes.MAX_OBJECTS, n, patch, n, patch).mean((2, 4)).reshape(scenes.MAX_OBJECTS, n * n)
+    per_patch = cover.reshape(drawing.MAX_OBJECTS, n, patch, n, patch).mean((2, 4)).reshape(drawing.MAX_OBJECTS, n * n)
     owner = np.where(per_patch.max(0) > 0.05, per_patch.argmax(0), -1)
     total = per_patch.sum(1, keepdims=True)
     centres = (np.arange(n) + 0.5) / n
@@ -128,7 +128,7 @@ def _example(scene: scenes.Scene, rng: random.Random, side: int, patch: int, rec
 
 
 def _jittered(rng: random.Random, colour: str) -> np.ndarray:
-    return np.array([min(255.0, max(0.0, c + rng.uniform(-10, 10))) for c in scenes.COLOURS[colour]])
+    return np.array([min(255.0, max(0.0, c + rng.uniform(-10, 10))) for c in drawing.COLOURS[colour]])
 
 
 def _any_colour(rng: random.Random, canvas: np.ndarray) -> np.ndarray:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Blip2QFormerModel, Blip2VisionConfig, Blip2VisionModel, PreTrainedTokenizerFast
 
-from blip2_export import positions, scenes
+from blip2_export.graphs import positions
+from blip2_export.scenes import drawing
 from blip2_export.train.frozen import frozen
 from blip2_export.train.loop import Phase, fit
 from blip2_export.train.qformer import QFormer
@@ -87,17 +88,17 @@ class Asker:
     def __init__(self, speaker: Speaker, tokenizer: PreTrainedTokenizerFast, side: int) -> None:
         self.speaker, self.tokenizer, self.side = speaker, tokenizer, side
 
-    def ask(self, found: list[scenes.Scene], rng: random.Random, n_captions: int, n_questions: int) -> Questions:
+    def ask(self, found: list[drawing.Scene], rng: random.Random, n_captions: int, n_questions: int) -> Questions:
         rows: list[tuple[int, str, Text]] = []
         for i, scene in enumerate(found):
             for kind in rng.sample(question_kinds(n_questions), n_questions):
-                _, asked, answer = scenes.question(scene, rng, kind)
+                _, asked, answer = drawing.question(scene, rng, kind)
                 rows.append((i, asked, self.speaker.asked(kind, asked, answer)))
             rows += [(i, "", t) for t in self.speaker.texts_of(scene, rng, n_captions, 0, False)]
         batch = self.tokenizer(
             [asked for _, asked, _ in rows], padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
         )
-        drawn = np.stack([pixels(np.asarray(scenes.draw(s, self.side))) for s in found])
+        drawn = np.stack([pixels(np.asarray(drawing.draw(s, self.side))) for s in found])
         return Questions(
             torch.from_numpy(drawn),
             torch.tensor([i for i, _, _ in rows]),
@@ -109,7 +110,7 @@ class Asker:
     def batches(self, size: int, n_captions: int = 1, n_questions: int = 4) -> Callable[[int], Questions]:
         def make(step: int) -> Questions:
             rng = random.Random(f"vqa {step}")
-            return self.ask([scenes.sample_scene(rng) for _ in range(size)], rng, n_captions, n_questions)
+            return self.ask([drawing.sample_scene(rng) for _ in range(size)], rng, n_captions, n_questions)
 
         return make
 
@@ -126,6 +127,6 @@ def gate(model: Vqa, asker: Asker, n: int = 200) -> dict[str, float]:
     rng = random.Random("vqa gate")
     counts: dict[str, tuple[int, int]] = {}
     for _ in range(0, n, 25):
-        questions = asker.ask([scenes.sample_scene(rng) for _ in range(25)], rng, 0, 6)
+        questions = asker.ask([drawing.sample_scene(rng) for _ in range(25)], rng, 0, 6)
         add_counts(counts, asker.speaker.right(model.prefix(questions), questions.texts))
     return {**shares(counts), "answers": round(answers_right(counts) or 0.0, 4)}

@@ -1,0 +1,1 @@
+"""Bundles in the engine against their checkpoints in `transformers`, and the random checkpoints for it."""

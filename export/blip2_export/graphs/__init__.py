@@ -1,0 +1,1 @@
+"""Networks as ONNX graphs, one module a network."""

@@ -1,0 +1,100 @@
+"""The Q-Former's layers one by one, for graphs that combine them: over queries, over text, or over both."""
+
+from __future__ import annotations
+
+import numpy as np
+from transformers import Blip2QFormerConfig, InstructBlipQFormerConfig
+
+from blip2_export.graphs.builder import MICROSOFT, Graph
+from blip2_export.graphs.decoding import Heads
+from blip2_export.read.checkpoint import Checkpoint
+
+QUERY, TEXT = "_query", ""  # queries and text have their own feed-forward networks
+Config = Blip2QFormerConfig | InstructBlipQFormerConfig
+
+
+class Layers:
+    """Adds layers to a graph. Every method takes and gives values of [batch, positions, hidden]."""
+
+    def __init__(self, graph: Graph, checkpoint: Checkpoint, cfg: Config) -> None:
+        self.g, self.checkpoint, self.cfg = graph, checkpoint, cfg
+        self.width, n = cfg.hidden_size, cfg.num_attention_heads
+        self.heads = Heads(n, n, self.width // n)
+        own = isinstance(cfg, InstructBlipQFormerConfig)
+        self.embeddings = "qformer.embeddings." if own else "embeddings."
+        self.first_norm = "qformer.embeddings.layernorm" if own else "qformer.layernorm"
+
+    def read(self, name: str, *shape: int) -> np.ndarray:
+        return self.checkpoint.tensor(name, shape)
+
+    def linear(self, name: str, x: str, n_in: int, n_out: int) -> str:
+        return self.g.linear(x, self.read(name + ".weight", n_out, n_in), self.read(name + ".bias", n_out))
+
+    def norm(self, name: str, x: str) -> str:
+        weight, bias = (self.read(f"{name}.{k}", self.width) for k in ("weight", "bias"))
+        return self.g.layer_norm(x, weight, bias, self.cfg.layer_norm_eps, self.width)
+
+    def embed_text(self, ids: str) -> str:
+        """Word and position embeddings, not yet normalised. Positions of text count from 0, whatever stands before it."""
+        g, cfg, name = self.g, self.cfg, self.embeddings
+        words = self.read(name + "word_embeddings.weight", cfg.vocab_size, self.width)
+        places = self.read(name + "position_embeddings.weight", cfg.max_position_embeddings, self.width)
+        end = g.op("Shape", [ids], start=1, end=2)
+        places = g.op("Slice", [g.weight(places), g.constant([0]), end, g.constant([0])])
+        return str(g.op("Add", [g.rows(words, ids), places]))
+
+    def query_tokens(self, n_queries: int) -> np.ndarray:
+        return self.read("query_tokens", 1, n_queries, self.width).astype(np.float32)
+
+    def embedding_norm(self, x: str) -> str:
+        """The one layer norm that queries and text share."""
+        return self.norm(self.first_norm, x)
+
+    def self_attention(self, i: int, x: str, mask: str = "", queries: str | None = None) -> str:
+        """`mask`: int32 [batch, positions], 1 where a position may be seen. `queries`: the positions that look, if not all."""
+        name = f"qformer.encoder.layer.{i}.attention."
+        return self._attention(name, queries or x, x, self.width, mask)
+
+    def cross_attention(self, i: int, x: str, features: str) -> str:
+        """Looks at the image features where layer `i` does so at all."""
+        if i % self.cfg.cross_attention_frequency:
+            return x
+        name = f"qformer.encoder.layer.{i}.crossattention."
+        return self._attention(name, x, features, self.cfg.encoder_hidden_size, "")
+
+    def _attention(self, name: str, x: str, source: str, n_source: int, mask: str) -> str:
+        query = self.linear(name + "attention.query", x, self.width, self.width)
+        key, value = (self.linear(f"{name}attention.{part}", source, n_source, self.width) for part in ("key", "value"))
+        inputs = [query, key, value, *(["", mask] if mask else [])]
+        y = self.g.op("MultiHeadAttention", inputs, domain=MICROSOFT, num_heads=self.heads.n)
+        return self.add_and_norm(name + "output", y, x, self.width)
+
+    def feed_forward(self, i: int, x: str, branch: str) -> str:
+        name, inner = f"qformer.encoder.layer.{i}.", self.cfg.intermediate_size
+        y = self.linear(f"{name}intermediate{branch}.dense", x, self.width, inner)
+        return self.add_and_norm(f"{name}output{branch}", self.g.activation(y, self.cfg.hidden_act), x, inner)
+
+    def add_and_norm(self, name: str, y: str, x: str, n_in: int) -> str:
+        return self.norm(name + ".LayerNorm", self.g.op("Add", [self.linear(name + ".dense", y, n_in, self.width), x]))
+
+    def cached(self, i: int, part: str, x: str) -> str:
+        """Keys or values of layer `i` as the cache holds them: [batch, heads, positions, padded head]."""
+        g = self.g
+        y = self.linear(f"qformer.encoder.layer.{i}.attention.attention.{part}", x, self.width, self.width)
+        y = g.op("Reshape", [y, g.constant([0, 0, self.heads.n, self.heads.width])])
+        y = g.op("Transpose", [y], perm=[0, 2, 1, 3])
+        more = self.heads.padded - self.heads.width
+        return g.op("Pad", [y, g.constant([0, 0, 0, 0, 0, 0, 0, more])]) if more else y
+
+    def expand(self, x: str, like: str) -> str:
+        """A value of batch size 1 repeated to the batch size of `like`, whatever its rank."""
+        g = self.g
+        batch = g.op("Shape", [like], start=0, end=1)
+        rest = g.op("Shape", [x], start=1)
+        return g.op("Expand", [x, g.op("Concat", [batch, rest], axis=0)])
+
+    def normalise(self, x: str) -> str:
+        """Length 1 along the last axis."""
+        g = self.g
+        length = g.op("ReduceL2", [x, g.constant([-1])], keepdims=1)
+        return g.op("Div", [x, g.op("Max", [length, g.constant(1e-12, np.float32)])])

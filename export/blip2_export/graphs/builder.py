@@ -1,0 +1,207 @@
+"""A small builder of ONNX graphs whose weights stream into an external data file as they are added; graphs may share one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from blip2_export.graphs.grid import on_grid
+
+OPSET = 21
+MICROSOFT = "com.microsoft"
+_PAGE = 4096  # large weights start on a page, so that the runtime can map them straight from the file
+_LINE = 64
+_LARGE_BYTES = 1 << 20
+_INLINE_BYTES = 1024
+_TYPES = {
+    np.dtype(np.float32): TensorProto.FLOAT,
+    np.dtype(np.float16): TensorProto.FLOAT16,
+    np.dtype(ml_dtypes.bfloat16): TensorProto.BFLOAT16,
+    np.dtype(np.int64): TensorProto.INT64,
+    np.dtype(np.int32): TensorProto.INT32,
+    np.dtype(np.int8): TensorProto.INT8,
+}
+Dim = int | str
+
+
+class Data:
+    """An external data file. Equal bytes are written once, whichever graph they belong to."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.name = f"{name}.onnx.data"
+        self._path = folder / self.name
+        self._path.write_bytes(b"")
+        self._offsets: dict[bytes, int] = {}
+
+    def append(self, array: np.ndarray) -> int:
+        """Writes the bytes unless they are there; gives their offset."""
+        content = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+        key = hashlib.sha256(content).digest()
+        if key not in self._offsets:
+            with self._path.open("ab") as file:
+                file.write(b"\0" * (-file.tell() % (_PAGE if array.nbytes >= _LARGE_BYTES else _LINE)))
+                self._offsets[key] = file.tell()
+                file.write(content)
+        return self._offsets[key]
+
+
+class Graph:
+    """Nodes, weights and the declared inputs and outputs of one `.onnx` file.
+
+    Weights keep their dtype, or are stored in 8 bits where nothing is lost; nodes behind them give float32, which the runtime folds
+    when it loads the graph.
+    """
+
+    def __init__(self, folder: Path, name: str, data: Data | None = None) -> None:
+        self.name, self.folder = name, folder
+        self.data = data or Data(folder, name)
+        self.nodes: list[onnx.NodeProto] = []
+        self.weights: list[onnx.TensorProto] = []
+        self.inputs: list[dict[str, Any]] = []
+        self.outputs: list[dict[str, Any]] = []
+        self._constants: dict[tuple[Any, ...], str] = {}
+        self._count = 0
+
+    @property
+    def file_name(self) -> str:
+        return f"{self.name}.onnx"
+
+    def input(self, name: str, dtype: str, shape: Sequence[Dim]) -> str:
+        self.inputs.append({"name": name, "dtype": dtype, "shape": list(shape)})
+        return name
+
+    def output(self, value: str, name: str, dtype: str, shape: Sequence[Dim]) -> None:
+        """Declares `value` as output `name`."""
+        if value != name:
+            self.nodes.append(helper.make_node("Identity", [value], [name]))
+        self.outputs.append({"name": name, "dtype": dtype, "shape": list(shape)})
+
+    def op(
+        self, kind: str, inputs: Sequence[str], outputs: int | Sequence[str] = 1, domain: str = "", **attributes: Any
+    ) -> Any:
+        """Adds a node; gives the name of its output, or the list of names when there are several."""
+        names = [self.fresh(kind) for _ in range(outputs)] if isinstance(outputs, int) else list(outputs)
+        self.nodes.append(
+            helper.make_node(kind, list(inputs), names, domain=domain, name=self.fresh("n"), **attributes)
+        )
+        return names[0] if len(names) == 1 else names
+
+    def constant(self, value: Any, dtype: type = np.int64) -> str:
+        """A small constant; equal ones are shared."""
+        array = np.asarray(value, dtype)
+        key = (array.tobytes(), array.shape, array.dtype.str)
+        if key not in self._constants:
+            self._constants[key] = self.raw(array)
+        return self._constants[key]
+
+    def weight(self, array: np.ndarray) -> str:
+        """A weight as float32 value, stored in its own dtype or, where it is on the grid, as 8-bit numbers and scales."""
+        found = on_grid(array) if array.nbytes > _INLINE_BYTES else None
+        if found is None:
+            return self._lifted(self.raw(array), array)
+        numbers, scales = found
+        parts = (numbers, scales.reshape(-1, *[1] * (array.ndim - 1)))
+        return str(self.op("Mul", [self._lifted(self.raw(part), part) for part in parts]))
+
+    def raw(self, array: np.ndarray) -> str:
+        """An initialiser in its own dtype."""
+        if array.nbytes > _INLINE_BYTES:
+            return self._external(array, self.data.append(array))
+        tensor = TensorProto(name=self.fresh("w"), data_type=_TYPES[array.dtype], dims=array.shape)
+        tensor.raw_data = np.ascontiguousarray(array).tobytes()
+        self.weights.append(tensor)
+        return tensor.name
+
+    def stored(self, array: np.ndarray, offset: int) -> str:
+        """What lies at `offset` of the data file, as float32 value."""
+        return self._lifted(self._external(array, offset), array)
+
+    def _lifted(self, name: str, array: np.ndarray) -> str:
+        return name if array.dtype == np.float32 else self.op("Cast", [name], to=TensorProto.FLOAT)
+
+    def _external(self, array: np.ndarray, offset: int) -> str:
+        tensor = TensorProto(name=self.fresh("w"), data_type=_TYPES[array.dtype], dims=array.shape)
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", self.data.name), ("offset", offset), ("length", array.nbytes)):
+            tensor.external_data.add(key=key, value=str(value))
+        self.weights.append(tensor)
+        return tensor.name
+
+    def save(self) -> None:
+        """Writes the `.onnx` file beside its data."""
+        inputs, outputs = ([_value(v) for v in side] for side in (self.inputs, self.outputs))
+        graph = helper.make_graph(self.nodes, self.name, inputs, outputs, self.weights)
+        imports = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
+        model = helper.make_model(graph, opset_imports=imports, ir_version=10, producer_name="blip2_export")
+        (self.folder / self.file_name).write_bytes(model.SerializeToString())
+
+    def describe(self) -> dict[str, Any]:
+        """The graph's entry in `bundle.json`."""
+        return {"file": self.file_name, "precision": "float32", "inputs": self.inputs, "outputs": self.outputs}
+
+    def fresh(self, stem: str) -> str:
+        self._count += 1
+        return f"{stem}_{self._count}"
+
+    # Layers shared by all networks
+
+    def linear(self, x: str, weight: np.ndarray, bias: np.ndarray | None) -> str:
+        """`x · weightᵀ + bias`, the weight in PyTorch's [out, in] layout."""
+        y = self.op("FusedMatMul", [x, self.weight(weight)], domain=MICROSOFT, transB=1)
+        return y if bias is None else self.op("Add", [y, self.weight(bias)])
+
+    def layer_norm(self, x: str, weight: np.ndarray | None, bias: np.ndarray | None, epsilon: float, width: int) -> str:
+        scale = self.constant(np.ones(width), np.float32) if weight is None else self.weight(weight)
+        inputs = [x, scale] if bias is None else [x, scale, self.weight(bias)]
+        return self.op("LayerNormalization", inputs, axis=-1, epsilon=float(epsilon))
+
+    def rms_norm(self, x: str, weight: np.ndarray, epsilon: float) -> str:
+        return self.op("SimplifiedLayerNormalization", [x, self.weight(weight)], axis=-1, epsilon=float(epsilon))
+
+    def rows(self, table: np.ndarray, ids: str) -> str:
+        """The rows `ids` of a table as float32; 16-bit rows are lifted after they are picked."""
+        return self._lifted(self.op("Gather", [self.raw(table), ids], axis=0), table)
+
+    def activation(self, x: str, name: str) -> str:
+        """The activation that `transformers` calls `name`."""
+        if name == "gelu":
+            return self.op("Gelu", [x])
+        if name in ("gelu_new", "gelu_pytorch_tanh"):
+            return self.op("Gelu", [x], approximate="tanh")
+        if name == "quick_gelu":
+            return self.op("QuickGelu", [x], domain=MICROSOFT, alpha=1.702)
+        if name in ("silu", "swish"):
+            return self.op("QuickGelu", [x], domain=MICROSOFT, alpha=1.0)
+        if name == "relu":
+            return self.op("Relu", [x])
+        raise UnsupportedError(f"activation `{name}` is not supported; gelu, gelu_new, quick_gelu, silu and relu are")
+
+    def repeat_batch(self, value: np.ndarray, like: str) -> str:
+        """A constant [1, a, b] repeated to the batch size of `like`."""
+        batch = self.op("Shape", [like], start=0, end=1)
+        shape = self.op("Concat", [batch, self.constant(value.shape[1:])], axis=0)
+        return self.op("Expand", [self.weight(value), shape])
+
+
+class UnsupportedError(ValueError):
+    """The checkpoint asks for something that no graph here computes."""
+
+
+def _value(described: dict[str, Any]) -> onnx.ValueInfoProto:
+    types = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64, "int32": TensorProto.INT32}
+    return helper.make_tensor_value_info(described["name"], types[described["dtype"]], described["shape"])
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,100 @@
+"""The LLaMA decoder with its KV cache in place, as in Vicuna: new embeddings and the cache → logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from transformers import LlamaConfig
+
+from blip2_export.graphs.builder import Graph, UnsupportedError
+from blip2_export.graphs.decoding import (
+    Decoder,
+    Heads,
+    attend,
+    declare_inputs,
+    finish,
+    pad_groups,
+    select,
+    store_embedding,
+)
+from blip2_export.read.checkpoint import Checkpoint
+
+_PREFIX = "language_model.model."
+_ROTARY_MULTIPLE = 16  # GroupQueryAttention rotates heads of no other width
+
+
+class _Builder:
+    def __init__(self, graph: Graph, checkpoint: Checkpoint, cfg: LlamaConfig) -> None:
+        self.g, self.checkpoint, self.cfg = graph, checkpoint, cfg
+        self.width = cfg.hidden_size
+        self.heads = Heads(cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim, _ROTARY_MULTIPLE)
+        self.rotary = [graph.raw(t) for t in _rotary_tables(cfg, self.heads.padded // 2)]
+
+    def read(self, name: str, *shape: int) -> np.ndarray:
+        return self.checkpoint.tensor(_PREFIX + name, shape)
+
+    def linear(self, name: str, x: str, n_in: int, n_out: int) -> str:
+        bias = self.read(name + ".bias", n_out) if self.cfg.mlp_bias else None
+        return self.g.linear(x, self.read(name + ".weight", n_out, n_in), bias)
+
+    def norm(self, name: str, x: str) -> str:
+        return self.g.rms_norm(x, self.read(name + ".weight", self.width), self.cfg.rms_norm_eps)
+
+    def attention(self, name: str, x: str, layer: int, positions: str) -> str:
+        heads, biased = self.heads, self.cfg.attention_bias
+        counts = {"q": heads.n, "k": heads.n_kv, "v": heads.n_kv}
+        qkv = [self._to_heads(f"{name}{p}_proj", x, n, rotated=p != "v") for p, n in counts.items()]
+        more = (*self.rotary, positions)
+        y = attend(self.g, layer, heads, qkv, heads.width**-0.5, more, do_rotary=1)
+        weight = self.read(name + "o_proj.weight", self.width, heads.n * heads.width)
+        bias = self.read(name + "o_proj.bias", self.width) if biased else None
+        return self.g.linear(y, heads.columns(weight), bias)
+
+    def _to_heads(self, name: str, x: str, n: int, rotated: bool) -> str:
+        weight = self.read(name + ".weight", n * self.heads.width, self.width)
+        bias = self.read(name + ".bias", n * self.heads.width) if self.cfg.attention_bias else None
+        weight, bias = (None if t is None else self._padded(t, n, rotated) for t in (weight, bias))
+        assert weight is not None
+        return self.g.linear(x, weight, bias)
+
+    def _padded(self, weight: np.ndarray, n: int, rotated: bool) -> np.ndarray:
+        """Rotation pairs the two halves of a head, so each half is padded on its own there."""
+        return pad_groups(weight, 2 * n, self.heads.padded // 2) if rotated else self.heads.rows(weight, n)
+
+    def layer(self, i: int, x: str, positions: str) -> str:
+        g, cfg, name = self.g, self.cfg, f"layers.{i}."
+        inner = cfg.intermediate_size
+        y = self.attention(name + "self_attn.", self.norm(name + "input_layernorm", x), i, positions)
+        x = g.op("Add", [x, y])
+        y = self.norm(name + "post_attention_layernorm", x)
+        gate = g.activation(self.linear(name + "mlp.gate_proj", y, self.width, inner), cfg.hidden_act)
+        y = g.op("Mul", [gate, self.linear(name + "mlp.up_proj", y, self.width, inner)])
+        return str(g.op("Add", [x, self.linear(name + "mlp.down_proj", y, inner, self.width)]))
+
+
+def build(folder: Path, checkpoint: Checkpoint, cfg: LlamaConfig) -> Decoder:
+    """Inputs and outputs as those of the OPT decoder. The cache holds `num_key_value_heads` heads."""
+    g = Graph(folder, "decoder")
+    inputs = declare_inputs(g, cfg.hidden_size)
+    table = checkpoint.tensor(_PREFIX + "embed_tokens.weight", (cfg.vocab_size, cfg.hidden_size))
+    embedding = store_embedding(g, table)
+    b = _Builder(g, checkpoint, cfg)
+    x = inputs.embeds
+    for i in range(cfg.num_hidden_layers):
+        x = b.layer(i, x, inputs.positions)
+    x = b.norm("norm", select(g, x, inputs.logits_at))
+    head = None if cfg.tie_word_embeddings else checkpoint.tensor("language_model.lm_head.weight", table.shape)
+    return finish(g, x, head, table, embedding, b.heads, cfg.num_hidden_layers)
+
+
+def _rotary_tables(cfg: LlamaConfig, half: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cosine and sine [max positions, half] of the angles, in the float32 arithmetic of the reference."""
+    kind = cfg.rope_parameters.get("rope_type", "default")
+    if kind != "default":
+        raise UnsupportedError(f"rotary embeddings of type `{kind}` are not supported; `default` ones are")
+    exponents = np.arange(0, cfg.head_dim, 2, dtype=np.float32) / np.float32(cfg.head_dim)
+    frequencies = np.zeros(half, np.float32)
+    frequencies[: len(exponents)] = 1 / np.float32(cfg.rope_parameters["rope_theta"]) ** exponents
+    angles = np.arange(cfg.max_position_embeddings, dtype=np.float32)[:, None] * frequencies
+    return np.cos(angles), np.sin(angles)

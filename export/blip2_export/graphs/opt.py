@@ -1,0 +1,85 @@
+"""The OPT decoder with its KV cache in place: new embeddings and the cache → logits. One graph for prefill and steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from transformers import OPTConfig
+
+from blip2_export.graphs.builder import Graph
+from blip2_export.graphs.decoding import Decoder, Heads, attend, declare_inputs, finish, select, store_embedding
+from blip2_export.read.checkpoint import Checkpoint
+
+_PREFIX = "language_model.model.decoder."
+_POSITION_OFFSET = 2  # OPT's table has two rows in front of position 0
+_EPSILON = 1e-5
+
+
+class _Builder:
+    def __init__(self, graph: Graph, checkpoint: Checkpoint, cfg: OPTConfig) -> None:
+        self.g, self.checkpoint, self.cfg = graph, checkpoint, cfg
+        self.width, n = cfg.hidden_size, cfg.num_attention_heads
+        self.heads = Heads(n, n, cfg.hidden_size // n)
+
+    def read(self, name: str, *shape: int) -> np.ndarray:
+        return self.checkpoint.tensor(_PREFIX + name, shape)
+
+    def bias(self, name: str, width: int) -> np.ndarray | None:
+        return self.read(name + ".bias", width) if self.cfg.enable_bias else None
+
+    def linear(self, name: str, x: str, n_in: int, n_out: int) -> str:
+        return self.g.linear(x, self.read(name + ".weight", n_out, n_in), self.bias(name, n_out))
+
+    def norm(self, name: str, x: str) -> str:
+        affine = self.cfg.layer_norm_elementwise_affine
+        weight, bias = (self.read(f"{name}.{k}", self.width) if affine else None for k in ("weight", "bias"))
+        return self.g.layer_norm(x, weight, bias, _EPSILON, self.width)
+
+    def attention(self, name: str, x: str, layer: int) -> str:
+        heads, width = self.heads, self.width
+        qkv = [self._to_heads(f"{name}self_attn.{p}_proj", x) for p in "qkv"]
+        y = attend(self.g, layer, heads, qkv, heads.width**-0.5)
+        weight = self.read(name + "self_attn.out_proj.weight", width, width)
+        return self.g.linear(y, heads.columns(weight), self.bias(name + "self_attn.out_proj", width))
+
+    def _to_heads(self, name: str, x: str) -> str:
+        weight, bias = self.read(name + ".weight", self.width, self.width), self.bias(name, self.width)
+        n = self.heads.n
+        return self.g.linear(x, self.heads.rows(weight, n), None if bias is None else self.heads.rows(bias, n))
+
+    def layer(self, i: int, x: str) -> str:
+        cfg, g, name = self.cfg, self.g, f"layers.{i}."
+        before = cfg.do_layer_norm_before
+        y = self.norm(name + "self_attn_layer_norm", x) if before else x
+        x = g.op("Add", [x, self.attention(name, y, i)])
+        x = x if before else self.norm(name + "self_attn_layer_norm", x)
+        y = self.norm(name + "final_layer_norm", x) if before else x
+        y = g.activation(self.linear(name + "fc1", y, self.width, cfg.ffn_dim), cfg.activation_function)
+        x = g.op("Add", [x, self.linear(name + "fc2", y, cfg.ffn_dim, self.width)])
+        return x if before else self.norm(name + "final_layer_norm", x)
+
+
+def build(folder: Path, checkpoint: Checkpoint, cfg: OPTConfig) -> Decoder:
+    """Inputs and outputs as `models/README.md` lists them."""
+    g = Graph(folder, "decoder")
+    b = _Builder(g, checkpoint, cfg)
+    width, narrow, vocab = cfg.hidden_size, cfg.word_embed_proj_dim, cfg.vocab_size
+    inputs = declare_inputs(g, narrow)
+    table = b.read("embed_tokens.weight", vocab, narrow)
+    embedding = store_embedding(g, table)
+    x = inputs.embeds
+    if narrow != width:
+        x = g.linear(x, b.read("project_in.weight", width, narrow), None)
+    learned = b.read("embed_positions.weight", cfg.max_position_embeddings + _POSITION_OFFSET, width)
+    x = g.op("Add", [x, g.op("Gather", [g.weight(learned[_POSITION_OFFSET:]), inputs.positions], axis=0)])
+    for i in range(cfg.num_hidden_layers):
+        x = b.layer(i, x)
+    x = select(g, x, inputs.logits_at)
+    if cfg.do_layer_norm_before and not cfg._remove_final_layer_norm:
+        x = b.norm("final_layer_norm", x)
+    if narrow != width:
+        x = g.linear(x, b.read("project_out.weight", narrow, width), None)
+    name = "language_model.lm_head.weight"
+    head = None if cfg.tie_word_embeddings else checkpoint.optional(name, (vocab, narrow))
+    return finish(g, x, head, table, embedding, b.heads, cfg.num_hidden_layers)

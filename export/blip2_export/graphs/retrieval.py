@@ -1,0 +1,193 @@
+"""The Q-Former of stage 1 under its masks (Li et al. 2023, section 3.1): queries alone, text alone, both together; as a writer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+from transformers import Blip2Config
+
+from blip2_export.graphs import itg
+from blip2_export.graphs.bert import QUERY, TEXT, Layers
+from blip2_export.graphs.builder import Data, Graph
+from blip2_export.read import processor
+from blip2_export.read.checkpoint import Checkpoint, CheckpointError
+
+TOKENIZER = "qformer_tokenizer.json"
+MAX_TOKENS = 32  # what ITC and ITM of the reference cut text to, special tokens included
+_START, _END, _PAD, _CLASS = "[DEC]", "[SEP]", "[PAD]", "[CLS]"
+
+
+@dataclass(frozen=True)
+class Stage1:
+    """What a stage-1 checkpoint is, beside its image encoder."""
+
+    checkpoint: Checkpoint
+    cfg: Blip2Config
+    tokenizer: Tokenizer
+    n_positions: int
+
+    @property
+    def writes(self) -> bool:
+        """Whether it has the head of image-grounded text generation."""
+        return self.checkpoint.has(itg.BIAS)
+
+
+def build(out: Path, stage: Stage1) -> tuple[list[Graph], dict[str, Any]]:
+    """The graphs behind the image encoder, and what `bundle.json` says of them."""
+    cfg, tokenizer = stage.cfg.qformer_config, stage.tokenizer
+    data = Data(out, "qformer")  # all of them run the same layers
+    graphs = [part(out, stage, data) for part in (_queries, _text, _matching)]
+    facts: dict[str, Any] = {
+        "family": "qformer",
+        "tasks": ["match", "embed"],
+        "qformer": _facts(stage),
+        "prompts": {},
+        "generation": {},
+    }
+    if stage.writes:
+        writer = itg.build(out, stage.checkpoint, cfg, data)
+        graphs.append(writer.graph)
+        facts["tasks"].append("caption")
+        facts["language"] = {
+            "hidden": cfg.hidden_size,
+            "vocab_size": cfg.vocab_size,
+            "max_positions": stage.cfg.num_query_tokens + cfg.max_position_embeddings,
+            "embedding": writer.embedding,
+            "token_ids": {"bos": _id(tokenizer, _START), "eos": [_id(tokenizer, _END)], "pad": _id(tokenizer, _PAD)},
+            "kv_cache": writer.kv_cache,
+        }
+    return graphs, facts
+
+
+def _facts(stage: Stage1) -> dict[str, Any]:
+    cfg = stage.cfg.qformer_config
+    facts = {
+        "n_queries": stage.cfg.num_query_tokens,
+        "hidden": cfg.hidden_size,
+        "joint": stage.cfg.image_text_hidden_size,
+        "text": {
+            "tokenizer": TOKENIZER,
+            "max_tokens": min(MAX_TOKENS, cfg.max_position_embeddings),
+            "max_positions": cfg.max_position_embeddings,
+            "pad": _id(stage.tokenizer, _PAD),
+            "truncation_side": "right",
+        },
+    }
+    if stage.checkpoint.has("temp"):
+        temperature = stage.checkpoint.tensor("temp")
+        if temperature.size != 1:
+            raise CheckpointError(f"{stage.checkpoint.folder}: tensor `temp` is no single number")
+        facts["temperature"] = float(temperature.reshape(-1)[0])
+    return facts
+
+
+def write_tokenizer(checkpoint: Checkpoint, out: Path, vocab_size: int) -> Tokenizer:
+    """`qformer_tokenizer.json`, which neither cuts nor pads: how long a text may be stands in `bundle.json`.
+
+    Where `[DEC]` is one token short of the embedding table it is added as the last id, as the reference does.
+    """
+    folder = checkpoint.tokenizer_folder
+    tokenizer = processor.read_tokenizer(folder)
+    if tokenizer.token_to_id(_START) is None and tokenizer.get_vocab_size() == vocab_size - 1:
+        tokenizer.add_special_tokens([_START])
+    tokenizer = processor.embedded(tokenizer, vocab_size)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    for token in (_CLASS, _END, _PAD, *([_START] if checkpoint.has(itg.BIAS) else [])):
+        number = tokenizer.token_to_id(token)
+        if number is None or number >= vocab_size:
+            raise CheckpointError(f"{folder}: the tokenizer has no {token} among the {vocab_size} embedded tokens")
+    if tokenizer.encode("a").ids[0] != tokenizer.token_to_id(_CLASS):
+        raise CheckpointError(f"{folder}: the tokenizer does not begin texts with {_CLASS}")
+    tokenizer.save(str(out / TOKENIZER))
+    return tokenizer
+
+
+def _id(tokenizer: Tokenizer, token: str) -> int:
+    number = tokenizer.token_to_id(token)
+    assert number is not None, "write_tokenizer looked"
+    return number
+
+
+def _queries(out: Path, stage: Stage1, data: Data) -> Graph:
+    """`qformer`: queries alone. They begin alike for every image, so the first self-attention sees a batch of one."""
+    g = Graph(out, "qformer", data)
+    cfg, n_queries = stage.cfg.qformer_config, stage.cfg.num_query_tokens
+    layers = Layers(g, stage.checkpoint, cfg)
+    features = g.input("image_features", "float32", ["batch", stage.n_positions, cfg.encoder_hidden_size])
+    x = layers.embedding_norm(g.weight(layers.query_tokens(n_queries)))
+    keys_and_values: list[tuple[str, str]] = []
+    for i in range(cfg.num_hidden_layers):
+        for part in ("key", "value") if stage.writes else ():
+            seen = layers.cached(i, part, x)
+            keys_and_values.append((f"query.{i}.{part}", seen if i else layers.expand(seen, features)))
+        x = layers.self_attention(i, x)
+        x = x if i else layers.expand(x, features)
+        x = layers.feed_forward(i, layers.cross_attention(i, x, features), QUERY)
+    g.output(x, "query_states", "float32", ["batch", n_queries, cfg.hidden_size])
+    joint = stage.cfg.image_text_hidden_size
+    projected = layers.normalise(layers.linear("vision_projection", x, cfg.hidden_size, joint))
+    g.output(projected, "image_embeds", "float32", ["batch", n_queries, joint])
+    for name, value in keys_and_values:
+        g.output(value, name, "float32", ["batch", layers.heads.n, n_queries, layers.heads.padded])
+    g.save()
+    return g
+
+
+def _text(out: Path, stage: Stage1, data: Data) -> Graph:
+    """`qformer_text`: text alone, projected to the joint space at every position."""
+    g = Graph(out, "qformer_text", data)
+    cfg, joint = stage.cfg.qformer_config, stage.cfg.image_text_hidden_size
+    layers = Layers(g, stage.checkpoint, cfg)
+    ids, mask = _text_inputs(g)
+    x = layers.embedding_norm(layers.embed_text(ids))
+    for i in range(cfg.num_hidden_layers):
+        x = layers.feed_forward(i, layers.self_attention(i, x, mask), TEXT)
+    projected = layers.normalise(layers.linear("text_projection", x, cfg.hidden_size, joint))
+    g.output(projected, "text_embeds", "float32", ["batch", "sequence", joint])
+    g.output(x, "text_states", "float32", ["batch", "sequence", cfg.hidden_size])
+    g.save()
+    return g
+
+
+def _matching(out: Path, stage: Stage1, data: Data) -> Graph:
+    """`qformer_itm`: queries and text see each other, only queries see the image. The last layer computes queries only."""
+    g = Graph(out, "qformer_itm", data)
+    cfg, n_queries = stage.cfg.qformer_config, stage.cfg.num_query_tokens
+    layers = Layers(g, stage.checkpoint, cfg)
+    features = g.input("image_features", "float32", ["batch", stage.n_positions, cfg.encoder_hidden_size])
+    ids, mask = _text_inputs(g)
+    queries = layers.expand(g.weight(layers.query_tokens(n_queries)), features)
+    ones = layers.expand(g.constant(np.ones((1, n_queries)), np.int32), features)
+    mask = g.op("Concat", [ones, mask], axis=1)
+    x = layers.embedding_norm(g.op("Concat", [queries, layers.embed_text(ids)], axis=1))
+    for i in range(cfg.num_hidden_layers):
+        if i == cfg.num_hidden_layers - 1:
+            queries = layers.self_attention(i, x, mask, _positions(g, x, 0, n_queries))
+        else:
+            x = layers.self_attention(i, x, mask)
+            queries = _positions(g, x, 0, n_queries)
+        queries = layers.feed_forward(i, layers.cross_attention(i, queries, features), QUERY)
+        if i < cfg.num_hidden_layers - 1:
+            text = layers.feed_forward(i, _positions(g, x, n_queries, None), TEXT)
+            x = g.op("Concat", [queries, text], axis=1)
+    logits = g.op("ReduceMean", [layers.linear("itm_head", queries, cfg.hidden_size, 2), g.constant([1])], keepdims=0)
+    g.output(logits, "itm_logits", "float32", ["batch", 2])
+    g.output(queries, "multimodal_states", "float32", ["batch", n_queries, cfg.hidden_size])
+    g.save()
+    return g
+
+
+def _text_inputs(g: Graph) -> tuple[str, str]:
+    """Token ids, and the mask as the attention operator takes it."""
+    ids, mask = (g.input(name, "int64", ["batch", "sequence"]) for name in ("input_ids", "attention_mask"))
+    return ids, g.op("Cast", [mask], to=6)  # int32
+
+
+def _positions(g: Graph, x: str, start: int, end: int | None) -> str:
+    stop = np.iinfo(np.int64).max if end is None else end
+    return g.op("Slice", [x, g.constant([start]), g.constant([stop]), g.constant([1])])

@@ -1,0 +1,173 @@
+"""Flan-T5 as two graphs.
+
+`encoder`: query tokens and prompt embeddings → keys and values of every cross-attention, computed once a prompt.
+`decoder`: new embeddings, the cache in place and those keys and values → logits.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from onnx import TensorProto
+from transformers import T5Config
+
+from blip2_export.graphs.builder import MICROSOFT, Graph, UnsupportedError
+from blip2_export.graphs.decoding import Decoder, Heads, attend, declare_inputs, finish, select, store_embedding
+from blip2_export.read.checkpoint import Checkpoint
+
+_PREFIX = "language_model."
+_PARTS = {"k": "key", "v": "value"}
+_MASKED = -1e30  # T5 does not scale its scores; the operator's own -10000 may not be far enough below them
+
+
+@dataclass(frozen=True)
+class EncoderDecoder:
+    """Both graphs with what `bundle.json` says of them."""
+
+    encoder: Graph
+    decoder: Decoder
+    cross_attention: dict[str, Any]
+
+
+class _Stack:
+    """The encoder's or the decoder's layers."""
+
+    def __init__(self, graph: Graph, checkpoint: Checkpoint, cfg: T5Config, side: str) -> None:
+        self.g, self.checkpoint, self.cfg, self.side = graph, checkpoint, cfg, f"{_PREFIX}{side}."
+        self.heads = Heads(cfg.num_heads, cfg.num_heads, cfg.d_kv)
+
+    def read(self, name: str, *shape: int) -> np.ndarray:
+        return self.checkpoint.tensor(self.side + name, shape)
+
+    def linear(self, name: str, x: str, n_in: int, n_out: int) -> str:
+        return self.g.linear(x, self.read(name + ".weight", n_out, n_in), None)
+
+    def norm(self, name: str, x: str) -> str:
+        return self.g.rms_norm(x, self.read(name + ".weight", self.cfg.d_model), self.cfg.layer_norm_epsilon)
+
+    def to_heads(self, name: str, x: str) -> str:
+        weight = self.read(name + ".weight", self.heads.n * self.heads.width, self.cfg.d_model)
+        return self.g.linear(x, self.heads.rows(weight, self.heads.n), None)
+
+    def from_heads(self, name: str, x: str) -> str:
+        weight = self.read(name + ".weight", self.cfg.d_model, self.heads.n * self.heads.width)
+        return self.g.linear(x, self.heads.columns(weight), None)
+
+    def feed_forward(self, name: str, x: str) -> str:
+        g, cfg, width, inner = self.g, self.cfg, self.cfg.d_model, self.cfg.d_ff
+        y, name = self.norm(name + "layer_norm", x), name + "DenseReluDense."
+        if cfg.is_gated_act:
+            gate = g.activation(self.linear(name + "wi_0", y, width, inner), cfg.dense_act_fn)
+            y = g.op("Mul", [gate, self.linear(name + "wi_1", y, width, inner)])
+        else:
+            y = g.activation(self.linear(name + "wi", y, width, inner), cfg.dense_act_fn)
+        return str(g.op("Add", [x, self.linear(name + "wo", y, inner, width)]))
+
+    def relative_bias(self, distances: str, bidirectional: bool) -> str:
+        """The bias of every distance (attended minus attending position), heads last. Layer 0 holds it for all layers."""
+        cfg, most = self.cfg, self.cfg.relative_attention_max_distance
+        name = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        learned = self.read(name, cfg.relative_attention_num_buckets, cfg.num_heads)
+        first = -most  # beyond, and in the decoder from 0 on, all distances share a bucket
+        known = np.arange(first, most + 1 if bidirectional else 1)
+        buckets = relative_buckets(known, cfg.relative_attention_num_buckets, most, bidirectional)
+        low, high = (self.g.constant(int(end)) for end in (known[0], known[-1]))
+        rows = self.g.op("Sub", [self.g.op("Clip", [distances, low, high]), low])
+        return self.g.rows(learned[buckets], rows)
+
+    def attention(self, q: str, k: str, v: str, lengths: str, bias: tuple[str, ...] = ()) -> str:
+        """Attention without a cache, to the first `lengths` positions of every row."""
+        attributes = {"num_heads": self.heads.n, "scale": 1.0, "mask_filter_value": _MASKED}
+        return str(self.g.op("MultiHeadAttention", [q, k, v, "", lengths, *bias], domain=MICROSOFT, **attributes))
+
+
+def build(folder: Path, checkpoint: Checkpoint, cfg: T5Config) -> EncoderDecoder:
+    """Inputs and outputs as `models/README.md` lists them."""
+    n_layers, head = cfg.num_decoder_layers, Heads(cfg.num_heads, cfg.num_heads, cfg.d_kv).padded
+    cross = {"n_layers": n_layers, "n_heads": cfg.num_heads, "head_dim": head, "dtype": "float32"}
+    cross |= {part: f"cross.{{}}.{part}" for part in _PARTS.values()}
+    return EncoderDecoder(_encoder(folder, checkpoint, cfg), _decoder(folder, checkpoint, cfg), cross)
+
+
+def _encoder(folder: Path, checkpoint: Checkpoint, cfg: T5Config) -> Graph:
+    g = Graph(folder, "encoder")
+    s = _Stack(g, checkpoint, cfg, "encoder")
+    x = g.input("inputs_embeds", "float32", ["batch", "sequence", cfg.d_model])
+    lengths = g.input("lengths", "int32", ["batch"])
+    positions = _count(g, g.op("Squeeze", [g.op("Shape", [x], start=1, end=2)]))
+    distances = g.op("Sub", [positions, g.op("Unsqueeze", [positions, g.constant([1])])])
+    bias = g.op("Transpose", [s.relative_bias(distances, bidirectional=True)], perm=[2, 0, 1])
+    bias = g.op("Unsqueeze", [bias, g.constant([0])])
+    for i in range(cfg.num_layers):
+        name = f"block.{i}.layer."
+        y = s.norm(name + "0.layer_norm", x)
+        qkv = [s.to_heads(f"{name}0.SelfAttention.{p}", y) for p in "qkv"]
+        x = g.op("Add", [x, s.from_heads(name + "0.SelfAttention.o", s.attention(*qkv, lengths, (bias,)))])
+        x = s.feed_forward(name + "1.", x)
+    _cross_outputs(g, checkpoint, cfg, s.norm("final_layer_norm", x))
+    g.save()
+    return g
+
+
+def _cross_outputs(g: Graph, checkpoint: Checkpoint, cfg: T5Config, x: str) -> None:
+    """What the decoder's cross-attentions look at, projected by the decoder's weights."""
+    s = _Stack(g, checkpoint, cfg, "decoder")
+    n, width = s.heads.n, s.heads.padded
+    for i in range(cfg.num_decoder_layers):
+        for p, part in _PARTS.items():
+            y = s.to_heads(f"block.{i}.layer.1.EncDecAttention.{p}", x)
+            y = g.op("Transpose", [g.op("Reshape", [y, g.constant([0, 0, n, width])])], perm=[0, 2, 1, 3])
+            g.output(y, f"cross.{i}.{part}", "float32", ["batch", n, "sequence", width])
+
+
+def _decoder(folder: Path, checkpoint: Checkpoint, cfg: T5Config) -> Decoder:
+    g = Graph(folder, "decoder")
+    s = _Stack(g, checkpoint, cfg, "decoder")
+    inputs = declare_inputs(g, cfg.d_model)
+    table = checkpoint.tensor(_PREFIX + "shared.weight", (cfg.vocab_size, cfg.d_model))
+    embedding = store_embedding(g, table)
+    lengths = g.input("encoder_lengths", "int32", ["batch"])
+    keys = _count(g, g.op("Cast", ["total_sequence_length"], to=TensorProto.INT64))
+    distances = g.op("Sub", [keys, g.op("Unsqueeze", [inputs.positions, g.constant([-1])])])
+    bias = g.op("Transpose", [s.relative_bias(distances, bidirectional=False)], perm=[0, 3, 1, 2])
+    x = inputs.embeds
+    for i in range(cfg.num_decoder_layers):
+        name = f"block.{i}.layer."
+        y = s.norm(name + "0.layer_norm", x)
+        qkv = [s.to_heads(f"{name}0.SelfAttention.{p}", y) for p in "qkv"]
+        y = attend(g, i, s.heads, qkv, 1.0, ("", "", "", bias))
+        x = g.op("Add", [x, s.from_heads(name + "0.SelfAttention.o", y)])
+        q = s.to_heads(name + "1.EncDecAttention.q", s.norm(name + "1.layer_norm", x))
+        shape = ["batch", s.heads.n, "n_encoder", s.heads.padded]
+        seen = [g.input(f"cross.{i}.{part}", "float32", shape) for part in _PARTS.values()]
+        y = s.from_heads(name + "1.EncDecAttention.o", s.attention(q, *seen, lengths))
+        x = s.feed_forward(name + "2.", g.op("Add", [x, y]))
+    x = s.norm("final_layer_norm", select(g, x, inputs.logits_at))
+    if cfg.scale_decoder_outputs:
+        x = g.op("Mul", [x, g.constant(cfg.d_model**-0.5, np.float32)])
+    head = checkpoint.optional(_PREFIX + "lm_head.weight", table.shape)
+    return finish(g, x, head, table, embedding, s.heads, cfg.num_decoder_layers)
+
+
+def _count(g: Graph, n: str) -> str:
+    """0, 1, … up to the scalar `n`, excluded."""
+    return str(g.op("Range", [g.constant(0), n, g.constant(1)]))
+
+
+def relative_buckets(distances: np.ndarray, n_buckets: int, most: int, bidirectional: bool) -> np.ndarray:
+    """Bucket of each distance: one a distance when near, then logarithmically wider ones, the last from `most` on.
+
+    In the float32 arithmetic of `T5Attention`, so that distances at the edge of a bucket fall on the same side.
+    """
+    n = n_buckets // 2 if bidirectional else n_buckets
+    exact = n // 2
+    if exact < 1 or most <= exact:
+        raise UnsupportedError(f"{n_buckets} relative position buckets over {most} positions are not supported")
+    away = np.abs(distances) if bidirectional else np.maximum(-distances, 0)
+    ratio = np.log(np.maximum(away, 1).astype(np.float32) / np.float32(exact)) / np.float32(math.log(most / exact))
+    far = np.minimum(exact + (ratio * np.float32(n - exact)).astype(np.int64), n - 1)
+    return np.where(away < exact, away, far) + np.where(bidirectional & (distances > 0), n, 0)

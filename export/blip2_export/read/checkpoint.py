@@ -1,0 +1,167 @@
+"""Reads a Hugging Face BLIP-2 folder: its configuration checked, its tensors one at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Container
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from blip2_export.read.pickled import PickledError, PickledFile
+
+# In the order of the reference: where several are there, the first counts.
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_OLD_KEYS = {"qformer_text_input": "use_qformer_text_input"}
+RETRIEVAL = "Blip2ForImageTextRetrieval"
+_KINDS = ("blip-2", "instructblip")
+_LANGUAGES = ("opt", "llama", "t5")
+_SUPPORTED = (
+    "BLIP-2 or InstructBLIP with OPT, LLaMA or Flan-T5 (`blip-2` or `instructblip` with `opt`, `llama` or `t5`), "
+    f"or `{RETRIEVAL}`"
+)
+
+
+class CheckpointError(ValueError):
+    """The folder cannot be converted; the message says why in one sentence."""
+
+
+class Checkpoint:
+    """A configuration and tensors under their Hugging Face names; here those of a folder with config.json and weights."""
+
+    asks = "config.json asks for"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = _config(folder)
+        self.tokenizer_folder: Path = folder
+        self.processor_folder: Path | None = folder  # none: the reference's own preprocessing
+        self._files = TensorFiles(folder)
+
+    @property
+    def is_retrieval(self) -> bool:
+        return RETRIEVAL in (self.config.get("architectures") or ())
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the stored tensors, in files."""
+        return self._files.n_bytes
+
+    def has(self, name: str) -> bool:
+        return self._files.has(name)
+
+    def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
+        """One tensor in its own dtype (float32, float16 or bfloat16). With `shape`, anything else is an error."""
+        if not self.has(name):
+            raise CheckpointError(
+                f"{self.folder}: tensor `{name}` is missing; the checkpoint is incomplete or of another kind"
+            )
+        value = self._read(name)
+        if shape is not None and value.shape != shape:
+            raise CheckpointError(f"{self.folder}: tensor `{name}` is {list(value.shape)}, {self.asks} {list(shape)}")
+        return value
+
+    def optional(self, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray | None:
+        return self.tensor(name, shape) if self.has(name) else None
+
+    def _read(self, name: str) -> np.ndarray:
+        return self._files.read(name)
+
+
+class TensorFiles:
+    """The weights of a folder: safetensors or PyTorch's `.bin`, one file or shards."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._where = _tensor_files(folder)
+        self._open: dict[str, Any] = {}
+
+    @property
+    def n_bytes(self) -> int:
+        return sum((self.folder / file).stat().st_size for file in set(self._where.values()))
+
+    def names(self) -> list[str]:
+        return list(self._where)
+
+    def has(self, name: str) -> bool:
+        return name in self._where
+
+    def read(self, name: str) -> np.ndarray:
+        file = self._where[name]
+        try:
+            if file not in self._open:
+                self._open[file] = _opened(self.folder / file)
+            value = self._open[file].get_tensor(name)
+        except KeyError as error:
+            raise CheckpointError(f"{self.folder / file}: has no tensor `{name}`, though the index says so") from error
+        except (SafetensorError, PickledError, OSError) as error:
+            raise CheckpointError(f"{self.folder / file}: cannot be read ({error})") from error
+        if value.dtype not in (np.float32, np.float16, ml_dtypes.bfloat16):
+            raise CheckpointError(
+                f"{self.folder}: tensor `{name}` has dtype {value.dtype}; float32, float16 and bfloat16 are supported"
+            )
+        return value
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: not a folder; expected a Hugging Face checkpoint folder with config.json")
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: config.json is missing; expected a Hugging Face checkpoint folder")
+    config = read_json(path)
+    kind = config.get("model_type")
+    if kind not in _KINDS:
+        raise CheckpointError(f"{folder}: model_type is `{kind}`; supported is {_SUPPORTED}")
+    language = config.get("text_config", {}).get("model_type", "opt")
+    if language not in _LANGUAGES and RETRIEVAL not in (config.get("architectures") or ()):
+        raise CheckpointError(f"{folder}: the language model is `{language}`; supported is {_SUPPORTED}")
+    config["qformer_config"] = {_OLD_KEYS.get(k, k): v for k, v in (config.get("qformer_config") or {}).items()}
+    return config
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object")
+    return value
+
+
+def weights_name(there: Container[str]) -> str | None:
+    """The file that says where the weights lie, or holds them; `there` are the files of the checkpoint."""
+    return next((name for name in _WEIGHTS if name in there), None)
+
+
+def shards(index: Path) -> dict[str, str]:
+    """Tensor name → file, as a `.index.json` lists them."""
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise CheckpointError(f"{index}: has no weight_map")
+    return where
+
+
+def _tensor_files(folder: Path) -> dict[str, str]:
+    name = weights_name({path.name for path in folder.iterdir()})
+    if name is None:
+        raise CheckpointError(f"{folder}: neither {' nor '.join(_WEIGHTS)} is there")
+    if name.endswith(".index.json"):
+        where = shards(folder / name)
+        missing = sorted({f for f in where.values() if not (folder / f).is_file()})
+        if missing:
+            raise CheckpointError(f"{folder}: shard {missing[0]} is missing ({len(missing)} in all)")
+        return where
+    try:
+        return {tensor: name for tensor in _opened(folder / name).keys()}
+    except (SafetensorError, PickledError, OSError) as error:
+        kind = "safetensors" if name.endswith(".safetensors") else "PyTorch"
+        raise CheckpointError(f"{folder / name}: not a readable {kind} file ({error})") from error
+
+
+def _opened(path: Path) -> Any:
+    return safe_open(path, framework="numpy") if path.suffix == ".safetensors" else PickledFile(path)

@@ -1,0 +1,1 @@
+"""`transformers` as the reference, and the goldens that are recorded from it."""

@@ -1,0 +1,69 @@
+"""Loads a checkpoint into `transformers`, in float32, for recording goldens. What its BLIP-2 lacks is added to its modules."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from transformers import Blip2Config
+
+from blip2_export.graphs import vision
+from blip2_export.read.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+_HEAD = "language_model.lm_head.weight"
+
+
+def load(checkpoint: Checkpoint, kind: Any, side: int) -> Any:
+    """`kind`, a model class of BLIP-2, with the checkpoint's weights, for pictures of `side` × `side`."""
+    import torch
+
+    if type(checkpoint) is Checkpoint:
+        model = kind.from_pretrained(checkpoint.folder, dtype=torch.float32)
+    else:
+        model = kind(Blip2Config(**checkpoint.config)).to(torch.float32)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if not (name.endswith("patch_embedding.bias") and vision.has_pre_layernorm(model.config.vision_config)):
+                    parameter.copy_(tensor(checkpoint, name, tuple(parameter.shape)))
+        if checkpoint.has(_HEAD):  # `transformers` builds T5 with a tied head, and unties it when it loads a folder
+            model.language_model.lm_head.weight = torch.nn.Parameter(tensor(checkpoint, _HEAD))
+    _adapt(model.vision_model, checkpoint, side)
+    return model.eval()
+
+
+def tensor(checkpoint: Checkpoint, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+    import torch
+
+    return torch.from_numpy(np.array(checkpoint.tensor(name, shape), np.float32))
+
+
+def _adapt(eye: nn.Module, checkpoint: Checkpoint, side: int) -> None:
+    """The layer norm in front of CLIP's blocks, the last norm's own epsilon, and position embeddings for another size."""
+    import torch
+    from torch.nn import functional as F
+
+    cfg: Any = eye.config
+    eye.post_layernorm.eps = vision.post_layernorm_epsilon(cfg)
+    if vision.has_pre_layernorm(cfg):
+        torch.nn.init.zeros_(eye.embeddings.patch_embedding.bias)
+        scale, shift = (tensor(checkpoint, f"vision_model.pre_layernorm.{k}") for k in ("weight", "bias"))
+
+        def normalise(_module: nn.Module, _inputs: tuple[Tensor, ...], x: Tensor) -> Tensor:
+            return F.layer_norm(x, (cfg.hidden_size,), scale, shift, cfg.layer_norm_eps)
+
+        eye.embeddings.register_forward_hook(normalise)
+    if side != cfg.image_size:
+        eye.embeddings.position_embedding = torch.nn.Parameter(_resized(eye.embeddings.position_embedding, side, cfg))
+
+
+def _resized(table: Tensor, side: int, cfg: Any) -> Tensor:
+    import torch
+    from torch.nn import functional as F
+
+    n_in, n_out = cfg.image_size // cfg.patch_size, side // cfg.patch_size
+    grid = table.detach()[:, 1:].reshape(1, n_in, n_in, -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(n_out, n_out), mode="bicubic", align_corners=vision.has_pre_layernorm(cfg))
+    return torch.cat([table.detach()[:, :1], grid.permute(0, 2, 3, 1).reshape(1, n_out * n_out, -1)], 1)
