@@ -104,13 +104,13 @@ pub enum StrategyError {
         /// What else a row takes.
         row_bytes: u64,
         /// Bytes of all.
-        needed: u128,
+        needed: u64,
         /// Bytes that may be used.
-        allowed: u128,
+        allowed: u64,
     },
 }
 
-fn readable(bytes: u128) -> String {
+fn readable(bytes: u64) -> String {
     if bytes < 1_000_000_000 { format!("{:.1} MB", bytes as f64 / 1e6) } else { format!("{:.1} GB", bytes as f64 / 1e9) }
 }
 

@@ -27,26 +27,27 @@ impl Generation {
 impl Engine {
     /// Refuses more rows than fit into memory together with what they write.
     pub(super) fn check_memory(&self, requests: &[Request<'_>], prompts: &[Prompt]) -> Result<(), StrategyError> {
-        let n_rows: u128 = requests.iter().map(|request| request.generation.strategy.n_rows() as u128).sum();
+        let n_rows = requests.iter().map(|request| request.generation.strategy.n_rows() as u64);
+        let n_rows = n_rows.fold(0u64, u64::saturating_add);
         // Beams fork, and slots for them come in powers of two.
         let forks = requests.iter().any(|request| matches!(request.generation.strategy, Strategy::Beam { .. }));
-        let rows = if forks { n_rows.next_power_of_two() } else { n_rows };
+        let rows = if forks { n_rows.checked_next_power_of_two().unwrap_or(u64::MAX) } else { n_rows };
         let (language, n_queries) = (self.bundle.language(), self.bundle.facts().qformer.n_queries);
-        let longest = prompts.iter().map(|prompt| n_queries + prompt.ids.len()).max().unwrap_or(0);
-        let n_new = requests.iter().zip(prompts);
-        let n_new = n_new.map(|(request, prompt)| self.n_new(request, self.bundle.room_behind(prompt.ids.len()))).max();
         let encoded = language.cross_attention.as_ref().map(|facts| facts.tensors().count() * facts.n_heads * facts.head_dim);
-        let before = if encoded.is_some() { 1 } else { longest };
-        let positions = (before + n_new.unwrap_or(0)).next_multiple_of(CAPACITY_STEP) as u64;
+        let read = |prompt: &Prompt| n_queries + prompt.ids.len();
+        let before = |prompt| if encoded.is_some() { 1 } else { read(prompt) };
+        let written = |request, prompt: &Prompt| self.n_new(request, self.bundle.room_behind(prompt.ids.len()));
+        let positions = requests.iter().zip(prompts).map(|(request, prompt)| before(prompt) + written(request, prompt)).max();
+        let positions = positions.unwrap_or(0).next_multiple_of(CAPACITY_STEP) as u64;
+        let longest = prompts.iter().map(read).max().unwrap_or(0);
         let position_bytes = language.kv_cache.bytes_per_position() as u64;
         // Logits where the graph writes them, and where searches read them; keys and values of what an encoder read.
         let row_bytes = (4 * (2 * language.vocab_size + encoded.unwrap_or(0) * longest)) as u64;
-        let needed = rows.saturating_mul(u128::from(positions) * u128::from(position_bytes) + u128::from(row_bytes));
-        let allowed = u128::from(self.runtime.memory_bytes());
+        let needed = rows.saturating_mul(positions.saturating_mul(position_bytes).saturating_add(row_bytes));
+        let allowed = self.runtime.memory_bytes();
         if needed <= allowed {
             return Ok(());
         }
-        let rows = u64::try_from(rows).unwrap_or(u64::MAX);
         Err(StrategyError::TooLarge { rows, positions, position_bytes, row_bytes, needed, allowed })
     }
 
