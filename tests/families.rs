@@ -335,7 +335,11 @@ fn several_texts_are_put_in_order_by_another_bundle() {
     let candidates = row["candidates"].as_array().unwrap();
     let found: Vec<f64> = candidates.iter().map(|candidate| number(candidate, "itm_probability")).collect();
     assert!(found.len() == 4 && found.is_sorted_by(|a, b| a >= b), "{found:?}");
-    assert_eq!(row["text"], candidates[0]["text"]);
+    for key in ["text", "tokens", "score", "finish_reason"] {
+        assert_eq!(row[key], candidates[0][key], "{key}");
+    }
+    let both = ["caption", "--json", "--num-return", "2", "--log-probs", "1"];
+    fails("t5", &[&both[..], &options[4..], &[&sample(0)]].concat(), 2, "cannot be used with");
     let text = candidates[0]["text"].as_str().unwrap();
     let matched = &rows("stage1", &["match", "--json", &sample(0), text])[0];
     assert!((number(matched, "itm_probability") - found[0]).abs() < 1e-5);

@@ -189,7 +189,7 @@ pub(super) struct Write {
     #[arg(long, value_name = "DIR", requires = "rerank")]
     pub itm_model: Option<PathBuf>,
     /// Log-probability of every token, with this many of the most probable in its place; with --json
-    #[arg(long, value_name = "N", requires = "json")]
+    #[arg(long, value_name = "N", requires = "json", conflicts_with = "rerank")]
     pub log_probs: Option<usize>,
     #[command(flatten)]
     pub show: Show,
@@ -393,7 +393,7 @@ impl Write {
         let strategy = search.strategy(defaults)?;
         let stop = search.stop.clone();
         let generation = Generation { max_new_tokens, processors, strategy, stop, log_probs: self.log_probs };
-        generation.check(bundle.language().vocab_size).map_err(Error::from)?;
+        generation.check(bundle.language()).map_err(Error::from)?;
         Ok(generation)
     }
 }

@@ -83,7 +83,7 @@ pub enum StrategyError {
     #[error("{0} forces tokens that are suppressed")]
     Contradiction(&'static str),
     /// Nothing may be written.
-    #[error("every token of the vocabulary is suppressed")]
+    #[error("every token of the vocabulary is suppressed, at the beginning at least")]
     NothingLeft,
     /// A text would end before it begins.
     #[error("a stop string is empty")]
@@ -115,9 +115,10 @@ fn readable(bytes: u64) -> String {
 }
 
 impl Strategy {
-    /// Refuses options that make no sense, alone or together, for a vocabulary of this size.
-    pub fn check(&self, processors: &Processors, vocabulary: usize) -> Result<(), StrategyError> {
+    /// Refuses options that make no sense, alone or together, for a vocabulary of this size where `end` ends a text.
+    pub fn check(&self, processors: &Processors, vocabulary: usize, end: &[TokenId]) -> Result<(), StrategyError> {
         check_processors(processors, vocabulary)?;
+        check_choice(processors, vocabulary, end)?;
         match self {
             Self::Greedy => Ok(()),
             Self::Sample { n_return: 0, .. } | Self::Beam { n_return: 0, .. } => Err(StrategyError::Zero("the number of texts")),
@@ -209,16 +210,22 @@ fn check_processors(processors: &Processors, vocabulary: usize) -> Result<(), St
             return Err(StrategyError::NoSuchToken { name, id, vocabulary });
         }
     }
+    Ok(())
+}
+
+/// Something can be written, and what is forced is not suppressed.
+fn check_choice(processors: &Processors, vocabulary: usize, end: &[TokenId]) -> Result<(), StrategyError> {
+    let Processors { suppressed, suppressed_first, forced_last, .. } = processors;
+    let forced_first = processors.forced_first.as_slice();
     let gone: HashSet<TokenId> = suppressed.iter().copied().collect();
-    if gone.len() == vocabulary {
-        return Err(StrategyError::NothingLeft);
-    }
     for (name, forced) in [("forced-bos-token", forced_first), ("forced-eos-tokens", forced_last)] {
         if !forced.is_empty() && forced.iter().all(|id| gone.contains(id)) {
             return Err(StrategyError::Contradiction(name));
         }
     }
-    Ok(())
+    let waits = if processors.min_new_tokens > 0 { end } else { &[] };
+    let gone_first: HashSet<TokenId> = gone.iter().chain(suppressed_first).chain(waits).copied().collect();
+    if gone_first.len() == vocabulary { Err(StrategyError::NothingLeft) } else { Ok(()) }
 }
 
 #[cfg(test)]
@@ -239,9 +246,9 @@ mod tests {
         for (edit, wanted) in cases {
             let mut processors = Processors::default();
             edit(&mut processors);
-            let found = Strategy::Greedy.check(&processors, 10);
+            let found = Strategy::Greedy.check(&processors, 10, &[]);
             assert!(matches!(found, Err(StrategyError::NoSuchToken { name, vocabulary: 10, .. }) if name == wanted), "{found:?}");
-            assert_eq!(Strategy::Greedy.check(&processors, usize::MAX), Ok(()));
+            assert_eq!(Strategy::Greedy.check(&processors, usize::MAX, &[]), Ok(()));
         }
     }
 
@@ -250,10 +257,13 @@ mod tests {
         let found = |edit: Edit| {
             let mut processors = Processors::default();
             edit(&mut processors);
-            Strategy::Greedy.check(&processors, 3)
+            Strategy::Greedy.check(&processors, 3, &[2])
         };
         assert_eq!(found(|p| p.suppressed = vec![0, 1, 2, 2]), Err(StrategyError::NothingLeft));
         assert_eq!(found(|p| p.suppressed = vec![0, 1, 1]), Ok(()));
+        assert_eq!(found(|p| p.suppressed_first = vec![2, 1, 0]), Err(StrategyError::NothingLeft));
+        assert_eq!(found(|p| (p.suppressed, p.suppressed_first) = (vec![0], vec![1, 2])), Err(StrategyError::NothingLeft));
+        assert_eq!(found(|p| (p.suppressed, p.min_new_tokens) = (vec![0, 1], 1)), Err(StrategyError::NothingLeft));
         let forced: Edit = |p| (p.suppressed, p.forced_last) = (vec![0, 1], vec![0, 1]);
         assert_eq!(found(forced), Err(StrategyError::Contradiction("forced-eos-tokens")));
         assert_eq!(found(|p| (p.suppressed, p.forced_last) = (vec![0], vec![0, 1])), Ok(()));
@@ -265,17 +275,17 @@ mod tests {
     fn numbers_stay_where_float32_can_follow() {
         for penalty in [0.0, -1.0, 1e-7, 1e7, f32::NAN, f32::INFINITY] {
             let processors = Processors { repetition_penalty: penalty, ..Processors::default() };
-            assert!(Strategy::Greedy.check(&processors, 3).is_err(), "{penalty}");
+            assert!(Strategy::Greedy.check(&processors, 3, &[]).is_err(), "{penalty}");
         }
         for temperature in [0.0, -1.0, 1e-40, f32::NAN, f32::INFINITY] {
             let warpers = Warpers { temperature, ..Warpers::default() };
             let sample = Strategy::Sample { warpers, seed: 0, n_return: 1 };
-            assert!(sample.check(&Processors::default(), 3).is_err(), "{temperature}");
+            assert!(sample.check(&Processors::default(), 3, &[]).is_err(), "{temperature}");
         }
         for length_penalty in [1e30, -11.0, f32::NAN, f32::NEG_INFINITY] {
             let beam =
                 Strategy::Beam { beams: 2, length_penalty, early_stopping: EarlyStopping::default(), n_return: 1, sample: None };
-            assert!(beam.check(&Processors::default(), 3).is_err(), "{length_penalty}");
+            assert!(beam.check(&Processors::default(), 3, &[]).is_err(), "{length_penalty}");
         }
     }
 }

@@ -1,6 +1,7 @@
 //! What may be asked for at once: options that make sense, and no more memory than there is.
 
 use super::{Engine, Generation, Request};
+use crate::bundle::LanguageFacts;
 use crate::decode::{Strategy, StrategyError};
 use crate::language::{CAPACITY_STEP, Prefix};
 use crate::prompt::Prompt;
@@ -9,9 +10,9 @@ use crate::prompt::Prompt;
 const REREAD_BYTES: usize = 1 << 30;
 
 impl Generation {
-    /// Refuses options that make no sense, alone or together, for a vocabulary of this size.
-    pub fn check(&self, vocabulary: usize) -> Result<(), StrategyError> {
-        self.strategy.check(&self.processors, vocabulary)?;
+    /// Refuses options that make no sense, alone or together, for this language model.
+    pub fn check(&self, language: &LanguageFacts) -> Result<(), StrategyError> {
+        self.strategy.check(&self.processors, language.vocab_size, &language.token_ids.eos)?;
         if self.stop.iter().any(String::is_empty) {
             return Err(StrategyError::EmptyStop);
         }

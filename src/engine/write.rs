@@ -67,6 +67,9 @@ pub struct Candidate {
     pub text: String,
     /// Its tokens, the end token included.
     pub tokens: Vec<TokenId>,
+    /// Why it ended.
+    #[serde(rename = "finish_reason", serialize_with = "as_written")]
+    pub finish: Finish,
     /// As [`Answer::score`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub score: Option<f32>,
@@ -76,13 +79,19 @@ pub struct Candidate {
 }
 
 impl Answer {
-    /// Puts the candidates in another order; the first of them becomes the answer.
+    /// Puts the candidates in another order; the first of them becomes the answer. Log-probabilities of another text are dropped.
     pub fn reorder(&mut self, compare: impl FnMut(&Candidate, &Candidate) -> std::cmp::Ordering) {
         self.candidates.sort_by(compare);
-        if let Some(Candidate { text, tokens, score, .. }) = self.candidates.first().cloned() {
-            (self.text, self.tokens, self.score) = (text, tokens, score);
+        let Some(Candidate { text, tokens, finish, score, .. }) = self.candidates.first().cloned() else { return };
+        if tokens != self.tokens {
+            self.log_probs.clear();
         }
+        (self.text, self.tokens, self.finish, self.score) = (text, tokens, finish, score);
     }
+}
+
+fn as_written<S: serde::Serializer>(value: &impl std::fmt::Display, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(value)
 }
 
 /// How probable the model finds a token: under the softmax of its plain logits, whatever search chose it.
@@ -146,7 +155,7 @@ impl Engine {
     /// neither for its text nor for its options.
     pub fn check(&self, task: &Task, generation: &Generation) -> Result<Prompt, Error> {
         let mut prompt = self.prompt(task)?;
-        generation.check(self.bundle.language().vocab_size)?;
+        generation.check(self.bundle.language())?;
         let (wanted, room) = (generation.processors.min_new_tokens, self.bundle.room_behind(prompt.ids.len()));
         if wanted > room {
             prompt.warnings.push(Warning::NoRoom { wanted, room });
@@ -311,9 +320,8 @@ impl Running {
     }
 
     fn answer(self, n_return: usize) -> Answer {
-        let finish = self.texts.first().map_or(Finish::Length, |first| first.finish);
         let mut candidates: Vec<Candidate> = self.texts.into_iter().flat_map(|writing| writing.candidates).take(n_return).collect();
-        let Candidate { text, tokens, score, .. } = candidates.first().cloned().unwrap_or_default();
+        let Candidate { text, tokens, finish, score, .. } = candidates.first().cloned().unwrap_or_default();
         if n_return == 1 {
             candidates.clear();
         }
@@ -333,7 +341,6 @@ struct Writing {
     /// How much of it was said.
     n_said: usize,
     is_finished: bool,
-    finish: Finish,
     candidates: Vec<Candidate>,
     tokens: Vec<TokenId>,
 }
@@ -343,7 +350,7 @@ impl Writing {
         let stream = TextStream::new(text.clone());
         let (decoded, candidates, tokens) = (String::new(), Vec::new(), Vec::new());
         let (eos, stop) = (eos.to_vec(), stop.to_vec());
-        Self { id, text, stream, eos, stop, decoded, n_said: 0, is_finished: false, finish: Finish::Length, candidates, tokens }
+        Self { id, text, stream, eos, stop, decoded, n_said: 0, is_finished: false, candidates, tokens }
     }
 
     fn take(&mut self, event: &Event, say: &mut impl FnMut(&str)) {
@@ -355,8 +362,10 @@ impl Writing {
             }
         }
         self.say(self.safe_length(), say);
-        let Some(finish) = event.finish else { return };
-        (self.is_finished, self.finish) = (true, finish);
+        if event.finish.is_none() {
+            return;
+        }
+        self.is_finished = true;
         self.candidates = match event.hypotheses.as_slice() {
             [] => vec![self.candidate(&self.tokens, None)],
             several => several.iter().map(|hypothesis| self.candidate(&hypothesis.tokens, Some(hypothesis.score))).collect(),
@@ -371,11 +380,14 @@ impl Writing {
 
     fn candidate(&self, tokens: &[TokenId], score: Option<f32>) -> Candidate {
         let mut text = self.text.decode(&without(tokens, &self.eos));
-        if let Some(at) = self.stop.iter().filter_map(|stop| text.find(stop.as_str())).min() {
+        let stopped = self.stop.iter().filter_map(|stop| text.find(stop.as_str())).min();
+        if let Some(at) = stopped {
             text.truncate(at);
             text.truncate(text.trim_end().len());
         }
-        Candidate { text, tokens: tokens.to_vec(), score, itm_probability: None }
+        let ended = stopped.is_some() || tokens.last().is_some_and(|last| self.eos.contains(last));
+        let finish = if ended { Finish::Stop } else { Finish::Length };
+        Candidate { text, tokens: tokens.to_vec(), finish, score, itm_probability: None }
     }
 
     /// How much of what was decoded can be said: nothing that is, or may become, a stop string.
