@@ -26,7 +26,7 @@ from blip2_export.reference.generation import Reference
 from blip2_export.reference.pictures import preprocess
 
 SEED, N_TEXTS = 11, 60
-TOLERANCE = 1e-3
+TOLERANCE = 1e-4
 PIECES = (
     *("a red star", "two dogs", "beach", "how many?", "Question", "x", "7", "{x}", "~", "<b>", "don't", "it's 3.5%"),
     *("🎉", "👩\u200d👧\u200d👦", "🏳️\u200d🌈", "👍🏽", "🇩🇪", "☺", "\U0010ffff", "\ue000", "\u0378"),

@@ -8,7 +8,7 @@ use super::ask::task;
 use super::failures::{Failures, as_it_is};
 use super::output::{Printer, look};
 use crate::bundle::TaskName;
-use crate::engine::Ranked;
+use crate::engine::{Engine, Ranked};
 use crate::error::Error;
 use crate::prompt::check_template;
 use crate::text::Warning;
@@ -29,12 +29,7 @@ struct Row<'a> {
 }
 
 pub(super) fn run(command: &Rank) -> Result<(), Failure> {
-    let bundle = command.model.bundle()?;
-    bundle.require(TaskName::Ask).map_err(Error::from)?;
-    if let Some(template) = &command.prompt {
-        check_template(&bundle, template).map_err(Error::from)?;
-    }
-    let mut engine = command.model.load(bundle)?;
+    let mut engine = load(command)?;
     let task = task(&command.question, command.prompt.as_deref());
     let prompt = engine.prompt(&task)?;
     command.read.accept(&prompt.warnings).map_err(Error::from)?;
@@ -71,4 +66,14 @@ pub(super) fn run(command: &Rank) -> Result<(), Failure> {
         printer.warn(&row.warnings);
     }
     failures.end()
+}
+
+/// What was typed is checked before graphs are loaded.
+fn load(command: &Rank) -> Result<Engine, Failure> {
+    let bundle = command.model.bundle()?;
+    bundle.require(TaskName::Ask).map_err(Error::from)?;
+    if let Some(template) = &command.prompt {
+        check_template(&bundle, template).map_err(Error::from)?;
+    }
+    Ok(command.model.load(bundle)?)
 }
