@@ -29,7 +29,9 @@ fn inputs() -> Vec<PathBuf> {
 
 /// The largest difference, and the share of equal values.
 fn compare(found: &Picture, wanted: &Picture) -> (u8, f64) {
-    assert_eq!((found.width, found.height), (wanted.width, wanted.height));
+    if (found.width, found.height) != (wanted.width, wanted.height) {
+        return (u8::MAX, 0.0);
+    }
     let differences = found.rgb.iter().zip(&wanted.rgb).map(|(a, b)| a.abs_diff(*b));
     let equal = differences.clone().filter(|d| *d == 0).count();
     (differences.max().unwrap(), equal as f64 / wanted.rgb.len() as f64)
