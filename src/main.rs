@@ -18,6 +18,7 @@ fn main() -> ExitCode {
 /// Documented in README.md; clap itself exits with 2 for a wrong command line.
 fn exit_code(failure: &Failure) -> ExitCode {
     ExitCode::from(match failure {
+        Failure::Engine(Error::Runtime(error)) if error.blames_the_bundle() => 4,
         Failure::Engine(Error::Runtime(_)) | Failure::Output(_) | Failure::File { .. } => 1,
         Failure::Usage(_) | Failure::Engine(Error::Strategy(_)) => 2,
         Failure::Picture { .. } | Failure::Engine(Error::Picture(_) | Error::Prompt(_)) => 3,
