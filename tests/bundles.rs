@@ -598,8 +598,12 @@ fn graphs_are_lists_of_nodes_that_the_facts_announce() {
         scratch.refused(said);
     }
     let scratch = Scratch::of("stage1");
+    scratch.list("vision.ort", &scratch.bytes("vision.onnx"));
+    scratch.edit(|facts| facts["graphs"]["vision"]["file"] = json!("vision.ort"));
+    scratch.refused("graphs are .onnx files");
+    let scratch = Scratch::of("stage1");
     scratch.list("vision.onnx", &vec![0; 17 << 20]);
-    scratch.refused("vision.onnx has 17825792 bytes, at most 16777216 are read");
+    scratch.refused("vision.onnx has 17825792 bytes, at most 8388608 are read");
 }
 
 #[test]

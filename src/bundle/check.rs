@@ -43,6 +43,9 @@ impl Bundle {
             })?;
         }
         let graphs = self.facts.graphs.values().map(|graph| graph.file.as_str());
+        // ONNX Runtime tells the format by the ending, and reads others.
+        let foreign = graphs.clone().find(|file| !file.ends_with(".onnx"));
+        self.ensure(foreign.is_none(), || (format!("a graph `{}`", foreign.unwrap_or_default()), "graphs are .onnx files".into()))?;
         let language = self.facts.language.iter().flat_map(|language| [language.embedding.file.as_str(), self.tokenizer()]);
         let text = self.facts.qformer.text.iter().map(|text| text.tokenizer.as_str());
         for file in graphs.chain(language).chain(text) {

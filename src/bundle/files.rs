@@ -11,7 +11,7 @@ use super::{Bundle, BundleError, FACTS};
 /// Largest `bundle.json`.
 pub const MAX_FACTS_BYTES: u64 = 4 << 20;
 /// Largest `.onnx` file; weights lie beside it.
-pub const MAX_GRAPH_BYTES: u64 = 16 << 20;
+pub const MAX_GRAPH_BYTES: u64 = 8 << 20;
 /// Largest tokenizer file.
 pub const MAX_TOKENIZER_BYTES: u64 = 64 << 20;
 /// Largest `golden.json`.
