@@ -8,7 +8,7 @@ use super::{
     Bundle, BundleError, EmbeddingFacts, Facts, Family, GenerationFacts, LanguageFacts, QformerTextFacts, Requirements, TaskName,
     brief,
 };
-use crate::pixels::ResizeTo;
+use crate::pixels::{Preprocess, ResizeTo};
 
 /// No width, length or number in the facts is larger. It keeps products of three within 64 bits.
 const MAX_COUNT: usize = 1 << 20;
@@ -56,21 +56,10 @@ impl Bundle {
 
     fn check_image(&self) -> Result<(), BundleError> {
         let image = &self.facts.image;
-        let (sides, fits) = match image.resize {
-            ResizeTo::Square => ([image.size; 2], true),
-            ResizeTo::Exact { width, height } => ([width, height], [width, height] == [image.size; 2]),
-            ResizeTo::ShortestEdge(side) => ([side; 2], side == image.size),
-            ResizeTo::Keep => ([image.size; 2], true),
-        };
-        for side in sides.into_iter().chain([image.size]) {
-            self.ensure((1..=MAX_SIDE).contains(&side), || {
-                (format!("image sides of {side}"), format!("sides from 1 to {MAX_SIDE} are possible"))
-            })?;
-        }
-        self.ensure(fits || image.center_crop, || {
-            let size = image.size;
-            (format!("image.resize to {sides:?}"), format!("without image.center_crop that must be {size}"))
+        self.ensure((1..=MAX_SIDE).contains(&image.size), || {
+            (format!("image size {}", image.size), format!("sizes from 1 to {MAX_SIDE} are possible"))
         })?;
+        self.check_resize(image)?;
         let normalised =
             |channel: usize, value: u8| ((f64::from(value) * image.rescale) as f32 - image.mean[channel]) / image.std[channel];
         let tells_apart = |channel| (1..=255).all(|value| normalised(channel, value) > normalised(channel, value - 1));
@@ -79,6 +68,20 @@ impl Bundle {
         let usable = |channel| tells_apart(channel) && is_plausible(range(channel));
         self.ensure(image.rescale > 0.0 && image.std.iter().all(|s| *s > 0.0) && (0..3).all(usable), || {
             ("image mean, std or rescale".into(), "which cannot normalise a pixel".into())
+        })
+    }
+
+    fn check_resize(&self, image: &Preprocess) -> Result<(), BundleError> {
+        let sides = match image.resize {
+            ResizeTo::Square | ResizeTo::Keep => [image.size; 2],
+            ResizeTo::Exact { width, height } => [width, height],
+            ResizeTo::ShortestEdge(side) => [side; 2],
+        };
+        self.ensure(sides.iter().all(|side| (1..=MAX_SIDE).contains(side)), || {
+            (format!("image.resize to {sides:?}"), format!("sides from 1 to {MAX_SIDE} are possible"))
+        })?;
+        self.ensure(image.center_crop || sides == [image.size; 2], || {
+            (format!("image.resize to {sides:?}"), format!("without center_crop that never makes {0}×{0}", image.size))
         })
     }
 

@@ -50,7 +50,7 @@ impl Graph {
         let unloadable = |reason: ort::Error| BundleError::Unloadable {
             folder: bundle.folder().to_path_buf(),
             graph: name.into(),
-            reason: sentence(&reason),
+            reason: sentence(&reason.to_string()),
         };
         let session = session(&runtime.environment, runtime, bundle, name).map_err(unloadable)?;
         check(bundle, name, "input", session.inputs(), &bundle.graph(name).inputs)?;
@@ -209,17 +209,40 @@ fn not_run(graph: &'static str, source: ort::Error) -> RuntimeError {
     let said = source.to_string().to_lowercase();
     let machine = ["alloc", "memory", "cuda", "cudnn", "cublas", "tensorrt"].iter().any(|word| said.contains(word));
     match machine {
-        true => RuntimeError::Failed { graph: graph.into(), doing: "running", source },
-        false => RuntimeError::Refused { graph: graph.into(), reason: sentence(&source) },
+        true => {
+            RuntimeError::Failed { graph: graph.into(), doing: "running", source: ort::Error::new(sentence(&source.to_string())) }
+        }
+        false => RuntimeError::Refused { graph: graph.into(), reason: sentence(&source.to_string()) },
     }
 }
 
-/// What ONNX Runtime says, without the places in its own sources and the stack behind them.
-fn sentence(error: &ort::Error) -> String {
-    let said = error.to_string();
-    let first = said.lines().find(|line| !line.trim().is_empty()).unwrap_or_default();
-    let words = first.split_whitespace().filter(|word| !word.contains("onnxruntime/core/") && !word.contains(".cc:"));
-    brief(&words.collect::<Vec<_>>().join(" "))
+/// What ONNX Runtime says, in one line and without the places in its own sources.
+fn sentence(said: &str) -> String {
+    let mut text = said.lines().find(|line| !line.trim().is_empty()).unwrap_or_default().to_owned();
+    while let Some((from, to)) = place(&text) {
+        text.replace_range(from..to, "");
+    }
+    brief(&text)
+}
+
+/// Where `path.cc:12` stands, with the function's signature behind it.
+fn place(text: &str) -> Option<(usize, usize)> {
+    let at = text.find(".cc:")?;
+    let from = text[..at].rfind(char::is_whitespace).map_or(0, |space| space + 1);
+    let behind = at + text[at..].find(char::is_whitespace).unwrap_or(text.len() - at);
+    let Some(open) = text[behind..].find('(').filter(|open| text[behind..behind + open].contains("::")) else {
+        return Some((from, behind));
+    };
+    let mut depth = 0;
+    let closing = text[behind + open..].char_indices().find(|(_, char)| {
+        depth += match char {
+            '(' => 1,
+            ')' => -1,
+            _ => 0,
+        };
+        depth == 0
+    });
+    Some((from, closing.map_or(behind, |(end, _)| behind + open + end + 1)))
 }
 
 /// Every tensor of the graph must be what the facts say, and the facts must name no other.
@@ -271,4 +294,26 @@ fn describe(found: &ValueType) -> String {
         })
         .collect();
     format!("{} [{}]", format!("{ty:?}").to_lowercase(), sizes.join(", "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_in_foreign_sources_are_left_out() {
+        let cases = [
+            (
+                "Status Message: /src/core/arena.cc:360 void* onnxruntime::Arena::Get(size_t, std::function<bool(int)>) Failed (all)\n#0 x",
+                "Status Message: Failed (all)",
+            ),
+            ("FAIL : utils.cc:633 GetInfo TensorProto: w (2) is long", "FAIL : GetInfo TensorProto: w (2) is long"),
+            ("\nan end.cc:1", "an"),
+            ("x.cc:1 a::b(", "a::b("),
+            ("", ""),
+        ];
+        for (said, wanted) in cases {
+            assert_eq!(sentence(said), wanted);
+        }
+    }
 }
