@@ -543,7 +543,7 @@ fn a_bundle_with_missing_or_changed_files_says_which() {
     let graph = scratch.bundle(|_| ()).join("vision.onnx");
     let bytes = std::fs::read(&graph).unwrap();
     std::fs::write(&graph, vec![b'x'; bytes.len()]).unwrap();
-    caption(&scratch.0.join("bundle"), "vision cannot be loaded");
+    caption(&scratch.0.join("bundle"), "vision.onnx: is not an ONNX file");
 
     let tokenizer = scratch.bundle(|_| ()).join("tokenizer.json");
     let bytes = std::fs::read(&tokenizer).unwrap();
