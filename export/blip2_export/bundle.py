@@ -18,7 +18,7 @@ from transformers import Blip2Config, InstructBlipConfig
 
 from blip2_export.graphs import language, qformer, retrieval, vision
 from blip2_export.graphs.builder import OPSET, Graph, sha256
-from blip2_export.read import lavis, processor
+from blip2_export.read import lavis, leftovers, processor
 from blip2_export.read.checkpoint import Checkpoint, CheckpointError
 from blip2_export.reference import golden
 
@@ -41,6 +41,7 @@ class Choices:
     force: bool = False
     image_size: int | None = None  # other than the checkpoint's
     parts: lavis.Parts = lavis.Parts()  # what a LAVIS file does not hold
+    ignored_tensors: tuple[str, ...] = ()  # patterns of names that may be left out
 
 
 def convert(source: Path, out: Path, choices: Choices) -> None:
@@ -52,6 +53,7 @@ def convert(source: Path, out: Path, choices: Choices) -> None:
     checkpoint = open_checkpoint(source, choices.parts)
     with _aside(out, choices.force) as aside:
         facts = _build(checkpoint, aside, choices)
+        leftovers.check(checkpoint, choices.ignored_tensors)
         if choices.golden:
             print("golden: recording the reference", file=sys.stderr)
             golden.record(checkpoint, aside, facts)

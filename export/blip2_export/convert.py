@@ -50,6 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="pictures of N×N pixels instead of the checkpoint's size; position embeddings are interpolated",
     )
+    parser.add_argument(
+        "--ignore-tensors",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="tensors of such names (`*` stands for anything) may be left out; otherwise one without a place is an error",
+    )
     lavis = parser.add_argument_group("what a LAVIS file leaves out")
     lavis.add_argument(
         "--vision",
@@ -78,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
         args.force,
         args.image_size,
         Parts(args.vision, args.llm, args.tokenizer),
+        ignored_tensors=tuple(args.ignore_tensors),
     )
     try:
         convert(locate(args.checkpoint, args.revision), args.out, choices)

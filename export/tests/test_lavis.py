@@ -311,7 +311,11 @@ def _edit(change: Callable[[dict], object], name: str = "model.pth") -> Callable
             {},
             r"is \[3, 64\], the other tensors ask",
         ),
-        (_edit(lambda s: s.update({"Qformer.cls.predictions.decoder.weight": torch.ones(9, 64)})), {}, "not tied"),
+        (
+            _edit(lambda s: s.update({"Qformer.cls.predictions.decoder.weight": torch.ones(9, 64)})),
+            {},
+            "to which it is tied",
+        ),
         (_edit(lambda s: s.update(temp=torch.tensor(1))), {}, "has dtype torch.int64"),
         (_edit(lambda s: s.pop("blocks.0.attn.q_bias"), "vision.pth"), {}, "`blocks.0.attn.q_bias` is missing"),
         (_edit(lambda s: s.pop("patch_embed.proj.weight"), "vision.pth"), {}, "neither EVA's image encoder"),
