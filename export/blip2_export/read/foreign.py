@@ -17,7 +17,6 @@ _SAVED_BY = {
     "base_model.model.": "peft, whose `merge_and_unload()` gives the model to save",
 }
 _NO_WEIGHTS = (  # patterns of names in a folder that has no weights to read, and what to do about it
-    (r"adapter_config\.json", "adapters, of which one is converted at a time: name its folder"),
     (r".+\.gguf", "a GGUF file; convert the checkpoint that it was made from"),
     (r"global_step\d+|zero_to_fp32\.py", "DeepSpeed's shards; run its zero_to_fp32.py in the folder first"),
     (r".+\.distcp|pytorch_model_fsdp.*", "FSDP's shards; merge them first (`accelerate merge-weights`)"),
