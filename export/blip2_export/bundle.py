@@ -18,7 +18,7 @@ from transformers import Blip2Config, InstructBlipConfig
 
 from blip2_export.graphs import language, qformer, retrieval, vision
 from blip2_export.graphs.builder import OPSET, Graph, sha256
-from blip2_export.read import lavis, processor
+from blip2_export.read import adapter, lavis, leftovers, processor
 from blip2_export.read.checkpoint import Checkpoint, CheckpointError
 from blip2_export.reference import golden
 
@@ -41,6 +41,8 @@ class Choices:
     force: bool = False
     image_size: int | None = None  # other than the checkpoint's
     parts: lavis.Parts = lavis.Parts()  # what a LAVIS file does not hold
+    adapters: tuple[Path, ...] = ()  # merged in this order
+    ignored_tensors: tuple[str, ...] = ()  # patterns of names that may be left out
 
 
 def convert(source: Path, out: Path, choices: Choices) -> None:
@@ -49,9 +51,10 @@ def convert(source: Path, out: Path, choices: Choices) -> None:
         raise CheckpointError("the prompt for questions needs exactly one {} for the question")
     if choices.beams is not None and choices.beams < 1:
         raise CheckpointError(f"{choices.beams} beams cannot search; 1 is greedy search")
-    checkpoint = open_checkpoint(source, choices.parts)
+    checkpoint = open_checkpoint(source, choices.parts, choices.adapters)
     with _aside(out, choices.force) as aside:
         facts = _build(checkpoint, aside, choices)
+        leftovers.check(checkpoint, choices.ignored_tensors)
         if choices.golden:
             print("golden: recording the reference", file=sys.stderr)
             golden.record(checkpoint, aside, facts)
@@ -59,12 +62,12 @@ def convert(source: Path, out: Path, choices: Choices) -> None:
         (aside / "bundle.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
-def open_checkpoint(source: Path, parts: lavis.Parts) -> Checkpoint:
+def open_checkpoint(source: Path, parts: lavis.Parts, adapters: tuple[Path, ...] = ()) -> Checkpoint:
     if source.is_file():
-        return lavis.LavisCheckpoint(source, parts)
+        return adapter.adapted(lavis.LavisCheckpoint(source, parts), adapters)
     if parts != lavis.Parts():
         raise CheckpointError(f"{source}: --vision, --llm and --tokenizer go with a LAVIS file, not with a folder")
-    return Checkpoint(source)
+    return adapter.open_folder(source, adapters)
 
 
 def _build(checkpoint: Checkpoint, out: Path, choices: Choices) -> dict[str, Any]:

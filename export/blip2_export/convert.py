@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from blip2_export.bundle import Choices, convert
@@ -50,6 +51,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="pictures of N×N pixels instead of the checkpoint's size; position embeddings are interpolated",
     )
+    parser.add_argument(
+        "--ignore-tensors",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="tensors of such names (`*` stands for anything) may be left out; otherwise one without a place is an error",
+    )
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="LoRA adapter of peft to merge, a folder or an id on the hub; repeated, one after another. One that lies beside "
+        "the weights is merged in any case",
+    )
     lavis = parser.add_argument_group("what a LAVIS file leaves out")
     lavis.add_argument(
         "--vision",
@@ -78,8 +94,10 @@ def run(args: argparse.Namespace) -> int:
         args.force,
         args.image_size,
         Parts(args.vision, args.llm, args.tokenizer),
+        ignored_tensors=tuple(args.ignore_tensors),
     )
     try:
+        choices = replace(choices, adapters=tuple(locate(adapter) for adapter in args.adapter))
         convert(locate(args.checkpoint, args.revision), args.out, choices)
     except (CheckpointError, UnsupportedError) as error:
         print(f"error: {error}", file=sys.stderr)

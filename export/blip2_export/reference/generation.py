@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from blip2_export.read import processor
+from blip2_export.read import adapter, processor
 from blip2_export.read.checkpoint import Checkpoint
 from blip2_export.reference import load
 from blip2_export.reference.pictures import preprocess
@@ -34,7 +34,7 @@ class Reference:
         import torch
         from transformers import Blip2ForConditionalGeneration, InstructBlipForConditionalGeneration
 
-        checkpoint = Checkpoint(checkpoint) if isinstance(checkpoint, Path) else checkpoint
+        checkpoint = adapter.open_folder(checkpoint) if isinstance(checkpoint, Path) else checkpoint
         self.torch, self.facts = torch, facts
         self.instruct = facts["source"]["model_type"] == "instructblip"
         kind = InstructBlipForConditionalGeneration if self.instruct else Blip2ForConditionalGeneration

@@ -38,6 +38,7 @@ class Reference:
                 for stem in (
                     *(f"transform.{layer}.{kind}" for layer in ("dense", "LayerNorm") for kind in ("weight", "bias")),
                     "bias",
+                    "decoder.weight",
                 )
             }
 
@@ -108,7 +109,7 @@ class Reference:
             x = F.gelu(F.linear(x, head["transform.dense.weight"], head["transform.dense.bias"]))
             norm = (head["transform.LayerNorm.weight"], head["transform.LayerNorm.bias"])
             x = F.layer_norm(x, x.shape, *norm, self.model.config.qformer_config.layer_norm_eps)
-            return F.linear(x, self.model.embeddings.word_embeddings.weight, head["bias"]).numpy()
+            return F.linear(x, head["decoder.weight"], head["bias"]).numpy()
 
     def _qformer(self, x: Any, features: np.ndarray | None, n_queries: int, mask: Any) -> Any:
         seen = None if features is None else self.torch.from_numpy(features)[None]
