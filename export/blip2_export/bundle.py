@@ -13,12 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
-from transformers import Blip2Config, InstructBlipConfig
-
 from blip2_export.graphs import language, qformer, retrieval, vision
 from blip2_export.graphs.builder import OPSET, Graph, sha256
-from blip2_export.read import lavis, processor
+from blip2_export.read import configuration, lavis, processor, tokenizers
 from blip2_export.read.checkpoint import Checkpoint, CheckpointError
 from blip2_export.reference import golden
 
@@ -68,14 +65,14 @@ def open_checkpoint(source: Path, parts: lavis.Parts) -> Checkpoint:
 
 
 def _build(checkpoint: Checkpoint, out: Path, choices: Choices) -> dict[str, Any]:
-    cfg = _config(checkpoint)
+    cfg = configuration.read(checkpoint)
     side = choices.image_size or cfg.vision_config.image_size
     image = processor.image_facts(checkpoint.processor_folder, side, choices.image_size is not None)
     n_positions = vision.n_positions(cfg.vision_config, side)
     if checkpoint.is_retrieval:
         tokenizer = retrieval.write_tokenizer(checkpoint, out, cfg.qformer_config.vocab_size)
     else:
-        processor.write_tokenizer(checkpoint.tokenizer_folder, out / "tokenizer.json", cfg.text_config.vocab_size)
+        tokenizers.write(checkpoint.tokenizer_folder, out / "tokenizer.json", cfg.text_config.vocab_size)
     print("vision: building", file=sys.stderr)
     eye = vision.build(out, checkpoint, cfg.vision_config, side)
     print("qformer: building", file=sys.stderr)
@@ -111,7 +108,7 @@ def _generation(
     bridge = qformer.build(out, checkpoint, cfg.qformer_config, shape)
     bridge_facts: dict[str, Any] = {"n_queries": cfg.num_query_tokens, "hidden": cfg.qformer_config.hidden_size}
     if qformer.reads_text(cfg.qformer_config):
-        bridge_facts["text"] = processor.question_facts(checkpoint.tokenizer_folder, out, cfg.qformer_config, kind)
+        bridge_facts["text"] = tokenizers.question_facts(checkpoint.tokenizer_folder, out, cfg.qformer_config, kind)
     print(f"{text.model_type}: building", file=sys.stderr)
     mouth = language.build(out, checkpoint, cfg)
     return [bridge, *mouth.graphs], {
@@ -139,15 +136,6 @@ def _captions(checkpoint: Checkpoint, choices: Choices) -> dict[str, Any]:
         "prompts": {"caption": ""},
         "generation": {"caption": {"max_new_tokens": choices.caption_tokens, "beams": choices.beams or _STAGE_1_BEAMS}},
     }
-
-
-def _config(checkpoint: Checkpoint) -> language.Config:
-    kind = InstructBlipConfig if checkpoint.config["model_type"] == "instructblip" else Blip2Config
-    try:
-        return kind(**checkpoint.config)
-    except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
-        said = " ".join(str(error).split())
-        raise CheckpointError(f"{checkpoint.folder}: config.json is not understood ({said})") from error
 
 
 def _source(checkpoint: Checkpoint, cfg: language.Config) -> dict[str, str]:

@@ -21,7 +21,7 @@ from blip2_export.check import random_checkpoint, random_retrieval
 from blip2_export.graphs.builder import UnsupportedError
 from blip2_export.graphs.positions import resize
 from blip2_export.read.checkpoint import CheckpointError
-from blip2_export.reference.pictures import preprocess
+from blip2_export.reference.pictures import preparation
 from blip2_export.reference.retrieval import TEXTS
 from blip2_export.scenes import drawing
 
@@ -55,7 +55,8 @@ def assert_close(found: np.ndarray, expected: torch.Tensor | np.ndarray, stage: 
 
 
 def pictures(graphs: Stage1Graphs, n: int) -> np.ndarray:
-    return np.stack([preprocess(p, graphs.facts["image"]) for p in drawing.sample_pictures(n, seed=3, side=120)])
+    prepare = preparation(graphs.folder.parent / "c", graphs.facts["image"])
+    return np.stack([prepare(p) for p in drawing.sample_pictures(n, seed=3, side=120)])
 
 
 def texts(graphs: Stage1Graphs) -> tuple[np.ndarray, np.ndarray]:
@@ -204,7 +205,7 @@ def test_goldens_of_every_task_are_recorded_and_equal_the_graphs(tmp_path: Path)
     graphs = Stage1Graphs(tmp_path / "b")
     assert graphs.facts["generation"] == {"caption": {"max_new_tokens": N_NEW, "beams": 1}}
     golden = json.loads((tmp_path / "b" / "golden" / "golden.json").read_text())
-    assert [c["task"] for c in golden["cases"]] == ["match", "embed", "caption"] * 2
+    assert [c["task"] for c in golden["cases"]] == ["match", "embed", "caption"] * 3
 
     def read(said: dict) -> np.ndarray:
         return np.fromfile(tmp_path / "b" / said["file"], "<f4").reshape(said["shape"])
