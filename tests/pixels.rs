@@ -4,7 +4,8 @@
 
 use std::path::{Path, PathBuf};
 
-use blip2::pixels::{Limits, Picture, Resample, resize};
+use blip2::pixels::{Alpha, Limits, Picture, Pixels, PixelsError, Preprocess, Resample, resize};
+use serde_json::{Value, json};
 
 fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/pictures")
@@ -18,7 +19,7 @@ fn open(path: &Path) -> Picture {
 fn inputs() -> Vec<PathBuf> {
     let is_input = |path: &PathBuf| {
         let name = path.file_name().unwrap().to_str().unwrap();
-        path.extension().is_some_and(|extension| extension != "py") && name.matches('.').count() == 1
+        !matches!(path.extension().unwrap().to_str(), Some("py" | "json")) && name.matches('.').count() == 1
     };
     let mut found: Vec<PathBuf> =
         std::fs::read_dir(folder()).unwrap().map(|entry| entry.unwrap().path()).filter(is_input).collect();
@@ -46,6 +47,70 @@ fn every_format_decodes_to_what_pillow_gives_in_every_byte() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn what_is_transparent_lies_over_white_as_in_transformers_in_every_byte() {
+    let (mut n_transparent, mut wrong) = (0, Vec::new());
+    for path in inputs() {
+        let white = path.with_extension("white.png");
+        n_transparent += usize::from(white.exists());
+        let wanted = if white.exists() { white } else { path.with_extension("rgb.png") };
+        let (largest, equal) = compare(&open(&path).without_alpha(Alpha::White), &open(&wanted));
+        if largest > 0 {
+            wrong.push(format!("{}: largest difference {largest}, {:.2} % equal", path.display(), equal * 100.0));
+        }
+    }
+    assert!(n_transparent > 25, "{n_transparent}");
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// The facts of a bundle for one way of making squares.
+fn preprocess(how: &Value) -> Preprocess {
+    let mut facts = json!({"alpha": "white", "mean": [0, 0, 0], "std": [1, 1, 1], "rescale": 1, "resample": "bicubic"});
+    facts.as_object_mut().unwrap().extend(how.as_object().unwrap().clone());
+    serde_json::from_value(facts).unwrap()
+}
+
+#[test]
+fn squares_equal_those_of_the_image_processors_in_every_byte() {
+    let hows: Value = serde_json::from_slice(&std::fs::read(folder().join("square.json")).unwrap()).unwrap();
+    let (mut n_compared, mut wrong) = (0, Vec::new());
+    for path in inputs() {
+        for (key, how) in hows.as_object().unwrap() {
+            let expectation = path.with_extension(format!("square.{key}.png"));
+            if !expectation.exists() {
+                continue;
+            }
+            n_compared += 1;
+            let found = compare(&preprocess(how).square(&open(&path)).unwrap(), &open(&expectation));
+            if found != (0, 1.0) {
+                wrong.push(format!("{}: {found:?}", expectation.display()));
+            }
+        }
+    }
+    assert!(n_compared >= 40, "{n_compared}");
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn only_the_part_that_is_wanted_of_a_long_picture_is_resized() {
+    let how = preprocess(&json!({"size": 224, "resize": {"shortest_edge": 224}, "center_crop": true}));
+    let line = Picture::from_rgb(60_000, 1, (0..60_000 * 3).map(|k| (k / 7) as u8).collect());
+    assert_eq!(how.square(&line).unwrap().rgb.len(), 224 * 224 * 3);
+}
+
+#[test]
+fn a_picture_that_is_no_square_in_the_end_is_refused_by_its_place_and_size() {
+    let how = preprocess(&json!({"size": 8, "resize": {"shortest_edge": 8}}));
+    let (square, wide) = (Picture::from_rgb(3, 3, vec![9; 27]), Picture::from_rgb(6, 3, vec![9; 54]));
+    assert_eq!(Pixels::from_pictures(&[&square], &how).unwrap().0.shape(), [1, 3, 8, 8]);
+    let error = Pixels::from_pictures(&[&square, &wide], &how).unwrap_err();
+    assert!(matches!(error, PixelsError::Unfit { picture: 1, width: 16, height: 8, .. }), "{error:?}");
+    assert_eq!(
+        error.to_string(),
+        "is 16×8 in the end (shorter side resized to 8), the model takes 8×8; cut the picture to a square"
+    );
 }
 
 #[test]

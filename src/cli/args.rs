@@ -10,7 +10,7 @@ use crate::bundle::{Bundle, GenerationFacts};
 use crate::decode::{EarlyStopping, Processors, Strategy, Warpers};
 use crate::engine::{Engine, Generation};
 use crate::error::Error;
-use crate::pixels::Limits;
+use crate::pixels::{Alpha, Limits};
 use crate::runtime::{ProviderChoice, Runtime, RuntimeOptions};
 
 const DEFAULT_MODEL: &str = "models/demo-opt";
@@ -209,6 +209,9 @@ pub(super) struct Input {
     /// Largest picture in pixels, checked before it is decoded
     #[arg(long, value_name = "N", default_value_t = Limits::default().max_pixels, hide_short_help = true)]
     pub max_pixels: u64,
+    /// What becomes of transparency: white, laid over white; drop, colours as they are stored [default: the bundle's]
+    #[arg(long, value_name = "HOW")]
+    pub alpha: Option<Alpha>,
 }
 
 /// Which search writes, and what it may write.

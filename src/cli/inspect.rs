@@ -28,6 +28,7 @@ fn rows(facts: &Facts) -> Vec<(String, String)> {
         ("name", format!("{} ({}, format version {}, for {})", facts.name, facts.family, facts.format_version, facts.target)),
         ("tasks", listed(facts.tasks.iter())),
         ("image", format!("{0}×{0}, {1}, mean {2:?}, std {3:?}", image.size, image.resample, image.mean, image.std)),
+        ("pictures", format!("{}{}, alpha {}", image.resize, if image.center_crop { ", middle cut out" } else { "" }, image.alpha)),
         ("vision", format!("{} positions of width {}", vision.n_positions, vision.hidden)),
         ("qformer", format!("{} query tokens of width {}", qformer.n_queries, qformer.hidden)),
     ];
