@@ -55,7 +55,8 @@ def assert_close(found: np.ndarray, expected: torch.Tensor | np.ndarray, stage: 
 
 
 def pictures(graphs: Stage1Graphs, n: int) -> np.ndarray:
-    prepare = preparation(graphs.folder.parent / "c", graphs.facts["image"])
+    image = graphs.facts["image"]
+    prepare = preparation(None if image["alpha"] == "drop" else graphs.folder.parent / "c", image)
     return np.stack([prepare(p) for p in drawing.sample_pictures(n, seed=3, side=120)])
 
 

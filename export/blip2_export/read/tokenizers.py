@@ -33,7 +33,9 @@ def load(folder: Path) -> Any:
     kind = BertTokenizer if not fast and (folder / "vocab.txt").is_file() else AutoTokenizer
     with in_one_sentence(f"{folder}: the tokenizer cannot be read"):
         if not fast or _settings(folder).get("tokenizer_class"):
-            return _loaded(kind, folder)
+            made = _loaded(kind, folder)
+            made(_SAMPLES[0])  # some settings only fail here
+            return made
         plain = _loaded(TokenizersBackend, folder)
         try:
             found = _loaded(kind, folder)

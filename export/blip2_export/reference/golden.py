@@ -32,7 +32,7 @@ def record(checkpoint: Checkpoint, bundle: Path, facts: dict[str, Any]) -> None:
 
     folder = bundle / "golden"
     folder.mkdir()
-    _check_memory(checkpoint)
+    _check_memory(checkpoint, facts["vision"]["n_positions"])
     if facts["family"] == "qformer":
         cases, tolerance = _stage1_cases(checkpoint, folder, facts)
     else:
@@ -66,6 +66,7 @@ def _cases(checkpoint: Checkpoint, folder: Path, facts: dict[str, Any]) -> list[
         ):
             own = {} if model.question is None else _asked(model, folder / f"{i}.{task}", features, prompt, question)
             n_new = facts["generation"][task]["max_new_tokens"]
+            _check_room(facts, task, n_new + len(model.prompt_ids(prompt)))
             ids, logits, tokens, text = model.generate(pixels, prompt, n_new, question)
             cases.append(
                 {
@@ -82,6 +83,15 @@ def _cases(checkpoint: Checkpoint, folder: Path, facts: dict[str, Any]) -> list[
                 }
             )
     return cases
+
+
+def _check_room(facts: dict[str, Any], task: str, n_tokens: int) -> None:
+    room = facts["language"]["max_positions"] - facts["qformer"]["n_queries"]
+    if n_tokens > room:
+        raise CheckpointError(
+            f"prompt and new tokens of a {task} are {n_tokens} at most, the language model has room for {room} behind the "
+            f"queries; choose fewer with --{task}-tokens"
+        )
 
 
 def _asked(model: generation.Reference, stem: Path, features: np.ndarray, prompt: str, question: str) -> dict[str, Any]:
@@ -148,12 +158,14 @@ def save(path: Path, value: np.ndarray) -> dict[str, Any]:
     return {"file": f"golden/{path.name}", "shape": list(value.shape)}
 
 
-def _check_memory(checkpoint: Checkpoint) -> None:
-    stored = checkpoint.n_bytes
+def _check_memory(checkpoint: Checkpoint, n_positions: int) -> None:
+    """Weights in float32, and the scores of one layer's attention over a picture."""
+    heads = (checkpoint.config.get("vision_config") or {}).get("num_attention_heads", 16)
+    needed = 2 * checkpoint.n_bytes + 8 * heads * n_positions**2
     free = _available_bytes()
-    if free is not None and 2 * stored > free:
+    if free is not None and needed > free:
         raise CheckpointError(
-            f"recording goldens needs about {2 * stored / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB are free; "
+            f"recording goldens needs about {needed / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB are free; "
             "convert with --no-golden"
         )
 

@@ -9,6 +9,7 @@ from transformers import Blip2Config
 
 from blip2_export.graphs import vision
 from blip2_export.read.checkpoint import Checkpoint
+from blip2_export.read.guarded import in_one_sentence
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -21,7 +22,8 @@ def load(checkpoint: Checkpoint, kind: Any, side: int) -> Any:
     import torch
 
     if type(checkpoint) is Checkpoint:
-        model = kind.from_pretrained(checkpoint.folder, dtype=torch.float32)
+        with in_one_sentence(f"{checkpoint.folder}: the reference cannot load it"):
+            model = kind.from_pretrained(checkpoint.folder, dtype=torch.float32)
     else:
         model = kind(Blip2Config(**checkpoint.config)).to(torch.float32)
         with torch.no_grad():
