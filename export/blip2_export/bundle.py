@@ -90,6 +90,7 @@ def _build(checkpoint: Checkpoint, out: Path, choices: Choices) -> dict[str, Any
     if checkpoint.is_retrieval:
         tokenizer = retrieval.write_tokenizer(checkpoint, out, cfg.qformer_config.vocab_size)
     else:
+        processor.check_queries(checkpoint.processor_folder, cfg.num_query_tokens)
         tokenizers.write(checkpoint.tokenizer_folder, out / "tokenizer.json", cfg.text_config.vocab_size)
     print("vision: building", file=sys.stderr)
     eye = vision.build(out, checkpoint, cfg.vision_config, side)

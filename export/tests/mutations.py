@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from pathlib import Path
@@ -82,5 +83,5 @@ def _edit(content: Any, rng: random.Random) -> str:
         if rng.random() < 0.1:
             at[key] = json.loads('{"a":' * 300 + "1" + "}" * 300)
             return f"{where} is 300 deep"
-        at[key] = rng.choice(VALUES)
+        at[key] = copy.deepcopy(rng.choice(VALUES))
         return f"{where} = {str(at[key])[:40]!r}"

@@ -22,7 +22,7 @@ from blip2_export.check import random_checkpoint, random_retrieval
 from blip2_export.engine import run_engine
 from blip2_export.graphs import builder
 
-N, N_GOLDEN = 300, 24
+N, N_GOLDEN = 400, 30
 _FILES = (
     *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json"),
     *("tokenizer_config.json", "special_tokens_map.json", "model.safetensors.index.json"),

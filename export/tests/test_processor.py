@@ -260,6 +260,14 @@ def test_a_tokenizer_without_a_class_that_reads_its_file_otherwise_is_refused(
         tokenizers.load(tmp_path / "c")
 
 
+def test_the_processor_counts_as_many_queries_as_the_model_has(folder: Path) -> None:
+    edit(folder / "processor_config.json", num_query_tokens=8)
+    convert(folder, folder.with_name("b"), Choices("x", golden=False))
+    edit(folder / "processor_config.json", num_query_tokens=9)
+    with pytest.raises(CheckpointError, match="num_query_tokens is 9, config"):
+        convert(folder, folder.with_name("other"), Choices("x", golden=False))
+
+
 def test_the_end_token_is_the_language_models_own(folder: Path) -> None:
     edit(folder / "generation_config.json", eos_token_id=5, pad_token_id=6, suppress_tokens=[7], max_length=3)
     verified(folder)

@@ -47,6 +47,14 @@ def image_facts(folder: Path | None, image_size: int, resized: bool = False) -> 
     return facts
 
 
+def check_queries(folder: Path | None, n_queries: int) -> None:
+    """The reference's processor, where it knows their number, puts as many image tokens before a text."""
+    path = folder / _FILES[0] if folder else None
+    said = read_json(path).get("num_query_tokens") if path and path.is_file() else None
+    if said is not None and said != n_queries:
+        raise CheckpointError(f"{path}: num_query_tokens is {str(said)[:40]}, config.json says {n_queries}")
+
+
 def load(folder: Path, side: int | None = None) -> Any:
     """The image processor as the reference loads it, on Pillow. `side`: it makes squares of that size instead of its own."""
     from transformers import AutoImageProcessor

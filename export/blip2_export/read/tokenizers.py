@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,10 @@ def _has_fast_tokenizer(folder: Path) -> bool:
 
 def write(folder: Path, path: Path, vocab_size: int) -> None:
     """Writes `path`, without the added tokens that lie behind the `vocab_size` rows of the embedding table."""
-    tokenizer = read(folder)
+    made = load(folder)
+    tokenizer = backend(made, folder)
+    if most := made.init_kwargs.get("max_length"):
+        print(f"{folder}: says max_length {most}, but texts are not cut in the bundle", file=sys.stderr)
     if max(tokenizer.get_vocab(with_added_tokens=False).values(), default=0) >= vocab_size:
         raise CheckpointError(
             f"{folder}: the tokenizer writes more tokens than the {vocab_size} that have an embedding"
