@@ -139,6 +139,7 @@ def test_settings_are_done_as_the_reference_does_them(
         ({**BLIP, "rescale_factor": "1/255"}, "rescale_factor"),
         ({**BLIP, "image_processor_type": "NoSuchProcessor"}, "makes no image processor"),
         ({**BLIP, "image_processor_type": 5}, "makes no image processor"),
+        ({**BLIP, "image_processor_type": "BertTokenizer"}, "no image processor that runs on Pillow"),
         ({"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": SIDE}}, "makes other pixels"),
     ],
 )

@@ -58,6 +58,7 @@ def check_queries(folder: Path | None, n_queries: int) -> None:
 def load(folder: Path, side: int | None = None) -> Any:
     """The image processor as the reference loads it, on Pillow. `side`: it makes squares of that size instead of its own."""
     from transformers import AutoImageProcessor
+    from transformers.image_processing_backends import PilBackend
     from transformers.image_utils import SizeDict
 
     there = [name for name in _FILES if (folder / name).is_file()]
@@ -67,6 +68,8 @@ def load(folder: Path, side: int | None = None) -> Any:
         read_json(folder / name)
     with in_one_sentence(f"{folder}: the reference makes no image processor of {' and '.join(there)}"):
         made = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False, local_files_only=True)
+    if not isinstance(made, PilBackend):
+        raise CheckpointError(f"{folder}: {type(made).__name__} is no image processor that runs on Pillow")
     if side is not None:
         if not made.do_resize or made.do_center_crop:
             raise CheckpointError(

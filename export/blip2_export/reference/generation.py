@@ -56,9 +56,12 @@ class Reference:
 
     def stages(self, picture: Any, prompt: str = "", question: str = "") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Pixels [3, S, S], features [positions, hidden] and queries [n_queries, width] of one picture."""
-        pixels = self.prepare(picture)
-        features = self.features(pixels)
+        pixels, features = self.look(picture)
         return pixels, features, self.queries(features, prompt, question)
+
+    def look(self, picture: Any) -> tuple[np.ndarray, np.ndarray]:
+        pixels = self.prepare(picture)
+        return pixels, self.features(pixels)
 
     def features(self, pixels: np.ndarray) -> np.ndarray:
         with self.torch.inference_mode():
