@@ -4,6 +4,8 @@ use std::process::ExitCode;
 
 use blip2::Error;
 use blip2::cli::{self, Failure};
+use blip2::prompt::PromptError;
+use blip2::runtime::UnavailableError;
 
 fn main() -> ExitCode {
     match cli::run(&cli::parse()) {
@@ -18,11 +20,23 @@ fn main() -> ExitCode {
 /// Documented in README.md; clap itself exits with 2 for a wrong command line.
 fn exit_code(failure: &Failure) -> ExitCode {
     ExitCode::from(match failure {
-        Failure::Engine(Error::Runtime(_)) | Failure::Output(_) | Failure::File { .. } => 1,
-        Failure::Usage(_) | Failure::Engine(Error::Strategy(_)) => 2,
-        Failure::Picture { .. } | Failure::Engine(Error::Picture(_) | Error::Prompt(_)) => 3,
-        Failure::Mismatch(_) | Failure::Engine(Error::Bundle(_)) => 4,
-        Failure::Engine(Error::Unavailable(_)) | Failure::Nothing => 5,
-        Failure::Reported(first) => return exit_code(first),
+        Failure::Output(_) | Failure::File { .. } => 1,
+        Failure::Usage(_) => 2,
+        Failure::Picture { .. } => 3,
+        Failure::Mismatch(_) => 4,
+        Failure::Nothing => 5,
+        Failure::Engine(error) => of_engine(error),
+        Failure::Text { source: error, .. } => of_engine(error),
+        Failure::Reported(first) | Failure::Row { source: first, .. } => return exit_code(first),
     })
+}
+
+fn of_engine(error: &Error) -> u8 {
+    match error {
+        Error::Runtime(_) => 1,
+        Error::Strategy(_) | Error::Prompt(PromptError::Template(_)) | Error::Unavailable(UnavailableError::Threads(_)) => 2,
+        Error::Picture(_) | Error::Prompt(_) => 3,
+        Error::Bundle(_) => 4,
+        Error::Unavailable(_) => 5,
+    }
 }

@@ -2,7 +2,7 @@
 
 use crate::bundle::{Bundle, Family, QformerReads, QformerTextFacts, TaskName};
 use crate::decode::TokenId;
-use crate::text::{Text, TextError};
+use crate::text::{Text, TextError, Warning};
 
 /// What is asked of a picture.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -11,7 +11,7 @@ pub enum Task {
     Caption,
     /// Answer this question, put into the bundle's template.
     Ask(String),
-    /// Answer this question, put into another template: `{}` takes it.
+    /// Answer this question, put into another template: its one `{}` takes it. Where the Q-Former reads the question itself, there may be none.
     AskAs(String, String),
     /// Continue this prompt, taken as it is, with the defaults of the named task.
     Raw(TaskName, String),
@@ -26,6 +26,19 @@ pub struct Prompt {
     pub question: String,
     /// Its tokens, special tokens included.
     pub ids: Vec<TokenId>,
+    /// What the Q-Former reads of it, special tokens included, where it reads anything.
+    pub question_ids: Option<Vec<TokenId>>,
+    /// What of it is not read as it stands.
+    pub warnings: Vec<Warning>,
+}
+
+/// The tokenizers of a bundle that writes.
+#[derive(Clone, Copy, Debug)]
+pub struct Tokenizers<'a> {
+    /// Of what writes.
+    pub text: &'a Text,
+    /// Of what the Q-Former reads, and how much of it.
+    pub qformer: Option<(&'a Text, &'a QformerTextFacts)>,
 }
 
 /// Why a task cannot become a prompt.
@@ -34,6 +47,15 @@ pub enum PromptError {
     /// Nothing is asked.
     #[error("the question is empty")]
     Empty,
+    /// The question has no place, or several.
+    #[error("the prompt around a question needs one {{}}, which takes it; this one has {0}")]
+    Template(usize),
+    /// The defaults of a task that writes nothing.
+    #[error("no text is written for the task {0}; caption and ask are for that")]
+    NotWriting(TaskName),
+    /// What another bundle made of a picture means nothing here.
+    #[error("the picture was looked at through another bundle")]
+    OtherBundle,
     /// A text to compare that says nothing.
     #[error("the text is empty")]
     EmptyText,
@@ -77,33 +99,61 @@ impl Task {
     }
 
     /// The finished prompt. The bundle must offer the task.
-    pub fn prompt(&self, bundle: &Bundle, text: &Text) -> Result<Prompt, PromptError> {
-        let template = bundle.facts().prompts.get(&self.name()).map_or("", String::as_str);
-        let (template, question) = match self {
-            Self::Caption => (template, ""),
-            Self::Raw(_, prompt) => (prompt.as_str(), ""),
-            Self::Ask(question) => (template, question.trim()),
-            Self::AskAs(question, template) => (template.as_str(), question.trim()),
-        };
-        let written = match self {
-            Self::Caption | Self::Raw(..) => template.to_owned(),
-            Self::Ask(_) | Self::AskAs(..) if question.is_empty() => return Err(PromptError::Empty),
-            Self::Ask(_) | Self::AskAs(..) => template.replacen("{}", question, 1),
-        };
-        let ids = if bundle.facts().family == Family::Qformer {
-            if !written.is_empty() {
-                return Err(PromptError::NoPrompt);
-            }
-            bundle.language().token_ids.bos.into_iter().collect()
+    pub fn prompt(&self, bundle: &Bundle, tokenizers: Tokenizers<'_>) -> Result<Prompt, PromptError> {
+        let (text, question) = (self.written(bundle)?, self.question());
+        let mut prompt = Prompt { text, question: question.to_owned(), ids: Vec::new(), question_ids: None, warnings: Vec::new() };
+        let mut unknown = Vec::new();
+        if bundle.facts().family != Family::Qformer {
+            let encoded = tokenizers.text.encode(&prompt.text)?;
+            (prompt.ids, unknown) = (encoded.ids, encoded.unknown);
+        } else if prompt.text.is_empty() {
+            prompt.ids = bundle.language().token_ids.bos.into_iter().collect();
         } else {
-            text.encode(&written)?
-        };
-        let (n_queries, positions) = (bundle.facts().qformer.n_queries, bundle.language().max_positions);
-        let room = positions.saturating_sub(n_queries);
-        if ids.len() > room {
-            return Err(PromptError::TooLong { found: ids.len(), n_queries, room });
+            return Err(PromptError::NoPrompt);
         }
-        Ok(Prompt { text: written, question: question.to_owned(), ids })
+        let mut n_cut = 0;
+        if let Some((text, facts)) = tokenizers.qformer.filter(|_| bundle.facts().family != Family::Qformer) {
+            let read = text.encode_cut(prompt.read_by_qformer(facts), facts)?;
+            unknown.extend(read.unknown.into_iter().filter(|piece| !unknown.contains(piece)).collect::<Vec<_>>());
+            (prompt.question_ids, n_cut) = (Some(read.ids), read.n_cut);
+        }
+        let said = if question.is_empty() { &prompt.text } else { question };
+        prompt.warnings = Warning::about(said, unknown, n_cut);
+        prompt.fits(bundle)
+    }
+
+    /// The task's template with the question in it.
+    fn written(&self, bundle: &Bundle) -> Result<String, PromptError> {
+        let own = bundle.facts().prompts.get(&self.name()).map_or("", String::as_str);
+        let template = match self {
+            Self::Raw(name @ (TaskName::Match | TaskName::Embed), _) => return Err(PromptError::NotWriting(*name)),
+            Self::Caption => return Ok(own.to_owned()),
+            Self::Raw(_, prompt) => return Ok(prompt.clone()),
+            Self::Ask(_) => own,
+            Self::AskAs(_, template) => template,
+        };
+        if self.question().is_empty() {
+            return Err(PromptError::Empty);
+        }
+        check_template(bundle, template)?;
+        Ok(template.replacen("{}", self.question(), 1))
+    }
+
+    fn question(&self) -> &str {
+        match self {
+            Self::Caption | Self::Raw(..) => "",
+            Self::Ask(question) | Self::AskAs(question, _) => question.trim(),
+        }
+    }
+}
+
+/// Refuses a text around a question that does not take it exactly once. It need not where the Q-Former reads the question itself.
+pub fn check_template(bundle: &Bundle, template: &str) -> Result<(), PromptError> {
+    let reads_question = |facts: &QformerTextFacts| facts.reads == Some(QformerReads::Question);
+    match template.matches("{}").count() {
+        1 => Ok(()),
+        0 if bundle.facts().qformer.text.as_ref().is_some_and(reads_question) => Ok(()),
+        found => Err(PromptError::Template(found)),
     }
 }
 
@@ -114,5 +164,15 @@ impl Prompt {
             QformerReads::Prompt => &self.text,
             QformerReads::Question => &self.question,
         }
+    }
+
+    /// Refuses more tokens than the model has positions for.
+    fn fits(self, bundle: &Bundle) -> Result<Self, PromptError> {
+        let (n_queries, positions) = (bundle.facts().qformer.n_queries, bundle.language().max_positions);
+        let room = positions.saturating_sub(n_queries);
+        if self.ids.len() > room {
+            return Err(PromptError::TooLong { found: self.ids.len(), n_queries, room });
+        }
+        Ok(self)
     }
 }

@@ -173,6 +173,56 @@ fn lengths_are_limited_on_request() {
 }
 
 #[test]
+fn a_default_limit_gives_way_to_a_larger_minimum() {
+    let facts: Value = serde_json::from_slice(&std::fs::read(demo().join("bundle.json")).unwrap()).unwrap();
+    let least = facts["generation"]["caption"]["max_new_tokens"].as_u64().unwrap() + 10;
+    let line = &json_lines(["caption", "--json", "--min-new-tokens", &least.to_string(), &sample(0)])[0];
+    assert_eq!(line["tokens"].as_array().unwrap().len() as u64, least);
+    assert!(line.get("warnings").is_none(), "{line}");
+    let output = blip2(["caption", "--json", "--min-new-tokens", "5000", &sample(0)]);
+    assert!(err(&output).contains("warning: at least 5000 new tokens are wanted; this model's positions leave room for"));
+    let line: Value = serde_json::from_str(&out(&output)).unwrap();
+    assert!(line["warnings"][0].as_str().unwrap().starts_with("at least 5000 new tokens"), "{line}");
+    let scratch = Scratch::new();
+    let bundle = scratch.bundle(|facts| facts["generation"]["caption"]["min_new_tokens"] = json!(8));
+    let args = ["caption", "--json", "--max-new-tokens", "3", "--model", bundle.to_str().unwrap(), &sample(0)];
+    assert_eq!(json_lines(args)[0]["tokens"].as_array().unwrap().len(), 3, "the bundle's minimum gives way to what was typed");
+}
+
+#[test]
+fn token_ids_are_those_of_the_vocabulary() {
+    let told = |option: &str, ids: &str, said: &str| {
+        fails(["caption", "--json", "--log-probs", "0", "--max-new-tokens", "1", option, ids, &sample(0)], 2, said);
+    };
+    for option in ["--suppress-tokens", "--begin-suppress-tokens", "--forced-bos-token", "--forced-eos-tokens"] {
+        let name = option.trim_start_matches("--");
+        told(option, "999999", &format!("{name}: token 999999 is not in the vocabulary, whose 456 tokens count from 0"));
+        told(option, "4294967296", "4294967295");
+        told(option, "-1", "argument '-1'");
+        told(option, "", "invalid");
+    }
+    told("--suppress-tokens", "3,456", "token 456 is not in the vocabulary");
+    fails(["caption", "--suppress-tokens", "5", "--forced-eos-tokens", "5", &sample(0)], 2, "forces tokens that are suppressed");
+}
+
+#[test]
+fn memory_has_a_limit_that_is_reckoned_out() {
+    for many in ["1000000000", "18446744073709551615"] {
+        fails(["caption", "--beams", many, &sample(0)], 2, "of memory,");
+        fails(["caption", "--sample", "--num-return", many, &sample(0)], 2, "of memory,");
+    }
+    let ask = ["ask", "--beams", "3", "--max-cache-bytes", "2000000", &sample(0)];
+    fails(ask.into_iter().chain(["what?"; 3]), 2, "16 rows of 64 positions at 4096 bytes");
+    assert_eq!(works(ask.into_iter().chain(["what?"])).lines().count(), 1);
+    let huge = "1000000000000";
+    for option in ["--top-k", "--no-repeat-ngram", "--max-new-tokens"] {
+        works(["caption", "--sample", option, huge, &sample(0)]);
+    }
+    let line = &json_lines(["caption", "--json", "--log-probs", huge, "--max-new-tokens", "2", &sample(0)])[0];
+    assert_eq!(line["log_probs"][0]["alternatives"].as_array().unwrap().len(), 456);
+}
+
+#[test]
 fn several_texts_come_best_first() {
     let line = &json_lines(["caption", "--json", "--beams", "4", "--num-return", "3", &sample(0)])[0];
     let candidates = line["candidates"].as_array().unwrap();
@@ -270,8 +320,16 @@ fn pictures_that_cannot_be_used_say_why_and_the_others_are_captioned() {
     assert_eq!(err(&output).lines().count(), cases.len(), "{}", err(&output));
     let text = out(&output);
     assert!(text.lines().count() == 2 && text.starts_with(&sample(0)) && text.contains(&sample(1)), "{text}");
-    fails(["caption", "--max-bytes", "1000", &sample(0)], 3, "more than the 1000 allowed");
+    fails(["caption", "--max-bytes", "1000", &sample(0)], 3, "more than the 1000 bytes allowed");
     fails(["caption", "--max-pixels", "1000", &sample(0)], 3, "more than the 1000 pixels allowed");
+    fails(["caption", "--max-side", "10", &sample(0)], 3, "a side of it longer than the 10 pixels allowed");
+    let folder = std::env::temp_dir().join(format!("blip2-empty-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let empty = folder.join("empty.ppm").to_str().unwrap().to_owned();
+    std::fs::write(&empty, "P6\n0 4\n255\n").unwrap();
+    let output = fails(["caption", &empty, &sample(0)], 3, "is 0×4, without any pixel");
+    assert!(out(&output).starts_with(&sample(0)), "the picture behind it has its caption");
+    std::fs::remove_dir_all(folder).unwrap();
 }
 
 #[test]
@@ -287,6 +345,14 @@ fn transparency_is_treated_as_the_bundle_or_the_command_line_says() {
     assert_eq!(embedding("png_rgba.png", &["--alpha", "white"]), white);
     assert_eq!(embedding("png_rgba.png", &["--alpha", "drop"]), stored);
     fails(["caption", "--alpha", "black", &sample(0)], 2, "white and drop are known");
+}
+
+#[test]
+fn a_damaged_picture_that_is_whole_is_captioned_with_a_warning() {
+    let picture = root().join("tests/pictures/damaged_no_end.png");
+    let output = blip2([OsStr::new("caption"), picture.as_ref()]);
+    assert!(output.status.success() && !out(&output).is_empty(), "{}", err(&output));
+    assert!(err(&output).contains("damaged_no_end.png: the end of the file is missing") && err(&output).lines().count() == 1);
 }
 
 #[test]
@@ -325,13 +391,64 @@ fn questions_that_cannot_be_asked_say_why() {
 }
 
 #[test]
+fn a_question_that_cannot_be_asked_does_not_keep_the_others_from_their_answers() {
+    let question = "how many objects are there?";
+    let alone = &json_lines(["ask", "--json", &sample(0), question])[0];
+    let long = "how many ".repeat(4000);
+    let asked = ["ask", "--json", &sample(0), " ", question, "what is </s>?", &long];
+    let output = fails(asked, 3, "question 1, ` `: the question is empty");
+    let said = err(&output);
+    let lines: Vec<&str> = said.lines().collect();
+    assert_eq!(lines.len(), 3, "{said}");
+    assert!(lines[1].contains("question 3, `what is </s>?`: the text contains `</s>`"), "{said}");
+    assert!(lines[2].contains("question 4, `how many how many") && lines[2].len() < 300, "{said}");
+    let found: Value = serde_json::from_str(&out(&output)).unwrap();
+    assert_eq!((&found["question"], &found["tokens"]), (&json!(question), &alone["tokens"]));
+    let output = fails(["ask", &sample(0), "", "  "], 3, "question 2, `  `: the question is empty");
+    assert_eq!(out(&output), "");
+}
+
+#[test]
+fn nothing_that_others_wrote_breaks_a_line() {
+    let scratch = Scratch::new();
+    let picture = scratch.file("a\nb\u{1b}[2J.png", &std::fs::read(sample(0)).unwrap());
+    let picture = picture.to_str().unwrap();
+    let text = works(["caption", picture, picture]);
+    assert_eq!(text.lines().count(), 2, "{text}");
+    assert!(text.lines().all(|line| line.contains("/a\\nb\\u{1b}[2J.png: ")), "{text}");
+    assert_eq!(json_lines(["caption", "--json", picture])[0]["image"], picture);
+    let asked = works(["ask", &sample(0), "what\nis it?", "how\tmany?"]);
+    assert_eq!(asked.lines().count(), 2, "{asked}");
+    assert!(asked.starts_with("what\\nis it? ") && asked.contains("\nhow\\tmany? "), "{asked}");
+    let output = fails(["caption", "no\nsuch\r  file.png"], 3, "no\\nsuch\\r  file.png: cannot be read");
+    assert_eq!(err(&output).lines().count(), 1);
+    let output = fails(["ask", &sample(0), "</s>\n\u{7}"], 3, "question 1, `</s>\\n\\u{7}`");
+    assert_eq!(err(&output).lines().count(), 1);
+    // The bell, as byte-level vocabularies spell it.
+    let tokenizer: Value = serde_json::from_slice(&std::fs::read(demo().join("tokenizer.json")).unwrap()).unwrap();
+    let bell = tokenizer["model"]["vocab"]["\u{107}"].to_string();
+    let rung = ["--beams", "1", "--max-new-tokens", "3", "--forced-eos-tokens", &bell, &sample(0)];
+    let text = works([&["caption"], &rung[..]].concat());
+    assert!(text.ends_with("\\u{7}\n") && text.lines().count() == 1, "{text:?}");
+    assert!(json_lines([&["caption", "--json"], &rung[..]].concat())[0]["text"].as_str().unwrap().ends_with('\u{7}'));
+}
+
+#[test]
 fn a_wrong_command_line_is_explained() {
     fails(["caption"], 2, "IMAGE");
     fails(["ask", &sample(0)], 2, "QUESTION");
     fails(["paint", &sample(0)], 2, "unrecognized subcommand");
     fails(["caption", "--provider", "abacus", &sample(0)], 2, "auto, cpu, cuda and tensorrt are known");
     fails(["caption", "--threads", "0", &sample(0)], 2, "threads");
-    fails(["caption", "--max-new-tokens", "3", "--min-new-tokens", "4", &sample(0)], 2, "--min-new-tokens 4 is more than");
+    fails(["caption", "--threads", "100000", &sample(0)], 2, "100000 threads");
+    fails(["caption", "--max-new-tokens", "3", "--min-new-tokens", "4", &sample(0)], 2, "at least 4 new tokens are wanted, and 3");
+    for (template, found) in [("", 0), ("no place", 0), ("{} or {}", 2)] {
+        for command in [["ask", &sample(0), "what?"].as_slice(), &["rank", &sample(0), "what?", "red"]] {
+            fails([command, &["--prompt", template]].concat(), 2, &format!("needs one {{}}, which takes it; this one has {found}"));
+        }
+    }
+    fails(["caption", "--rerank", "itm", "--itm-model", "models/demo-itm", &sample(0)], 2, "--num-return N asks for them");
+    fails(["caption", "--beams", "3", "--num-return", "0", &sample(0)], 2, "num-return");
     #[cfg(unix)]
     {
         use std::os::unix::ffi::OsStrExt;
@@ -365,7 +482,7 @@ fn the_demo_bundle_gives_what_its_reference_gave() {
     let facts: Value = serde_json::from_str(&works(["inspect", "--json"])).unwrap();
     assert_eq!(facts["format_version"], 2);
     let shown = works(["inspect"]);
-    assert!(shown.contains("query tokens") && shown.contains("resized to a square, alpha white"), "{shown}");
+    assert!(shown.contains("query tokens") && shown.contains("resized to a square (bicubic), alpha white"), "{shown}");
 }
 
 #[test]

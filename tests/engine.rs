@@ -6,11 +6,14 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use blip2::bundle::{Bundle, TaskName};
-use blip2::decode::{Ends, Finish, Greedy, GreedyOptions, Pick, RequestId, Scores, Search, StepLoop, TokenId};
+use blip2::decode::{
+    EarlyStopping, Ends, Finish, Greedy, GreedyOptions, Pick, Processors, RequestId, Scores, Search, StepLoop, Strategy, TokenId,
+};
 use blip2::language::{LanguageModel, Prefix};
 use blip2::pixels::{Limits, Picture};
 use blip2::runtime::{Runtime, RuntimeOptions};
-use blip2::{Engine, Generation, Request, Task};
+use blip2::text::Warning;
+use blip2::{Engine, Error, Generation, Request, Task};
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).to_path_buf()
@@ -192,4 +195,111 @@ fn an_engine_works_on_after_a_request_it_refuses() {
     engine.answer(&empty, Task::Caption, Generation::default()).unwrap();
     let after = engine.answer(&sample(0), Task::Caption, Generation::default()).unwrap();
     assert_eq!(before.tokens, after.tokens);
+}
+
+fn random_bundle(name: &str) -> Engine {
+    Engine::open(&root().join("tests/bundles").join(name), &RuntimeOptions::default()).unwrap()
+}
+
+#[track_caller]
+fn says<T>(found: Result<T, Error>, said: &str) {
+    let Err(error) = found else { panic!("`{said}` was to be said") };
+    assert!(error.to_string().contains(said), "`{said}` is not in: {error}");
+}
+
+#[test]
+fn each_text_of_a_batch_can_be_asked_for_its_fault_before_all_fail_with_it() {
+    let mut engine = random_bundle("stage1");
+    let sight = engine.see(&[&sample(0)]).unwrap().remove(0);
+    let texts = ["a red star", "", "what is [SEP]?", "🎉\0"];
+    let faults: Vec<bool> = texts.iter().map(|text| engine.reading(text).is_err()).collect();
+    assert_eq!(faults, [false, true, true, false]);
+    let pairs: Vec<_> = texts.iter().map(|text| (&sight, *text)).collect();
+    says(engine.match_texts(&pairs), "the text is empty");
+    says(engine.embed_texts(&texts[2..]), "special token");
+    assert_eq!(engine.match_texts(&[pairs[0], pairs[3]]).unwrap().len(), 2);
+    let warnings = engine.reading(texts[3]).unwrap().warnings;
+    let [Warning::NotInVocabulary { pieces, .. }] = &warnings[..] else { panic!("{warnings:?}") };
+    assert_eq!(pieces, &["🎉", "\0"]);
+    assert!(Warning::refuse_unknown(&warnings).is_err());
+
+    let mut engine = random_bundle("t5");
+    let (task, plain) = (Task::Ask("what?".into()), Generation::default());
+    let prompt = engine.check(&task, &plain).unwrap();
+    says(engine.candidate(&prompt, " "), "the text is empty");
+    says(engine.candidate(&prompt, &"red ".repeat(4000)), "behind this prompt there is room for");
+    assert!(!engine.candidate(&prompt, "漢").unwrap().warnings.is_empty());
+    let sight = engine.see(&[&sample(0)]).unwrap().remove(0);
+    says(engine.rank(&sight, &task, &["red", ""]), "the text is empty");
+    says(engine.rank(&sight, &task, &[]), "no candidates");
+    let answer = engine.answer(&sample(0), Task::Ask("漢?".into()), plain).unwrap();
+    assert!(matches!(&answer.warnings[..], [Warning::NotInVocabulary { .. }]), "{:?}", answer.warnings);
+}
+
+#[test]
+fn what_is_asked_of_the_wrong_bundle_is_an_error() {
+    let (mut t5, mut stage1, mut demo) =
+        (random_bundle("t5"), random_bundle("stage1"), Engine::open(&demo(), &RuntimeOptions::default()).unwrap());
+    let other = "looked at through another bundle";
+    let seen = |engine: &mut Engine| engine.see(&[&sample(0)]).unwrap().remove(0);
+    let (by_t5, by_demo, by_stage1) = (seen(&mut t5), seen(&mut demo), seen(&mut stage1));
+    let request = |sight| Request { sight, task: Task::Caption, generation: Generation::default() };
+    says(t5.ask(&[request(&by_t5), request(&by_demo)], |_, _| ()), other);
+    says(stage1.ask(&[request(&by_t5)], |_, _| ()), other);
+    says(demo.rank(&by_stage1, &Task::Ask("what?".into()), &["red"]), other);
+    says(stage1.match_texts(&[(&by_demo, "a star")]), other);
+    let mut again = random_bundle("t5");
+    let alone = t5.ask(&[request(&by_t5)], |_, _| ()).unwrap().remove(0).tokens;
+    assert_eq!(again.ask(&[request(&by_t5)], |_, _| ()).unwrap()[0].tokens, alone, "the same bundle, opened twice");
+
+    says(t5.reading("a star"), "cannot embed");
+    says(t5.match_texts(&[(&by_t5, "a star")]), "cannot match");
+    says(stage1.check(&Task::Ask("what?".into()), &Generation::default()), "cannot ask");
+    says(stage1.check(&Task::Raw(TaskName::Match, "a".into()), &Generation::default()), "no text is written for the task match");
+    says(t5.check(&Task::Raw(TaskName::Embed, "a".into()), &Generation::default()), "cannot embed");
+    says(stage1.check(&Task::Raw(TaskName::Caption, "a".into()), &Generation::default()), "take no prompt");
+    assert!(t5.match_texts(&[]).is_err() && stage1.match_texts(&[]).unwrap().is_empty());
+    assert!(stage1.embed_texts(&[]).unwrap().is_empty() && stage1.embed_pairs(&[]).unwrap().is_empty());
+    assert!(t5.ask(&[], |_, _| ()).unwrap().is_empty());
+}
+
+#[test]
+fn options_are_checked_whoever_asks() {
+    let mut engine = Engine::open(&demo(), &RuntimeOptions::default()).unwrap();
+    let processors = Processors::default;
+    let beam =
+        |beams| Strategy::Beam { beams, length_penalty: 1.0, early_stopping: EarlyStopping::default(), n_return: 1, sample: None };
+    let cases = [
+        (Generation { max_new_tokens: Some(0), ..Generation::default() }, "must be at least 1"),
+        (Generation { stop: vec!["a".into(), String::new()], ..Generation::default() }, "a stop string is empty"),
+        (
+            Generation {
+                max_new_tokens: Some(3),
+                processors: Processors { min_new_tokens: 4, ..processors() },
+                ..Generation::default()
+            },
+            "at least 4 new tokens are wanted, and 3 at most",
+        ),
+        (
+            Generation { processors: Processors { forced_last: vec![456], ..processors() }, ..Generation::default() },
+            "token 456 is not in the vocabulary",
+        ),
+        (
+            Generation { processors: Processors { bad_words: vec![vec![9, 456]], ..processors() }, ..Generation::default() },
+            "bad-word: token 456",
+        ),
+        (
+            Generation { processors: Processors { suppressed: (0..456).collect(), ..processors() }, ..Generation::default() },
+            "every token of the vocabulary is suppressed",
+        ),
+        (Generation { strategy: beam(usize::MAX), ..Generation::default() }, "of memory"),
+    ];
+    for (generation, said) in cases {
+        says(engine.answer(&sample(0), Task::Caption, generation), said);
+    }
+    says(engine.check(&Task::AskAs("what?".into(), "{} {}".into()), &Generation::default()), "this one has 2");
+    // More beams than there are tokens: rows come as there are continuations.
+    let wide = Generation { max_new_tokens: Some(2), strategy: beam(1000), log_probs: Some(usize::MAX), ..Generation::default() };
+    let answer = engine.answer(&sample(0), Task::Caption, wide).unwrap();
+    assert_eq!((answer.tokens.len(), answer.log_probs[0].alternatives.len()), (2, 456));
 }

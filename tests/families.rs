@@ -144,10 +144,99 @@ fn embeddings_go_into_one_array() {
     works("stage1", &["embed", "pair", "--npy", &file, &sample(0), "a star", "a ring", "a"]);
     assert_eq!(shape(), "(3, 8, 32)");
     fails("stage1", &["embed", "pair", &sample(0)], 2, "at least one text");
-    std::fs::remove_file(&file).unwrap();
-    fails("stage1", &["embed", "image", "--npy", &file, &sample(0), "missing.png"], 3, "missing.png");
-    assert!(!Path::new(&file).exists(), "an array with a row too few would be taken for the whole");
-    fails("stage1", &["embed", "text", "--npy", "/nowhere/x.npy", "a"], 1, "cannot be written");
+    fails("stage1", &["embed", "text", "--per-query", "a"], 2, "a text has one vector");
+    for place in ["/nowhere/x.npy", scratch.0.to_str().unwrap()] {
+        fails("stage1", &["embed", "text", "--npy", place, "a"], 1, "cannot be written");
+    }
+}
+
+#[test]
+fn what_has_no_vectors_keeps_its_place_in_the_array() {
+    let scratch = Scratch::new("nan");
+    let file = scratch.0.join("x.npy").to_str().unwrap().to_owned();
+    let broken = scratch.0.join("broken.png").to_str().unwrap().to_owned();
+    std::fs::write(&broken, b"no picture").unwrap();
+    let kinds: [(&[&str], usize); 4] = [
+        (&["image", "--npy", &file, &sample(0), &broken, &sample(1)], 1),
+        (&["image", "--per-query", "--npy", &file, &broken, &sample(0), &sample(1)], 0),
+        (&["text", "--npy", &file, "a star", "a ring", " "], 2),
+        (&["pair", "--npy", &file, &sample(0), "a star", "[SEP]", "a ring"], 1),
+    ];
+    for (args, bad) in kinds {
+        fails("stage1", &[&["embed"], args].concat(), 3, &format!("row {bad} of {file} is NaN: "));
+        let is_nan = rows_that_are_nan(&file, 3);
+        assert_eq!(is_nan, [bad == 0, bad == 1, bad == 2], "{args:?}");
+    }
+    fails("stage1", &["embed", "text", "--npy", &file, "", " "], 3, "row 1 of ");
+    assert_eq!(rows_that_are_nan(&file, 2), [true, true]);
+    let old = std::fs::read(&file).unwrap();
+    fails("stage1", &["embed", "pair", "--npy", &file, &broken, "a star"], 3, "broken.png");
+    assert_eq!(std::fs::read(&file).unwrap(), old, "without a picture there is no array");
+    let left: Vec<_> = std::fs::read_dir(&scratch.0).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left.len(), 2, "{left:?}");
+}
+
+fn rows_that_are_nan(file: &str, n_rows: usize) -> Vec<bool> {
+    let bytes = std::fs::read(file).unwrap();
+    let header = 10 + usize::from(u16::from_le_bytes([bytes[8], bytes[9]]));
+    let values: Vec<f32> = bytes[header..].chunks(4).map(|four| f32::from_le_bytes(four.try_into().unwrap())).collect();
+    let rows = values.chunks(values.len() / n_rows);
+    rows.map(|row| if row.iter().any(|v| v.is_nan()) { row.iter().all(|v| v.is_nan()) } else { false }).collect()
+}
+
+#[test]
+fn what_the_vocabulary_lacks_is_read_as_unknown_with_a_warning_or_refused_on_request() {
+    let cases: [(&str, &[&str], &str); 5] = [
+        ("stage1", &["match", "--json", &sample(0), "a 🎉 star"], "`🎉`, in: a 🎉 star"),
+        ("stage1", &["embed", "text", "zwj a\u{200d}b"], "at all: `"),
+        ("stage1", &["embed", "pair", &sample(0), "漢字"], "`漢`, `字`, in: 漢字"),
+        ("t5", &["ask", "--json", &sample(0), "what\nis 漢字 {é}?"], "`漢字`, `é`, in: what\nis 漢字 {é}?"),
+        ("t5", &["rank", "--json", &sample(0), "what?", "漢字"], "`漢字`, in: 漢字"),
+    ];
+    for (model, args, said) in cases {
+        let output = blip2(model, args);
+        let text = err(&output);
+        assert!(output.status.success(), "{text}");
+        let row: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let warnings = row["warnings"].as_array().unwrap();
+        assert!(warnings.len() == 1 && warnings[0].as_str().unwrap().contains(said), "{row}");
+        let (one, found) = (text.lines().count() == 1, text.starts_with("blip2: warning: not in the vocabulary"));
+        assert!(one && found, "{text}");
+        let strict = [args, &["--strict-text"]].concat();
+        fails(model, &strict, 3, "which this model's vocabulary cannot write");
+    }
+    let both = works("vqa-opt", &["ask", "--json", &sample(0), "what is 🎉?"]);
+    assert!(both.contains("`🎉`, in: what is 🎉?"), "the language model has bytes, the Q-Former's words do not: {both}");
+    let quiet = blip2("t5", &["caption", "--json", "--strict-text", "--prompt", "a star", &sample(0)]);
+    assert!(quiet.status.success() && err(&quiet).is_empty() && !String::from_utf8_lossy(&quiet.stdout).contains("warnings"));
+    fails("t5", &["caption", "--strict-text", "--prompt", "漢", &sample(0)], 3, "`漢`");
+    fails("t5", &["caption", "--bad-word", "漢", &sample(0)], 3, "`漢`");
+    let several = blip2("t5", &["caption", "--prompt", "漢", &sample(0), &sample(1)]);
+    assert_eq!(err(&several).lines().count(), 1, "one prompt, one warning: {}", err(&several));
+}
+
+#[test]
+fn a_text_that_cannot_be_used_does_not_keep_the_others_from_theirs() {
+    let cases: [(&str, &[&str], &[&str], &str); 4] = [
+        ("stage1", &["match", "--json", &sample(0)], &["a star", "", "[SEP]", "a ring"], "text 2, ``: the text is empty"),
+        ("stage1", &["embed", "text"], &["a star", "", "[SEP]", "a ring"], "text 3, `[SEP]`"),
+        ("stage1", &["embed", "pair", &sample(0)], &["a star", "", "[SEP]", "a ring"], "text 3, `[SEP]`"),
+        ("t5", &["rank", "--json", &sample(0), "what?"], &["red", " ", "</s>", "blue"], "answer 2, ` `: the text is empty"),
+    ];
+    for (model, args, texts, said) in cases {
+        let output = blip2(model, &[args, texts].concat());
+        assert_eq!((output.status.code(), err(&output).lines().count()), (Some(3), 2), "{}", err(&output));
+        assert!(err(&output).contains(said), "{}", err(&output));
+        let mut good = rows(model, &[args, &[texts[0], texts[3]]].concat());
+        let mut found: Vec<Value> =
+            String::from_utf8(output.stdout).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        for row in good.iter_mut().chain(&mut found) {
+            row.as_object_mut().unwrap().remove("timings_ms");
+        }
+        assert_eq!(found, good);
+        let output = blip2(model, &[args, &["", " "]].concat());
+        assert_eq!((output.status.code(), output.stdout.len()), (Some(3), 0), "{}", err(&output));
+    }
 }
 
 #[test]
@@ -231,12 +320,12 @@ fn a_question_changes_what_the_qformer_sees_and_questions_together_get_the_answe
         for (row, question) in together.iter().zip(questions) {
             assert_eq!(row["tokens"], rows(name, &["ask", "--json", &sample(0), question])[0]["tokens"], "{name}");
         }
-        // The language model reads the same both times; what differs came through the Q-Former.
-        let raw =
-            |question: &str| rows(name, &["ask", "--json", "--prompt", "a red star", &sample(0), question])[0]["tokens"].clone();
-        let differs = raw(questions[0]) != raw(questions[2]);
-        assert_eq!(differs, name == "vqa-opt", "{name}: InstructBLIP's Q-Former reads the prompt, BLIP-2's the question");
     }
+    // The language model reads the same both times; what differs came through the Q-Former, which reads the question.
+    let raw =
+        |question: &str| rows("vqa-opt", &["ask", "--json", "--prompt", "a red star", &sample(0), question])[0]["tokens"].clone();
+    assert_ne!(raw("what colour is the star?"), raw("where is the large red ring in the picture?"));
+    fails("instruct-llama", &["ask", "--prompt", "a red star", &sample(0), "what?"], 2, "needs one {}");
 }
 
 #[test]
@@ -246,10 +335,15 @@ fn several_texts_are_put_in_order_by_another_bundle() {
     let candidates = row["candidates"].as_array().unwrap();
     let found: Vec<f64> = candidates.iter().map(|candidate| number(candidate, "itm_probability")).collect();
     assert!(found.len() == 4 && found.is_sorted_by(|a, b| a >= b), "{found:?}");
-    assert_eq!(row["text"], candidates[0]["text"]);
+    for key in ["text", "tokens", "score", "finish_reason"] {
+        assert_eq!(row[key], candidates[0][key], "{key}");
+    }
+    let both = ["caption", "--json", "--num-return", "2", "--log-probs", "1"];
+    fails("t5", &[&both[..], &options[4..], &[&sample(0)]].concat(), 2, "cannot be used with");
     let text = candidates[0]["text"].as_str().unwrap();
     let matched = &rows("stage1", &["match", "--json", &sample(0), text])[0];
     assert!((number(matched, "itm_probability") - found[0]).abs() < 1e-5);
     fails("t5", &["caption", "--rerank", "itm", &sample(0)], 2, "--itm-model");
-    fails("t5", &["caption", "--rerank", "itm", "--itm-model", &bundle("t5"), &sample(0)], 4, "cannot match");
+    let itself = ["caption", "--num-return", "2", "--rerank", "itm", "--itm-model", &bundle("t5"), &sample(0)];
+    fails("t5", &itself, 4, "cannot match");
 }

@@ -11,7 +11,7 @@ const ORDER: [&str; 16] = [
 ];
 
 /// Outside libraries and the module that may name them.
-const DOORS: [(&str, &str); 9] = [
+const DOORS: [(&str, &str); 14] = [
     ("ndarray_npy", "cli"),
     ("ort", "runtime"),
     ("half", "runtime"),
@@ -19,6 +19,11 @@ const DOORS: [(&str, &str); 9] = [
     ("mozjpeg", "pixels"),
     ("weezl", "pixels"),
     ("flate2", "pixels"),
+    ("weezl", "pixels"),
+    ("fax", "pixels"),
+    ("lzma_rust2", "pixels"),
+    ("ruzstd", "pixels"),
+    ("lcms2", "pixels"),
     ("tokenizers", "text"),
     ("clap", "cli"),
 ];

@@ -6,12 +6,14 @@ use std::path::{Path, PathBuf};
 use clap::{Parser, Subcommand};
 
 use super::Failure;
-use crate::bundle::{Bundle, GenerationFacts};
+use crate::bundle::{Bundle, GenerationFacts, TaskName};
 use crate::decode::{EarlyStopping, Processors, Strategy, Warpers};
 use crate::engine::{Engine, Generation};
 use crate::error::Error;
 use crate::pixels::{Alpha, Limits};
+use crate::prompt::PromptError;
 use crate::runtime::{ProviderChoice, Runtime, RuntimeOptions};
+use crate::text::Warning;
 
 const DEFAULT_MODEL: &str = "models/demo-opt";
 
@@ -80,6 +82,8 @@ pub(super) struct Match {
     #[command(flatten)]
     pub show: Show,
     #[command(flatten)]
+    pub read: Read,
+    #[command(flatten)]
     pub input: Input,
     #[command(flatten)]
     pub model: Model,
@@ -98,6 +102,8 @@ pub(super) struct Embed {
     /// Of a picture, one vector a query instead of their mean
     #[arg(long)]
     pub per_query: bool,
+    #[command(flatten)]
+    pub read: Read,
     #[command(flatten)]
     pub input: Input,
     #[command(flatten)]
@@ -133,6 +139,8 @@ pub(super) struct Rank {
     #[command(flatten)]
     pub show: Show,
     #[command(flatten)]
+    pub read: Read,
+    #[command(flatten)]
     pub input: Input,
     #[command(flatten)]
     pub model: Model,
@@ -166,7 +174,7 @@ pub(super) struct Doctor {
 /// How texts are written and shown.
 #[derive(Debug, clap::Args)]
 pub(super) struct Write {
-    /// Tokens to write at most; the bundle's default if absent, limited by the model's positions
+    /// Tokens to write at most, limited by the model's positions; if absent, the bundle's default, or --min-new-tokens if that is more
     #[arg(long, value_name = "N")]
     pub max_new_tokens: Option<NonZeroUsize>,
     #[command(flatten)]
@@ -181,10 +189,12 @@ pub(super) struct Write {
     #[arg(long, value_name = "DIR", requires = "rerank")]
     pub itm_model: Option<PathBuf>,
     /// Log-probability of every token, with this many of the most probable in its place; with --json
-    #[arg(long, value_name = "N", requires = "json")]
+    #[arg(long, value_name = "N", requires = "json", conflicts_with = "rerank")]
     pub log_probs: Option<usize>,
     #[command(flatten)]
     pub show: Show,
+    #[command(flatten)]
+    pub read: Read,
     #[command(flatten)]
     pub input: Input,
 }
@@ -200,6 +210,14 @@ pub(super) struct Show {
     pub timings: bool,
 }
 
+/// What texts may be.
+#[derive(Debug, clap::Args)]
+pub(super) struct Read {
+    /// Refuse a text with characters that the vocabulary lacks, instead of reading its unknown token there
+    #[arg(long)]
+    pub strict_text: bool,
+}
+
 /// What pictures may be.
 #[derive(Debug, clap::Args)]
 pub(super) struct Input {
@@ -209,6 +227,9 @@ pub(super) struct Input {
     /// Largest picture in pixels, checked before it is decoded
     #[arg(long, value_name = "N", default_value_t = Limits::default().max_pixels, hide_short_help = true)]
     pub max_pixels: u64,
+    /// Longest side of a picture, in pixels
+    #[arg(long, value_name = "N", default_value_t = Limits::default().max_side, hide_short_help = true)]
+    pub max_side: u32,
     /// What becomes of transparency: white, laid over white; drop, colours as they are stored [default: the bundle's]
     #[arg(long, value_name = "HOW")]
     pub alpha: Option<Alpha>,
@@ -232,8 +253,8 @@ pub(super) struct SearchArgs {
     #[arg(long, value_name = "WHEN")]
     pub early_stopping: Option<EarlyStopping>,
     /// Texts for each picture or question, the best first
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    pub num_return: usize,
+    #[arg(long, value_name = "N", default_value_t = NonZeroUsize::MIN)]
+    pub num_return: NonZeroUsize,
     /// Draw tokens instead of taking the best; with --beams, draw continuations
     #[arg(long)]
     pub sample: bool,
@@ -308,6 +329,9 @@ pub(super) struct Model {
     /// Where TensorRT keeps built engines [default: .tensorrt in the bundle]
     #[arg(long, value_name = "DIR", hide_short_help = true)]
     pub cache: Option<PathBuf>,
+    /// Memory for the KV cache and logits of the texts that are written together [default: three quarters of what is free; on a GPU, all]
+    #[arg(long, value_name = "N", hide_short_help = true)]
+    pub max_cache_bytes: Option<u64>,
 }
 
 impl Model {
@@ -336,21 +360,34 @@ impl From<&Model> for RuntimeOptions {
             device: model.device,
             threads: model.threads,
             cache: model.cache.clone(),
+            max_cache_bytes: model.max_cache_bytes,
         }
+    }
+}
+
+impl Read {
+    /// Refuses what the vocabulary lacks, where that is asked for.
+    pub fn accept(&self, warnings: &[Warning]) -> Result<(), PromptError> {
+        if self.strict_text { Ok(Warning::refuse_unknown(warnings)?) } else { Ok(()) }
     }
 }
 
 impl Write {
     /// What was typed, with the bundle's defaults for the rest.
-    pub fn generation(&self, defaults: &GenerationFacts) -> Result<Generation, Failure> {
-        let search = &self.search;
-        let max_new_tokens = self.max_new_tokens.map(NonZeroUsize::get);
-        let min_new_tokens = search.min_new_tokens.unwrap_or(defaults.min_new_tokens);
-        if let Some(most) = max_new_tokens.filter(|most| *most < min_new_tokens) {
-            return Err(Failure::Usage(format!("--min-new-tokens {min_new_tokens} is more than --max-new-tokens {most}")));
+    pub fn generation(&self, bundle: &Bundle, task: TaskName) -> Result<Generation, Failure> {
+        let (search, defaults) = (&self.search, &bundle.facts().generation[&task]);
+        if search.stop.iter().chain(&search.bad_word).any(String::is_empty) {
+            return Err(Failure::Usage("--stop and --bad-word need a text".into()));
         }
+        if self.rerank.is_some() && search.num_return == NonZeroUsize::MIN {
+            return Err(Failure::Usage("--rerank orders several texts; --num-return N asks for them".into()));
+        }
+        let max_new_tokens = self.max_new_tokens.map(NonZeroUsize::get);
         let processors = Processors {
-            min_new_tokens,
+            // The bundle's own minimum gives way to a limit that was typed.
+            min_new_tokens: search
+                .min_new_tokens
+                .unwrap_or_else(|| defaults.min_new_tokens.min(max_new_tokens.unwrap_or(usize::MAX))),
             repetition_penalty: search.repetition_penalty,
             no_repeat_ngram: search.no_repeat_ngram,
             suppressed: search.suppress_tokens.clone(),
@@ -359,31 +396,31 @@ impl Write {
             forced_last: search.forced_eos_tokens.clone(),
             ..Processors::default()
         };
-        if search.stop.iter().chain(&search.bad_word).any(String::is_empty) {
-            return Err(Failure::Usage("--stop and --bad-word need a text".into()));
-        }
         let strategy = search.strategy(defaults)?;
-        strategy.check(&processors).map_err(Error::from)?;
-        Ok(Generation { max_new_tokens, processors, strategy, stop: search.stop.clone(), log_probs: self.log_probs })
+        let stop = search.stop.clone();
+        let generation = Generation { max_new_tokens, processors, strategy, stop, log_probs: self.log_probs };
+        generation.check(bundle.language()).map_err(Error::from)?;
+        Ok(generation)
     }
 }
 
 impl SearchArgs {
     fn strategy(&self, defaults: &GenerationFacts) -> Result<Strategy, Failure> {
+        let n_return = self.num_return.get();
         let drawn = self.sample.then(|| (self.warpers(), self.seed));
         let beams = self.beams.unwrap_or(if self.sample { 1 } else { defaults.beams });
         if beams == 1 && (self.length_penalty.is_some() || self.early_stopping.is_some()) {
             return Err(Failure::Usage("--length-penalty and --early-stopping are for beam search; --beams N asks for it".into()));
         }
         match (beams, drawn) {
-            (1, Some((warpers, seed))) => Ok(Strategy::Sample { warpers, seed, n_return: self.num_return }),
-            (1, None) if self.num_return == 1 => Ok(Strategy::Greedy),
+            (1, Some((warpers, seed))) => Ok(Strategy::Sample { warpers, seed, n_return }),
+            (1, None) if n_return == 1 => Ok(Strategy::Greedy),
             (1, None) => Err(Failure::Usage("--num-return needs --beams or --sample: greedy search writes one text".into())),
             (beams, sample) => Ok(Strategy::Beam {
                 beams,
                 length_penalty: self.length_penalty.unwrap_or(defaults.length_penalty),
                 early_stopping: self.early_stopping.unwrap_or_default(),
-                n_return: self.num_return,
+                n_return,
                 sample,
             }),
         }
@@ -403,7 +440,7 @@ impl SearchArgs {
 
 impl From<&Input> for Limits {
     fn from(input: &Input) -> Self {
-        Self { max_bytes: input.max_bytes, max_pixels: input.max_pixels }
+        Self { max_bytes: input.max_bytes, max_pixels: input.max_pixels, max_side: input.max_side }
     }
 }
 

@@ -2,7 +2,8 @@
 
 use super::Failure;
 use super::args::Ask;
-use super::output::{Line, Printer, look, warn_of_cut, writer};
+use super::failures::{Failures, as_it_is};
+use super::output::{Line, Printer, look, writer};
 use super::rerank::Reranker;
 use crate::bundle::TaskName;
 use crate::engine::Request;
@@ -11,21 +12,24 @@ use crate::prompt::Task;
 pub(super) fn run(command: &Ask) -> Result<(), Failure> {
     let write = &command.write;
     let (mut engine, generation) = writer(&command.model, write, TaskName::Ask)?;
-    let tasks: Vec<Task> = command.questions.iter().map(|question| task(question, write.prompt.as_deref())).collect();
-    for task in &tasks {
-        let prompt = engine.prompt(task)?;
-        if let Some(facts) = &engine.bundle().facts().qformer.text {
-            warn_of_cut(&engine, prompt.read_by_qformer(facts))?;
-        }
+    let mut failures = Failures::default();
+    let check = |question: &str| {
+        let task = task(question, write.prompt.as_deref());
+        write.read.accept(&engine.check(&task, &generation)?.warnings)?;
+        Ok(task)
+    };
+    let asked = failures.sift("question", &command.questions, check, as_it_is);
+    if asked.is_empty() {
+        return failures.end();
     }
     let mut reranker = Reranker::open(write, &command.model)?;
     let (picture, sight) = look(&mut engine, &command.image, &write.input)?;
 
-    let requests: Vec<Request<'_>> =
-        tasks.into_iter().map(|task| Request { sight: &sight, task, generation: generation.clone() }).collect();
+    let request = |task: &Task| Request { sight: &sight, task: task.clone(), generation: generation.clone() };
+    let requests: Vec<Request<'_>> = asked.iter().map(|question| request(&question.read)).collect();
     let mut printer = Printer::new(&write.show);
     // Several answers are written side by side; on a terminal they would run into each other.
-    printer.streams &= requests.len() == 1 && reranker.is_none();
+    printer.streams &= command.questions.len() == 1 && reranker.is_none();
     let mut printed = Ok(());
     let mut answers = engine.ask(&requests, |_, piece| {
         if printer.streams && printed.is_ok() {
@@ -36,11 +40,11 @@ pub(super) fn run(command: &Ask) -> Result<(), Failure> {
     if let Some(reranker) = &mut reranker {
         reranker.order(&picture, &mut answers)?;
     }
-    for (question, answer) in command.questions.iter().zip(&answers) {
-        let label = if answers.len() > 1 { format!("{question} ") } else { String::new() };
-        printer.finish(&label, &Line::new(&command.image, Some(question), answer))?;
+    for (question, answer) in asked.iter().zip(&answers) {
+        let label = if command.questions.len() > 1 { format!("{} ", question.text) } else { String::new() };
+        printer.finish(&label, &Line::new(&command.image, Some(question.text), answer))?;
     }
-    Ok(())
+    failures.end()
 }
 
 /// A question, in the bundle's prompt or in the user's own.

@@ -4,17 +4,19 @@ use std::path::Path;
 
 use super::Failure;
 use super::args::{Caption, Input};
-use super::output::{Line, Printer, each, look, writer};
+use super::failures::each;
+use super::output::{Line, Printer, look, writer};
 use super::rerank::Reranker;
 use crate::bundle::TaskName;
 use crate::engine::{Engine, Generation, Request};
+use crate::error::Error;
 use crate::prompt::Task;
 
 pub(super) fn run(command: &Caption) -> Result<(), Failure> {
     let write = &command.write;
     let (mut engine, generation) = writer(&command.model, write, TaskName::Caption)?;
     let task = write.prompt.clone().map_or(Task::Caption, |prompt| Task::Raw(TaskName::Caption, prompt));
-    engine.prompt(&task)?;
+    write.read.accept(&engine.check(&task, &generation)?.warnings).map_err(Error::from)?;
     let (reranker, many) = (Reranker::open(write, &command.model)?, command.images.len() > 1);
     let mut captions = Captions { engine: &mut engine, reranker, task, generation, input: &write.input, many };
     let mut printer = Printer::new(&write.show);

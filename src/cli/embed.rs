@@ -3,15 +3,18 @@
 use std::io::{Write as _, stdout};
 use std::path::Path;
 
-use ndarray::{Array2, Array3, Axis, stack};
+use ndarray::{Array2, Array3, Axis};
 use serde::Serialize;
 
 use super::Failure;
 use super::args::{Embed, EmbedKind};
-use super::output::{each, look, warn_of_cut};
-use crate::bundle::TaskName;
+use super::failures::{Failures, Sound};
+use super::npy::Npy;
+use super::output::{look, warn};
+use crate::bundle::{Facts, TaskName};
 use crate::engine::Engine;
 use crate::error::Error;
+use crate::text::Warning;
 
 /// One line of output. README.md documents the keys.
 #[derive(Serialize)]
@@ -25,95 +28,147 @@ struct Row<'a> {
     embedding: Option<Vec<f32>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     queries: Option<Vec<Vec<f32>>>,
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    warnings: &'a [Warning],
 }
 
 pub(super) fn run(command: &Embed) -> Result<(), Failure> {
+    if command.kind == EmbedKind::Text && command.per_query {
+        return Err(Failure::Usage("--per-query is for pictures: a text has one vector".into()));
+    }
+    if command.kind == EmbedKind::Pair && command.items.len() < 2 {
+        return Err(Failure::Usage("`embed pair` needs a picture and at least one text".into()));
+    }
     let bundle = command.model.bundle()?;
     bundle.require(TaskName::Embed).map_err(Error::from)?;
-    let mut embeddings = Embeddings { command, engine: command.model.load(bundle)?, found: Vec::new() };
+    let npy = command.npy.as_deref().map(Npy::create).transpose()?;
+    let rows = if npy.is_some() { command.rows(bundle.facts()) } else { Array3::zeros((0, 0, 0)) };
+    let engine = command.model.load(bundle)?;
+    let mut embeddings = Embeddings { command, engine, rows, failures: Failures::default() };
     match command.kind {
-        EmbedKind::Image => each(&command.items, |image| embeddings.image(image))?,
+        EmbedKind::Image => embeddings.images()?,
         EmbedKind::Text => embeddings.texts()?,
         EmbedKind::Pair => embeddings.pairs()?,
     }
-    match &command.npy {
-        Some(path) => write(path, embeddings.found, command.has_queries()),
-        None => Ok(()),
+    if let Some(npy) = npy {
+        npy.write(&embeddings.rows, command.has_queries())?;
     }
+    embeddings.failures.end()
 }
 
 impl Embed {
     fn has_queries(&self) -> bool {
         self.kind == EmbedKind::Pair || (self.kind == EmbedKind::Image && self.per_query)
     }
+
+    /// The whole array, `[items, vectors, width]`, before anything is known.
+    fn rows(&self, facts: &Facts) -> Array3<f32> {
+        let n_vectors = if self.has_queries() { facts.qformer.n_queries } else { 1 };
+        let (n_items, width) = match self.kind {
+            EmbedKind::Pair => (self.items.len() - 1, facts.qformer.hidden),
+            EmbedKind::Image | EmbedKind::Text => (self.items.len(), facts.qformer.joint.unwrap_or(0)),
+        };
+        Array3::from_elem((n_items, n_vectors, width), f32::NAN)
+    }
+
+    /// What is said of an item without vectors.
+    fn failed(&self, row: usize, failure: Failure) -> Failure {
+        match &self.npy {
+            Some(path) => Failure::Row { row, path: path.clone(), source: Box::new(failure) },
+            None => failure,
+        }
+    }
 }
 
 struct Embeddings<'a> {
     command: &'a Embed,
     engine: Engine,
-    /// `[vectors, width]` an item, for the file.
-    found: Vec<Array2<f32>>,
+    /// For the file.
+    rows: Array3<f32>,
+    failures: Failures,
+}
+
+/// Whose vectors they are.
+struct Item<'a> {
+    index: usize,
+    image: Option<&'a str>,
+    text: Option<&'a str>,
+    warnings: &'a [Warning],
 }
 
 impl Embeddings<'_> {
-    fn image(&mut self, image: &str) -> Result<(), Failure> {
-        let (_, sight) = look(&mut self.engine, Path::new(image), &self.command.input)?;
-        let embedding = sight.embedding().expect("a bundle that embeds compares pictures");
-        let vectors = if self.command.per_query { embedding.queries.clone() } else { one(embedding.pooled()) };
-        self.show(Some(image), None, vectors)
+    fn images(&mut self) -> Result<(), Failure> {
+        for (index, image) in self.command.items.iter().enumerate() {
+            let sight = match look(&mut self.engine, Path::new(image), &self.command.input) {
+                Ok((_, sight)) => sight,
+                Err(failure) => {
+                    self.failures.note(self.command.failed(index, failure));
+                    continue;
+                }
+            };
+            let embedding = sight.embedding().expect("a bundle that embeds compares pictures");
+            let vectors = if self.command.per_query { embedding.queries.clone() } else { one(embedding.pooled()) };
+            self.show(&Item { index, image: Some(image), text: None, warnings: &[] }, vectors)?;
+        }
+        Ok(())
     }
 
     fn texts(&mut self) -> Result<(), Failure> {
-        let texts: Vec<&str> = self.command.items.iter().map(String::as_str).collect();
-        for text in &texts {
-            warn_of_cut(&self.engine, text)?;
-        }
-        for (text, embedding) in texts.iter().zip(self.engine.embed_texts(&texts)?) {
-            self.show(None, Some(text), one(embedding.pooled))?;
+        let command = self.command;
+        let sound = self.sift(&command.items);
+        let texts: Vec<&str> = sound.iter().map(|sound| sound.text).collect();
+        for (sound, embedding) in sound.iter().zip(self.engine.embed_texts(&texts)?) {
+            self.show(&Item::of(sound, None), one(embedding.pooled))?;
         }
         Ok(())
     }
 
     fn pairs(&mut self) -> Result<(), Failure> {
-        let Some((image, texts)) = self.command.items.split_first().filter(|(_, texts)| !texts.is_empty()) else {
-            return Err(Failure::Usage("`embed pair` needs a picture and at least one text".into()));
-        };
-        for text in texts {
-            warn_of_cut(&self.engine, text)?;
+        let (image, texts) = self.command.items.split_first().expect("there is a picture, checked above");
+        let sound = self.sift(texts);
+        if sound.is_empty() {
+            return Ok(());
         }
         let (_, sight) = look(&mut self.engine, Path::new(image), &self.command.input)?;
-        let pairs: Vec<_> = texts.iter().map(|text| (&sight, text.as_str())).collect();
-        for (text, pair) in texts.iter().zip(self.engine.embed_pairs(&pairs)?) {
-            self.show(Some(image), Some(text), pair.states)?;
+        let pairs: Vec<_> = sound.iter().map(|sound| (&sight, sound.text)).collect();
+        for (sound, pair) in sound.iter().zip(self.engine.embed_pairs(&pairs)?) {
+            self.show(&Item::of(sound, Some(image)), pair.states)?;
         }
         Ok(())
     }
 
-    fn show(&mut self, image: Option<&str>, text: Option<&str>, vectors: Array2<f32>) -> Result<(), Failure> {
+    fn sift<'t>(&mut self, texts: &'t [String]) -> Vec<Sound<'t, Vec<Warning>>> {
+        let (command, engine) = (self.command, &self.engine);
+        let check = |text: &str| {
+            let reading = engine.reading(text)?;
+            command.read.accept(&reading.warnings)?;
+            Ok(reading.warnings)
+        };
+        self.failures.sift("text", texts, check, |row, failure| command.failed(row, failure))
+    }
+
+    fn show(&mut self, item: &Item<'_>, vectors: Array2<f32>) -> Result<(), Failure> {
+        warn(item.warnings);
         if self.command.npy.is_some() {
-            self.found.push(vectors);
+            self.rows.index_axis_mut(Axis(0), item.index).assign(&vectors);
             return Ok(());
         }
         let has_queries = self.command.has_queries();
         let queries = has_queries.then(|| vectors.outer_iter().map(|vector| vector.to_vec()).collect());
         let embedding = (!has_queries).then(|| vectors.row(0).to_vec());
-        let row = serde_json::to_string(&Row { image, text, embedding, queries }).map_err(std::io::Error::from)?;
+        let Item { image, text, warnings, .. } = *item;
+        let row = Row { image, text, embedding, queries, warnings };
+        let row = serde_json::to_string(&row).map_err(std::io::Error::from)?;
         Ok(writeln!(stdout().lock(), "{row}")?)
+    }
+}
+
+impl<'a> Item<'a> {
+    fn of(sound: &'a Sound<'_, Vec<Warning>>, image: Option<&'a str>) -> Self {
+        Self { index: sound.index, image, text: Some(sound.text), warnings: &sound.read }
     }
 }
 
 fn one(vector: Vec<f32>) -> Array2<f32> {
     Array2::from_shape_vec((1, vector.len()), vector).expect("one row has the length of its vector")
-}
-
-/// `[items, width]`, or `[items, queries, width]`.
-fn write(path: &Path, found: Vec<Array2<f32>>, has_queries: bool) -> Result<(), Failure> {
-    let views: Vec<_> = found.iter().map(|vectors| vectors.view()).collect();
-    let all: Array3<f32> = stack(Axis(0), &views).expect("vectors of one bundle have one shape");
-    let written = if has_queries {
-        ndarray_npy::write_npy(path, &all)
-    } else {
-        ndarray_npy::write_npy(path, &all.index_axis_move(Axis(1), 0))
-    };
-    written.map_err(|source| Failure::File { path: path.to_path_buf(), source })
 }

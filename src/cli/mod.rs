@@ -7,9 +7,12 @@ mod ask;
 mod caption;
 mod doctor;
 mod embed;
+mod failures;
 mod inspect;
 mod matching;
+mod npy;
 mod output;
+mod plain;
 mod rank;
 mod rerank;
 mod verify;
@@ -23,6 +26,7 @@ use crate::pixels::PixelsError;
 
 pub use args::Args;
 use args::Command;
+use plain::{one_line, plain};
 
 /// Why a command ends with another exit code than 0.
 #[derive(Debug, thiserror::Error)]
@@ -31,18 +35,40 @@ pub enum Failure {
     #[error("{0}")]
     Usage(String),
     /// A picture cannot be used.
-    #[error("{}", .path.display())]
+    #[error("{}", plain(&.path.to_string_lossy()))]
     Picture {
         /// The picture, as it was typed.
         path: PathBuf,
         /// Why.
         source: PixelsError,
     },
+    /// One of several texts cannot be used.
+    #[error("{kind} {place}, `{text}`")]
+    Text {
+        /// What it is.
+        kind: &'static str,
+        /// Its place, from 1.
+        place: usize,
+        /// Its beginning.
+        text: String,
+        /// Why.
+        source: Box<Error>,
+    },
+    /// An item has no vectors for an array, whose other rows are written.
+    #[error("row {row} of {} is NaN", plain(&.path.to_string_lossy()))]
+    Row {
+        /// The row, from 0.
+        row: usize,
+        /// The array's file.
+        path: PathBuf,
+        /// Why.
+        source: Box<Failure>,
+    },
     /// The engine reports an error.
     #[error(transparent)]
     Engine(#[from] Error),
     /// A file cannot be written.
-    #[error("{} cannot be written", .path.display())]
+    #[error("{} cannot be written", plain(&.path.to_string_lossy()))]
     File {
         /// The file.
         path: PathBuf,
@@ -92,11 +118,10 @@ pub fn report(failure: &Failure) {
 }
 
 fn chain(failure: &(dyn std::error::Error + 'static)) -> String {
-    let one_line = |text: String| text.split_whitespace().collect::<Vec<_>>().join(" ");
-    let mut whole = one_line(failure.to_string());
+    let mut whole = one_line(&failure.to_string());
     let mut cause = failure.source();
     while let Some(error) = cause {
-        let text = one_line(error.to_string());
+        let text = one_line(&error.to_string());
         // Some libraries repeat their cause in their own text.
         if !whole.contains(&text) {
             whole = format!("{whole}: {text}");

@@ -6,12 +6,15 @@ use std::path::Path;
 
 use serde::Serialize;
 
+use super::Failure;
 use super::args::{Input, Model, Show, Write};
-use super::{Failure, chain};
+use super::plain::plain;
 use crate::bundle::TaskName;
 use crate::engine::{Answer, Candidate, Engine, Generation, Sight, TokenLogProb};
 use crate::error::Error;
 use crate::pixels::Picture;
+use crate::prompt::check_template;
+use crate::text::Warning;
 use crate::timing::{Stage, Timings};
 
 /// One line of `--json`. README.md documents the keys.
@@ -29,6 +32,8 @@ pub(super) struct Line<'a> {
     pub candidates: &'a [Candidate],
     #[serde(skip_serializing_if = "<[_]>::is_empty")]
     pub log_probs: &'a [TokenLogProb],
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    pub warnings: &'a [Warning],
     pub timings_ms: &'a Timings,
 }
 
@@ -36,12 +41,14 @@ pub(super) struct Line<'a> {
 pub(super) struct Printer<'a> {
     show: &'a Show,
     out: StdoutLock<'static>,
+    /// What was said on standard error, and is not said again.
+    warned: Vec<Warning>,
     pub streams: bool,
 }
 
 impl<'a> Printer<'a> {
     pub fn new(show: &'a Show) -> Self {
-        Self { show, out: stdout().lock(), streams: stdout().is_terminal() && !show.json }
+        Self { show, out: stdout().lock(), warned: Vec::new(), streams: stdout().is_terminal() && !show.json }
     }
 
     /// One result that is complete: as JSON, or as the text that `plain` writes.
@@ -50,7 +57,7 @@ impl<'a> Printer<'a> {
             serde_json::to_writer(&mut self.out, row)?;
             writeln!(self.out)?;
         } else {
-            writeln!(self.out, "{plain}")?;
+            writeln!(self.out, "{}", self::plain(plain))?;
         }
         self.out.flush()?;
         if self.show.timings {
@@ -59,15 +66,25 @@ impl<'a> Printer<'a> {
         Ok(())
     }
 
+    /// Warns of what was not warned of before.
+    pub fn warn(&mut self, warnings: &[Warning]) {
+        for warning in warnings {
+            if !self.warned.contains(warning) {
+                warn(std::slice::from_ref(warning));
+                self.warned.push(warning.clone());
+            }
+        }
+    }
+
     /// Text in front of a streamed line.
     pub fn begin(&mut self, label: &str) -> std::io::Result<()> {
-        write!(self.out, "{label}")?;
+        write!(self.out, "{}", plain(label))?;
         self.out.flush()
     }
 
     /// A piece of a streamed line.
     pub fn piece(&mut self, piece: &str) -> std::io::Result<()> {
-        self.out.write_all(piece.as_bytes())?;
+        self.out.write_all(plain(piece).as_bytes())?;
         self.out.flush()
     }
 
@@ -78,12 +95,13 @@ impl<'a> Printer<'a> {
             writeln!(self.out)?;
         } else {
             let first = if self.streams { String::new() } else { format!("{label}{}", line.text) };
-            writeln!(self.out, "{first}")?;
+            writeln!(self.out, "{}", plain(&first))?;
             for candidate in line.candidates.iter().skip(1) {
-                writeln!(self.out, "{label}{}", candidate.text)?;
+                writeln!(self.out, "{}", plain(&format!("{label}{}", candidate.text)))?;
             }
         }
         self.out.flush()?;
+        self.warn(line.warnings);
         if self.show.timings {
             self.timings(line.timings_ms, Some(line.tokens.len()));
         }
@@ -111,8 +129,16 @@ impl<'a> Line<'a> {
             score: answer.score,
             candidates: &answer.candidates,
             log_probs: &answer.log_probs,
+            warnings: &answer.warnings,
             timings_ms: &answer.timings,
         }
+    }
+}
+
+/// Says on standard error what of a text is not read as it stands.
+pub(super) fn warn(warnings: &[Warning]) {
+    for warning in warnings {
+        eprintln!("blip2: warning: {}", plain(&warning.to_string()));
     }
 }
 
@@ -123,7 +149,12 @@ pub(super) fn picture(path: &Path, input: &Input) -> Result<(Picture, Timings), 
         if path == Path::new("-") { Picture::read(std::io::stdin().lock(), limits) } else { Picture::open(path, limits) }
     });
     match opened {
-        Ok(picture) => Ok((if let Some(alpha) = input.alpha { picture.without_alpha(alpha) } else { picture }, timings)),
+        Ok(picture) => {
+            for warning in picture.warnings() {
+                eprintln!("blip2: {}: {warning}", path.display());
+            }
+            Ok((if let Some(alpha) = input.alpha { picture.without_alpha(alpha) } else { picture }, timings))
+        }
         Err(source) => Err(Failure::Picture { path: path.to_path_buf(), source }),
     }
 }
@@ -139,42 +170,17 @@ pub(super) fn look(engine: &mut Engine, path: &Path, input: &Input) -> Result<(P
     Ok((picture, sight))
 }
 
-/// Says on standard error that the end of a text will not be read.
-pub(super) fn warn_of_cut(engine: &Engine, text: &str) -> Result<(), Failure> {
-    let n_cut = engine.n_cut(text)?;
-    if n_cut > 0 {
-        let start: String = text.chars().take(60).collect();
-        let more = if start.len() < text.len() { "…" } else { "" };
-        eprintln!("blip2: a text is {n_cut} tokens longer than the Q-Former was trained on; the rest is not read: {start}{more}");
-    }
-    Ok(())
-}
-
 /// Loads what writes; what was typed is checked before graphs are loaded.
 pub(super) fn writer(model: &Model, write: &Write, task: TaskName) -> Result<(Engine, Generation), Failure> {
     let bundle = model.bundle()?;
     bundle.require(task).map_err(Error::from)?;
-    let mut generation = write.generation(&bundle.facts().generation[&task])?;
+    let mut generation = write.generation(&bundle, task)?;
+    if let Some(template) = write.prompt.as_deref().filter(|_| task == TaskName::Ask) {
+        check_template(&bundle, template).map_err(Error::from)?;
+    }
     let engine = model.load(bundle)?;
     for word in &write.search.bad_word {
         generation.processors.bad_words.extend(engine.spellings(word)?);
     }
     Ok((engine, generation))
-}
-
-/// Goes through a list to its end; failures are printed as they happen, and the first of them decides how the command ends.
-/// Output that cannot be written ends it at once.
-pub(super) fn each<T>(items: &[T], mut work: impl FnMut(&T) -> Result<(), Failure>) -> Result<(), Failure> {
-    let mut first = None;
-    for item in items {
-        match work(item) {
-            Ok(()) => {}
-            Err(failure @ Failure::Output(_)) => return Err(failure),
-            Err(failure) => {
-                eprintln!("blip2: {}", chain(&failure));
-                first.get_or_insert(failure);
-            }
-        }
-    }
-    first.map_or(Ok(()), |failure| Err(Failure::Reported(Box::new(failure))))
 }

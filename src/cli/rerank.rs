@@ -23,8 +23,9 @@ impl Reranker {
     pub fn order(&mut self, picture: &Picture, answers: &mut [Answer]) -> Result<(), Failure> {
         let sight = self.0.see(&[picture])?.remove(0);
         for answer in answers.iter_mut().filter(|answer| !answer.candidates.is_empty()) {
-            // A model may write nothing at all; that matches no picture.
-            let written: Vec<usize> = (0..answer.candidates.len()).filter(|k| !answer.candidates[*k].text.is_empty()).collect();
+            // A model may write nothing at all, or what the other bundle cannot read; that matches no picture.
+            let is_readable = |k: &usize| self.0.reading(&answer.candidates[*k].text).is_ok();
+            let written: Vec<usize> = (0..answer.candidates.len()).filter(is_readable).collect();
             let pairs: Vec<_> = written.iter().map(|k| (&sight, answer.candidates[*k].text.as_str())).collect();
             let found: Vec<f32> = self.0.match_texts(&pairs)?.iter().map(|found| found.itm_probability).collect();
             answer.candidates.iter_mut().for_each(|candidate| candidate.itm_probability = Some(0.0));

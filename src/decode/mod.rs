@@ -142,11 +142,12 @@ pub trait Search {
 }
 
 /// Why a text ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Finish {
     /// The model wrote an end token.
     Stop,
     /// The limit of new tokens was reached.
+    #[default]
     Length,
 }
 

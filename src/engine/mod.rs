@@ -1,29 +1,31 @@
 //! Pictures and tasks → texts, probabilities and vectors. Everything above (command line, servers, benchmarks) talks to this.
 
 mod compare;
+mod limits;
 mod rank;
 mod write;
 
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::Path;
 use std::sync::Arc;
 
 use ndarray::Array2;
 
-use crate::bundle::{Bundle, BundleError, Family};
+use crate::bundle::{Bundle, BundleError, Family, TaskName};
 use crate::decode::{StepLoop, TokenId};
 use crate::error::Error;
 use crate::language::{LanguageModel, Seen};
 use crate::pixels::{Picture, Pixels};
-use crate::prompt::{Prompt, PromptError, Task};
+use crate::prompt::{Prompt, PromptError, Task, Tokenizers};
 use crate::qformer::{Qformer, Queries, QueryCache};
 use crate::runtime::{Runtime, RuntimeError, RuntimeOptions};
 use crate::stage1::{ImageEmbedding, Stage1};
-use crate::text::Text;
+use crate::text::{Text, Warning};
 use crate::timing::{Stage, Timings};
 use crate::vision::{ImageFeatures, Vision};
 
-pub use compare::Match;
-pub use rank::Ranked;
+pub use compare::{Match, Reading};
+pub use rank::{Answered, Ranked};
 pub use write::{Alternative, Answer, Candidate, Generation, Request, TokenLogProb};
 
 /// One loaded bundle. It belongs to one thread.
@@ -37,6 +39,7 @@ pub struct Engine {
     text: Option<Arc<Text>>,
     /// The tokenizer of what the Q-Former reads.
     qformer_text: Option<Text>,
+    fingerprint: u64,
 }
 
 /// What reads image features.
@@ -51,6 +54,8 @@ pub(crate) enum Reader {
 #[derive(Clone, Debug)]
 pub struct Sight {
     read: Read,
+    /// [`fingerprint`] of the bundle that looked.
+    seen_by: u64,
     timings: Timings,
 }
 
@@ -87,7 +92,8 @@ impl Engine {
         if let Some(text) = &text {
             check_tokenizer(&bundle, text)?;
         }
-        Ok(Self { bundle, runtime, vision, reader, decoding, text, qformer_text })
+        let fingerprint = fingerprint(&bundle);
+        Ok(Self { bundle, runtime, vision, reader, decoding, text, qformer_text, fingerprint })
     }
 
     /// The bundle in use.
@@ -109,29 +115,33 @@ impl Engine {
         let pixels = timings.time(Stage::Preprocess, || Pixels::from_pictures(pictures, &self.bundle.facts().image))?;
         let features = timings.time(Stage::Vision, || self.vision.encode(pixels))?;
         let read = timings.time(Stage::Qformer, || self.reader.read(&features))?;
-        Ok(read.into_iter().map(|read| Sight { read, timings: timings.clone() }).collect())
+        let seen_by = self.fingerprint;
+        Ok(read.into_iter().map(|read| Sight { read, seen_by, timings: timings.clone() }).collect())
     }
 
-    /// The prompt that a task becomes; an error if this bundle or its tokenizer cannot take it.
+    /// The prompt that a task becomes, with what there is to say about it; an error if this bundle or its tokenizers cannot take it.
     pub fn prompt(&self, task: &Task) -> Result<Prompt, Error> {
         self.bundle.require(task.name())?;
-        Ok(task.prompt(&self.bundle, self.text())?)
+        let text = self.text.as_deref().ok_or(PromptError::NotWriting(task.name()))?;
+        let qformer = self.qformer_text.as_ref().zip(self.bundle.facts().qformer.text.as_ref());
+        Ok(task.prompt(&self.bundle, Tokenizers { text, qformer })?)
     }
 
-    /// How many tokens of a text, or of what a task gives the Q-Former to read, are more than it takes: they are cut off.
-    pub fn n_cut(&self, text: &str) -> Result<usize, Error> {
-        let (Some(reader), Some(facts)) = (&self.qformer_text, &self.bundle.facts().qformer.text) else { return Ok(0) };
-        let found = reader.encode(text).map_err(PromptError::from)?.len();
-        Ok(found.saturating_sub(facts.max_tokens))
-    }
-
-    /// Token ids of a word as it may stand in a text: at its beginning and behind a space.
+    /// Token ids of a word as it may stand in a text: at its beginning and behind a space. The vocabulary must have it.
     pub fn spellings(&self, word: &str) -> Result<Vec<Vec<TokenId>>, Error> {
-        let text = self.text();
-        let mut found =
-            vec![text.encode_plain(word).map_err(PromptError::from)?, text.encode_answer(word).map_err(PromptError::from)?];
+        let text = self.text.as_deref().ok_or(PromptError::NotWriting(TaskName::Match))?;
+        let found = [text.encode_plain(word), text.encode_answer(word)];
+        let [alone, spaced] = found.map(|found| found.map_err(PromptError::from));
+        let (alone, spaced) = (alone?, spaced?);
+        Warning::refuse_unknown(&Warning::about(word, alone.unknown, 0)).map_err(PromptError::from)?;
+        let mut found = vec![alone.ids, spaced.ids];
         found.dedup();
         Ok(found)
+    }
+
+    /// Refuses what another bundle made of a picture.
+    fn know(&self, sight: &Sight) -> Result<(), PromptError> {
+        if sight.seen_by == self.fingerprint { Ok(()) } else { Err(PromptError::OtherBundle) }
     }
 
     /// # Panics
@@ -212,6 +222,15 @@ impl Sight {
 
 fn finished<T>(thread: std::thread::ScopedJoinHandle<'_, T>) -> T {
     thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+/// Tells bundles apart by the hashes of their files, for as long as the process lives.
+fn fingerprint(bundle: &Bundle) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    for (name, file) in &bundle.facts().files {
+        (name, &file.sha256).hash(&mut hasher);
+    }
+    hasher.finish()
 }
 
 fn check_tokenizer(bundle: &Bundle, text: &Text) -> Result<(), BundleError> {

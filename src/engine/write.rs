@@ -9,7 +9,7 @@ use crate::error::Error;
 use crate::language::{Prefix, Seen};
 use crate::pixels::Picture;
 use crate::prompt::{Prompt, Task};
-use crate::text::{Text, TextStream, TokenBatch};
+use crate::text::{Text, TextStream, TokenBatch, Warning};
 use crate::timing::{Stage, Timings};
 use crate::vision::ImageFeatures;
 
@@ -54,6 +54,8 @@ pub struct Answer {
     pub candidates: Vec<Candidate>,
     /// Of each token, where they were wanted.
     pub log_probs: Vec<TokenLogProb>,
+    /// What was not read or written as it was asked for.
+    pub warnings: Vec<Warning>,
     /// Every stage on the way, those that the picture took included. Requests that ran together share their time in full.
     pub timings: Timings,
 }
@@ -65,6 +67,9 @@ pub struct Candidate {
     pub text: String,
     /// Its tokens, the end token included.
     pub tokens: Vec<TokenId>,
+    /// Why it ended.
+    #[serde(rename = "finish_reason", serialize_with = "as_written")]
+    pub finish: Finish,
     /// As [`Answer::score`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub score: Option<f32>,
@@ -74,13 +79,19 @@ pub struct Candidate {
 }
 
 impl Answer {
-    /// Puts the candidates in another order; the first of them becomes the answer.
+    /// Puts the candidates in another order; the first of them becomes the answer. Log-probabilities of another text are dropped.
     pub fn reorder(&mut self, compare: impl FnMut(&Candidate, &Candidate) -> std::cmp::Ordering) {
         self.candidates.sort_by(compare);
-        if let Some(Candidate { text, tokens, score, .. }) = self.candidates.first().cloned() {
-            (self.text, self.tokens, self.score) = (text, tokens, score);
+        let Some(Candidate { text, tokens, finish, score, .. }) = self.candidates.first().cloned() else { return };
+        if tokens != self.tokens {
+            self.log_probs.clear();
         }
+        (self.text, self.tokens, self.finish, self.score) = (text, tokens, finish, score);
     }
+}
+
+fn as_written<S: serde::Serializer>(value: &impl std::fmt::Display, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(value)
 }
 
 /// How probable the model finds a token: under the softmax of its plain logits, whatever search chose it.
@@ -109,16 +120,16 @@ pub struct Alternative {
 
 impl Engine {
     /// Writes the texts of all requests together. `on_text` gets each piece of text as soon as it is settled, with the request's index;
-    /// of several texts for one request it gets the first.
+    /// of several texts for one request it gets the first. All fail together where one fails in [`check`](Self::check).
     pub fn ask(&mut self, requests: &[Request<'_>], mut on_text: impl FnMut(usize, &str)) -> Result<Vec<Answer>, Error> {
         if requests.is_empty() {
             return Ok(Vec::new());
         }
-        for request in requests {
-            request.generation.strategy.check(&request.generation.processors)?;
-        }
+        let prompts = requests.iter().map(|request| self.check(&request.task, &request.generation));
+        let prompts = prompts.collect::<Result<Vec<Prompt>, Error>>()?;
+        self.check_memory(requests, &prompts)?;
         let start = Instant::now();
-        let prefixes = self.prefixes(requests)?;
+        let prefixes = self.prefixes(requests, &prompts)?;
         let read = start.elapsed();
         let mut running = self.join(requests, &prefixes);
         self.drive(&mut running, &mut on_text)?;
@@ -128,37 +139,54 @@ impl Engine {
             answers.iter_mut().for_each(|answer| answer.timings.add(Stage::Qformer, read));
         }
         self.add_log_probs(requests, &prefixes, &mut answers)?;
+        answers.iter_mut().zip(prompts).for_each(|(answer, prompt)| answer.warnings = prompt.warnings);
         Ok(answers)
     }
 
     /// Looks at one picture and writes one text.
     pub fn answer(&mut self, picture: &Picture, task: Task, generation: Generation) -> Result<Answer, Error> {
-        self.prompt(&task)?;
+        self.check(&task, &generation)?;
         let sights = self.see(&[picture])?;
         let request = Request { sight: &sights[0], task, generation };
         Ok(self.ask(&[request], |_, _| ())?.remove(0))
     }
 
+    /// The prompt of a task with what there is to say about it, or why it cannot be written so. Whatever this lets pass is at fault
+    /// neither for its text nor for its options.
+    pub fn check(&self, task: &Task, generation: &Generation) -> Result<Prompt, Error> {
+        let mut prompt = self.prompt(task)?;
+        generation.check(self.bundle.language())?;
+        let (wanted, room) = (generation.processors.min_new_tokens, self.bundle.room_behind(prompt.ids.len()));
+        if wanted > room {
+            prompt.warnings.push(Warning::NoRoom { wanted, room });
+        }
+        Ok(prompt)
+    }
+
     /// What each request starts from.
-    fn prefixes(&mut self, requests: &[Request<'_>]) -> Result<Vec<Prefix>, Error> {
-        let tasks: Vec<(&Sight, &Task)> = requests.iter().map(|request| (request.sight, &request.task)).collect();
-        let mut prefixes = self.prefixes_of(&tasks)?;
-        let facts = self.bundle.facts();
+    fn prefixes(&mut self, requests: &[Request<'_>], prompts: &[Prompt]) -> Result<Vec<Prefix>, Error> {
+        let sights: Vec<&Sight> = requests.iter().map(|request| request.sight).collect();
+        let mut prefixes = self.prefixes_of(&sights, prompts)?;
         for (request, prefix) in requests.iter().zip(&mut prefixes) {
-            let default = facts.generation.get(&request.task.name()).map_or(1, |generation| generation.max_new_tokens);
-            prefix.max_new_tokens = request.generation.max_new_tokens.unwrap_or(default).min(prefix.max_new_tokens);
+            prefix.max_new_tokens = self.n_new(request, prefix.max_new_tokens);
         }
         Ok(prefixes)
     }
 
-    /// What texts about tasks start from, with as much room behind as there is.
-    pub(super) fn prefixes_of(&mut self, tasks: &[(&Sight, &Task)]) -> Result<Vec<Prefix>, Error> {
-        let prompts = tasks.iter().map(|(_, task)| self.prompt(task)).collect::<Result<Vec<_>, _>>()?;
-        let sights: Vec<&Sight> = tasks.iter().map(|(sight, _)| *sight).collect();
-        let seen = self.seen(&sights, &prompts)?;
+    /// Tokens that a request may come to, where there is room for `room`. A default maximum gives way to a larger minimum.
+    pub(super) fn n_new(&self, request: &Request<'_>, room: usize) -> usize {
+        let Generation { max_new_tokens, processors, .. } = &request.generation;
+        let default = self.bundle.facts().generation.get(&request.task.name()).map_or(1, |generation| generation.max_new_tokens);
+        max_new_tokens.unwrap_or(default.max(processors.min_new_tokens)).min(room)
+    }
+
+    /// What texts behind prompts start from, with as much room behind as there is.
+    pub(super) fn prefixes_of(&mut self, sights: &[&Sight], prompts: &[Prompt]) -> Result<Vec<Prefix>, Error> {
+        sights.iter().try_for_each(|sight| self.know(sight))?;
+        let seen = self.seen(sights, prompts)?;
         let room = |prompt: &Prompt| self.bundle.room_behind(prompt.ids.len());
         let prefix = |(seen, prompt): (Seen, &Prompt)| Prefix { seen, prompt: prompt.ids.clone(), max_new_tokens: room(prompt) };
-        Ok(seen.into_iter().zip(&prompts).map(prefix).collect())
+        Ok(seen.into_iter().zip(prompts).map(prefix).collect())
     }
 
     /// Queries made for each prompt, where the Q-Former reads it, all in one batch.
@@ -166,12 +194,11 @@ impl Engine {
         let Reader::Queries(qformer) = &mut self.reader else {
             return Ok(sights.iter().filter_map(|sight| sight.seen()).collect());
         };
-        let (Some(text), Some(facts)) = (&self.qformer_text, &self.bundle.facts().qformer.text) else {
+        let Some(facts) = &self.bundle.facts().qformer.text else {
             return Ok(sights.iter().filter_map(|sight| sight.seen()).collect());
         };
-        let questions = prompts.iter().map(|prompt| text.encode_cut(prompt.read_by_qformer(facts), facts));
-        let questions =
-            TokenBatch::new(&questions.collect::<Result<Vec<_>, _>>().map_err(crate::prompt::PromptError::from)?, facts.pad);
+        let questions: Vec<_> = prompts.iter().filter_map(|prompt| prompt.question_ids.clone()).collect();
+        let questions = TokenBatch::new(&questions, facts.pad);
         let features: Vec<_> = sights.iter().filter_map(|sight| sight.features()).collect();
         let features = ImageFeatures::from_rows(&features).map_err(|source| qformer.failed("copying features", source))?;
         Ok(qformer.read(&features, Some(&questions))?.into_iter().map(Seen::Queries).collect())
@@ -218,24 +245,32 @@ impl Engine {
 
     /// One more pass over the finished texts, whatever search found them.
     fn add_log_probs(&mut self, requests: &[Request<'_>], prefixes: &[Prefix], answers: &mut [Answer]) -> Result<(), Error> {
-        let wanted: Vec<(usize, usize)> =
-            requests.iter().enumerate().filter_map(|(index, request)| Some((index, request.generation.log_probs?))).collect();
+        let wanted = requests.iter().enumerate().filter_map(|(index, request)| Some((index, request.generation.log_probs?)));
+        let wanted: Vec<(usize, usize)> = wanted.filter(|(index, _)| !answers[*index].tokens.is_empty()).collect();
         if wanted.is_empty() {
             return Ok(());
         }
+        let longest = wanted.iter().map(|(index, _)| answers[*index].tokens.len()).max().unwrap_or(1);
+        for wanted in wanted.chunks(self.texts_at_once(&prefixes[wanted[0].0], longest)) {
+            self.add_some_log_probs(wanted, prefixes, answers)?;
+        }
+        Ok(())
+    }
+
+    /// `wanted`: indices of answers, and how many alternatives each token is to have.
+    fn add_some_log_probs(&mut self, wanted: &[(usize, usize)], prefixes: &[Prefix], answers: &mut [Answer]) -> Result<(), Error> {
         let start = Instant::now();
-        let kept: Vec<Prefix> = wanted.iter().map(|(index, _)| prefixes[*index].clone()).collect();
-        let tokens: Vec<Vec<TokenId>> = wanted.iter().map(|(index, _)| answers[*index].tokens.clone()).collect();
+        let kept: Vec<&Prefix> = wanted.iter().map(|(index, _)| &prefixes[*index]).collect();
         let text = self.text.clone().expect("a bundle that writes has a tokenizer");
         let mut found: Vec<Vec<TokenLogProb>> = vec![Vec::new(); wanted.len()];
-        let texts: Vec<&[TokenId]> = tokens.iter().map(Vec::as_slice).collect();
-        self.language().reread(&kept.iter().collect::<Vec<_>>(), &texts, |row, logits| {
-            let token = tokens[row][found[row].len()];
+        let texts: Vec<&[TokenId]> = wanted.iter().map(|(index, _)| answers[*index].tokens.as_slice()).collect();
+        self.language().reread(&kept, &texts, |row, logits| {
+            let token = texts[row][found[row].len()];
             found[row].push(log_prob(token, logits, wanted[row].1, &text));
         })?;
-        for ((index, _), found) in wanted.into_iter().zip(found) {
-            answers[index].log_probs = found;
-            answers[index].timings.add(Stage::Decode, start.elapsed());
+        for ((index, _), found) in wanted.iter().zip(found) {
+            answers[*index].log_probs = found;
+            answers[*index].timings.add(Stage::Decode, start.elapsed());
         }
         Ok(())
     }
@@ -285,13 +320,12 @@ impl Running {
     }
 
     fn answer(self, n_return: usize) -> Answer {
-        let finish = self.texts.first().map_or(Finish::Length, |first| first.finish);
         let mut candidates: Vec<Candidate> = self.texts.into_iter().flat_map(|writing| writing.candidates).take(n_return).collect();
-        let Candidate { text, tokens, score, .. } = candidates.first().cloned().unwrap_or_default();
+        let Candidate { text, tokens, finish, score, .. } = candidates.first().cloned().unwrap_or_default();
         if n_return == 1 {
             candidates.clear();
         }
-        Answer { text, tokens, finish, score, candidates, log_probs: Vec::new(), timings: self.timings }
+        Answer { text, tokens, finish, score, candidates, log_probs: Vec::new(), warnings: Vec::new(), timings: self.timings }
     }
 }
 
@@ -307,7 +341,6 @@ struct Writing {
     /// How much of it was said.
     n_said: usize,
     is_finished: bool,
-    finish: Finish,
     candidates: Vec<Candidate>,
     tokens: Vec<TokenId>,
 }
@@ -317,7 +350,7 @@ impl Writing {
         let stream = TextStream::new(text.clone());
         let (decoded, candidates, tokens) = (String::new(), Vec::new(), Vec::new());
         let (eos, stop) = (eos.to_vec(), stop.to_vec());
-        Self { id, text, stream, eos, stop, decoded, n_said: 0, is_finished: false, finish: Finish::Length, candidates, tokens }
+        Self { id, text, stream, eos, stop, decoded, n_said: 0, is_finished: false, candidates, tokens }
     }
 
     fn take(&mut self, event: &Event, say: &mut impl FnMut(&str)) {
@@ -329,8 +362,10 @@ impl Writing {
             }
         }
         self.say(self.safe_length(), say);
-        let Some(finish) = event.finish else { return };
-        (self.is_finished, self.finish) = (true, finish);
+        if event.finish.is_none() {
+            return;
+        }
+        self.is_finished = true;
         self.candidates = match event.hypotheses.as_slice() {
             [] => vec![self.candidate(&self.tokens, None)],
             several => several.iter().map(|hypothesis| self.candidate(&hypothesis.tokens, Some(hypothesis.score))).collect(),
@@ -345,11 +380,14 @@ impl Writing {
 
     fn candidate(&self, tokens: &[TokenId], score: Option<f32>) -> Candidate {
         let mut text = self.text.decode(&without(tokens, &self.eos));
-        if let Some(at) = self.stop.iter().filter_map(|stop| text.find(stop.as_str())).min() {
+        let stopped = self.stop.iter().filter_map(|stop| text.find(stop.as_str())).min();
+        if let Some(at) = stopped {
             text.truncate(at);
             text.truncate(text.trim_end().len());
         }
-        Candidate { text, tokens: tokens.to_vec(), score, itm_probability: None }
+        let ended = stopped.is_some() || tokens.last().is_some_and(|last| self.eos.contains(last));
+        let finish = if ended { Finish::Stop } else { Finish::Length };
+        Candidate { text, tokens: tokens.to_vec(), finish, score, itm_probability: None }
     }
 
     /// How much of what was decoded can be said: nothing that is, or may become, a stop string.

@@ -9,7 +9,7 @@ use crate::qformer::{Queries, QueryCache};
 use crate::runtime::{Binding, Graph, GraphError, Place, Runtime, RuntimeError, Tensor};
 
 /// Capacities are multiples of this, so that requests of nearly equal length share buffers.
-const CAPACITY_STEP: usize = 64;
+pub const CAPACITY_STEP: usize = 64;
 
 /// The decoder graph with its embedding table and the keys and values of all live rows.
 #[derive(Debug)]

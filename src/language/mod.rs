@@ -9,6 +9,7 @@ use crate::bundle::{Bundle, BundleError, Family, TokenIds};
 use crate::decode::{Model, Pick, TokenId};
 use crate::qformer::{Queries, QueryCache};
 use crate::runtime::{Runtime, RuntimeError};
+pub use decoder::CAPACITY_STEP;
 use decoder::{Decoder, Opening};
 use encoder::{Encoded, Encoder};
 

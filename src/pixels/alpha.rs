@@ -30,7 +30,7 @@ impl Picture {
     /// Colours once transparency is gone.
     pub(super) fn opaque(&self, how: Alpha) -> Cow<'_, [u8]> {
         let Some(alpha) = self.alpha.as_ref().filter(|_| how == Alpha::White) else { return Cow::Borrowed(&self.rgb) };
-        let over = |(pixel, alpha): (&[u8], &u8)| <[u8; 3]>::from([0, 1, 2].map(|channel| over_white(pixel[channel], *alpha)));
+        let over = |(pixel, alpha): (&[u8], &u8)| [0, 1, 2].map(|channel| over_white(pixel[channel], *alpha));
         Cow::Owned(self.rgb.chunks_exact(3).zip(alpha).flat_map(over).collect())
     }
 }

@@ -75,14 +75,18 @@ impl<'a> Bitmap<'a> {
         Some(Self { width, height, top_down, stride, compression, samples, data: file.get(at..)? })
     }
 
+    fn runs(&self) -> Runs<'a> {
+        let width = self.width as usize;
+        let (n_wanted, of_4_bits) = (width * self.height as usize, self.compression == RUNS_OF_4_BITS);
+        Runs { rest: self.data, width, n_wanted, of_4_bits, indices: Vec::new(), x: 0 }
+    }
+
     fn paint(&self) -> Option<Picture> {
         let (width, height) = (self.width as usize, self.height as usize);
         let (data, stride, samples) = match (self.compression, &self.samples) {
-            (RUNS_OF_8_BITS | RUNS_OF_4_BITS, Samples::Indices(_, palette)) => (
-                &runs(self.data, width, height, self.compression == RUNS_OF_4_BITS)[..],
-                width,
-                &Samples::Indices(8, palette.clone()),
-            ),
+            (RUNS_OF_8_BITS | RUNS_OF_4_BITS, Samples::Indices(_, palette)) => {
+                (&self.runs().unrolled()[..], width, &Samples::Indices(8, palette.clone()))
+            }
             (RUNS_OF_8_BITS | RUNS_OF_4_BITS, _) => return None,
             _ => (self.data, self.stride, &self.samples),
         };
@@ -176,50 +180,68 @@ fn masked(bits: u32, masks: [u32; 4]) -> Option<Samples> {
     }
 }
 
-/// Indices, one a byte. Runs that go beyond their row end with it.
-fn runs(data: &[u8], width: usize, height: usize, of_4_bits: bool) -> Vec<u8> {
-    let (wanted, mut rest, mut x) = (width * height, data, 0);
-    let mut indices = Vec::new();
-    while indices.len() < wanted {
-        let Some((&[count, value], behind)) = rest.split_first_chunk::<2>() else { break };
-        rest = behind;
-        let n_wanted = wanted - indices.len();
-        match (usize::from(count), usize::from(value)) {
-            (0, 0) => {
-                indices.resize(indices.len().next_multiple_of(width), 0);
-                x = 0;
-            }
-            (0, 1) => break,
-            (0, 2) => {
-                let Some((&[right, up], behind)) = rest.split_first_chunk::<2>() else { break };
-                rest = behind;
-                indices.resize(indices.len() + n_wanted.min(usize::from(right) + usize::from(up) * width), 0);
-                x = indices.len() % width;
-            }
-            (0, n) => {
-                let n_indices = n_wanted.min(n);
-                let n_bytes = if of_4_bits { n_indices.div_ceil(2) } else { n_indices };
-                let Some((stored, behind)) = rest.split_at_checked(n_bytes) else { break };
-                let halves = stored.iter().flat_map(|pair| [pair >> 4, pair & 0xF]);
-                if of_4_bits {
-                    indices.extend(halves.take(n_indices))
-                } else {
-                    indices.extend(stored)
-                }
-                rest = behind;
-                x += n;
-                // What follows begins at an even place of the file.
-                rest = rest.get(n_bytes % 2..).unwrap_or_default();
-            }
-            (n, _) => {
-                let n = n.min(width.saturating_sub(x));
-                let pair = if of_4_bits { [value as u8 >> 4, value as u8 & 0xF] } else { [value as u8; 2] };
-                indices.extend((0..n).map(|k| pair[k % 2]));
-                x += n;
-            }
-        }
+/// Indices of run lengths, one a byte. Runs that go beyond their row end with it.
+struct Runs<'a> {
+    rest: &'a [u8],
+    width: usize,
+    n_wanted: usize,
+    of_4_bits: bool,
+    indices: Vec<u8>,
+    /// Where the next run begins in its row.
+    x: usize,
+}
+
+impl<'a> Runs<'a> {
+    fn unrolled(mut self) -> Vec<u8> {
+        while self.indices.len() < self.n_wanted && self.step().is_some() {}
+        self.indices
     }
-    indices
+
+    /// Nothing at the end.
+    fn step(&mut self) -> Option<()> {
+        match *self.take(2)? {
+            [0, 0] => {
+                self.indices.resize(self.indices.len().next_multiple_of(self.width), 0);
+                self.x = 0;
+            }
+            [0, 1] => return None,
+            [0, 2] => {
+                let &[right, up] = self.take(2)? else { return None };
+                let skipped = self.n_wanted.min(self.indices.len() + usize::from(right) + usize::from(up) * self.width);
+                self.indices.resize(skipped, 0);
+                self.x = skipped % self.width;
+            }
+            [0, n] => self.verbatim(usize::from(n))?,
+            [n, value] => {
+                let n = usize::from(n).min(self.width.saturating_sub(self.x));
+                let pair = if self.of_4_bits { [value >> 4, value & 0xF] } else { [value; 2] };
+                self.indices.extend((0..n).map(|k| pair[k % 2]));
+                self.x += n;
+            }
+            _ => return None,
+        }
+        Some(())
+    }
+
+    /// What follows begins at an even place of the file.
+    fn verbatim(&mut self, n: usize) -> Option<()> {
+        let n_indices = n.min(self.n_wanted - self.indices.len());
+        let stored = self.take(if self.of_4_bits { n_indices.div_ceil(2) } else { n_indices })?;
+        if self.of_4_bits {
+            self.indices.extend(stored.iter().flat_map(|pair| [pair >> 4, pair & 0xF]).take(n_indices));
+        } else {
+            self.indices.extend(stored);
+        }
+        self.x += n;
+        self.rest = self.rest.get(stored.len() % 2..).unwrap_or_default();
+        Some(())
+    }
+
+    fn take(&mut self, n_bytes: usize) -> Option<&'a [u8]> {
+        let (taken, rest) = self.rest.split_at_checked(n_bytes)?;
+        self.rest = rest;
+        Some(taken)
+    }
 }
 
 fn damaged(reason: &str) -> PixelsError {

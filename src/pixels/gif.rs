@@ -47,13 +47,7 @@ impl Frame {
         let mut transparent = None;
         loop {
             match rest.byte()? {
-                b'!' => {
-                    let (label, block) = (rest.byte()?, rest.block());
-                    if let (0xF9, Some(block)) = (label, block) {
-                        transparent = if block.first()? & 1 > 0 { Some(*block.get(3)?) } else { transparent };
-                    }
-                    while block.is_some() && rest.block().is_some() {}
-                }
+                b'!' => transparent = rest.extension()?.or(transparent),
                 b',' => break,
                 b';' => return None,
                 _ => {}
@@ -91,7 +85,8 @@ impl Frame {
             let progress = decoder.decode_bytes(&self.data[read..], &mut indices[written..]);
             read += progress.consumed_in;
             written += progress.consumed_out;
-            if progress.status.is_err() || (progress.consumed_in, progress.consumed_out) == (0, 0) {
+            let is_stuck = progress.status.is_err() || (progress.consumed_in, progress.consumed_out) == (0, 0);
+            if is_stuck && written < indices.len() {
                 return Err(damaged("rows are missing"));
             }
         }
@@ -135,6 +130,25 @@ impl<'a> Reader<'a> {
 
     fn u16(&mut self) -> Option<u16> {
         self.take(2).map(|bytes| u16::from_le_bytes([bytes[0], bytes[1]]))
+    }
+
+    /// The transparent index, where this says one. What is cut off counts as far as it goes.
+    fn extension(&mut self) -> Option<Option<u8>> {
+        let label = self.byte()?;
+        let block = self.part_of_a_block();
+        let transparent = match (label, block) {
+            (0xF9, Some(block)) if block.first()? & 1 > 0 => Some(*block.get(3)?),
+            (0xFE, None) => return Some(None),
+            (0xFF, Some(block)) if block.starts_with(b"NETSCAPE2.0") => self.part_of_a_block().and(None),
+            _ => None,
+        };
+        while self.part_of_a_block().is_some() {}
+        Some(transparent)
+    }
+
+    fn part_of_a_block(&mut self) -> Option<&'a [u8]> {
+        let length = usize::from(self.byte().filter(|length| *length > 0)?);
+        self.take(length.min(self.0.len()))
     }
 
     /// Nothing at the end of a chain of blocks.

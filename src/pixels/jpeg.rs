@@ -28,17 +28,23 @@ fn decode_rgb(bytes: &[u8], limits: &Limits) -> Result<Picture, PixelsError> {
     let decompress = Decompress::new_reader(Source { rest: bytes, asked_for_more: &asked_for_more }).map_err(broken)?;
     let (width, height) = (decompress.width() as u32, decompress.height() as u32);
     limits.check(width, height)?;
-    let (mut started, to_rgb): (_, fn(Vec<u8>) -> Vec<u8>) = match decompress.color_space() {
-        ColorSpace::JCS_CMYK | ColorSpace::JCS_YCCK => (decompress.to_colorspace(ColorSpace::JCS_CMYK).map_err(broken)?, from_inks),
-        ColorSpace::JCS_GRAYSCALE => (decompress.grayscale().map_err(broken)?, from_greys),
-        _ => (decompress.rgb().map_err(broken)?, |rgb| rgb),
+    let wanted = match decompress.color_space() {
+        ColorSpace::JCS_CMYK | ColorSpace::JCS_YCCK => ColorSpace::JCS_CMYK,
+        ColorSpace::JCS_GRAYSCALE => ColorSpace::JCS_GRAYSCALE,
+        _ => ColorSpace::JCS_RGB,
     };
+    let mut started = decompress.to_colorspace(wanted).map_err(broken)?;
     let rows: Vec<u8> = started.read_scanlines().map_err(broken)?;
     if asked_for_more.get() {
         return Err(damaged("the data ends before the picture does"));
     }
     started.finish().map_err(broken)?;
-    let mut picture = Picture::from_rgb(width, height, to_rgb(rows));
+    let rgb = match wanted {
+        ColorSpace::JCS_CMYK => rows.as_chunks().0.iter().flat_map(|inks| rgb_of_inverted_cmyk(*inks)).collect(),
+        ColorSpace::JCS_GRAYSCALE => rows.into_iter().flat_map(|grey| [grey; 3]).collect(),
+        _ => rows,
+    };
+    let mut picture = Picture::from_rgb(width, height, rgb);
     picture.warnings.extend(asked_for_more.get().then_some(PictureWarning::NoEnd));
     Ok(picture)
 }
@@ -98,16 +104,8 @@ fn is_marker(pair: &[u8]) -> bool {
     pair[0] == 0xFF && !matches!(pair[1], 0x00 | 0xFF | 0xD0..=0xD7)
 }
 
-fn from_greys(greys: Vec<u8>) -> Vec<u8> {
-    greys.into_iter().flat_map(|grey| [grey; 3]).collect()
-}
-
-fn from_inks(inks: Vec<u8>) -> Vec<u8> {
-    inks.as_chunks().0.iter().flat_map(|inks| rgb_of_inverted_cmyk(*inks)).collect()
-}
-
 /// JPEG files hold inks the other way round, 255 for none. Pillow's integer formula.
-fn rgb_of_inverted_cmyk([cyan, magenta, yellow, black]: [u8; 4]) -> [u8; 3] {
+pub(super) fn rgb_of_inverted_cmyk([cyan, magenta, yellow, black]: [u8; 4]) -> [u8; 3] {
     [cyan, magenta, yellow].map(|ink| divided_by_255(u32::from(ink) * u32::from(black)))
 }
 

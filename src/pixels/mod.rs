@@ -5,23 +5,28 @@
 
 mod alpha;
 mod bmp;
+mod foreign;
 mod gif;
+mod guard;
 mod jpeg;
+mod limits;
 mod orientation;
 mod png;
 mod pnm;
 mod preprocess;
 mod resize;
+mod tiff;
 mod warning;
 mod webp;
 
 use std::fs::File;
-use std::io::{Cursor, Read};
+use std::io::Read;
 use std::path::Path;
 
-use image::{DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader};
+use image::{DynamicImage, ImageFormat};
 
 pub use alpha::Alpha;
+pub use limits::Limits;
 pub use preprocess::{Pixels, Preprocess, Resample, ResizeTo};
 pub use resize::resize;
 pub use warning::PictureWarning;
@@ -40,54 +45,51 @@ pub struct Picture {
     warnings: Vec<PictureWarning>,
 }
 
-/// What is refused before any decoding.
-#[derive(Clone, Copy, Debug)]
-pub struct Limits {
-    /// Largest file.
-    pub max_bytes: u64,
-    /// Largest `width × height`.
-    pub max_pixels: u64,
-}
-
-impl Default for Limits {
-    /// 64 MiB, and the number of pixels at which Pillow warns of a decompression bomb.
-    fn default() -> Self {
-        Self { max_bytes: 64 << 20, max_pixels: 89_478_485 }
-    }
-}
-
-impl Limits {
-    fn check(&self, width: u32, height: u32) -> Result<(), PixelsError> {
-        if u64::from(width) * u64::from(height) > self.max_pixels {
-            return Err(PixelsError::TooManyPixels { width, height, limit: self.max_pixels });
-        }
-        Ok(())
-    }
-}
-
 /// Why a picture cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum PixelsError {
     /// The file cannot be opened or read.
     #[error("cannot be read")]
     Io(#[source] std::io::Error),
-    /// A folder or a device.
-    #[error("is not a file")]
+    /// A folder.
+    #[error("is a folder, not a file")]
     NotAFile,
     /// No bytes at all.
     #[error("is empty")]
     Empty,
-    /// More bytes than allowed.
-    #[error("has {found} bytes, more than the {limit} allowed")]
+    /// More bytes than allowed; of a pipe no more than one of these is read.
+    #[error("has more than the {limit} bytes allowed")]
     TooManyBytes {
-        /// Size of the file.
-        found: u64,
         /// The limit in force.
         limit: u64,
     },
     /// The content is of no known image format.
     #[error("is not a picture in a known format (JPEG, PNG, GIF, WebP, BMP, TIFF, PNM)")]
     NotAPicture,
+    /// A format that is known and not read; its name with an article.
+    #[error("is {0}, which is not supported; convert it to JPEG or PNG")]
+    Foreign(&'static str),
+    /// A TIFF file of a kind that is not read, and what is odd about it.
+    #[error("TIFF of this kind ({0}) is not supported; convert it to PNG")]
+    UnsupportedTiff(String),
+    /// The header declares no columns or no rows.
+    #[error("is {width}×{height}, without any pixel")]
+    NoPixels {
+        /// Declared columns.
+        width: u32,
+        /// Declared rows.
+        height: u32,
+    },
+    /// The header declares a side that is too long.
+    #[error("is {width}×{height}, a side of it longer than the {limit} pixels allowed")]
+    TooLong {
+        /// Declared columns.
+        width: u32,
+        /// Declared rows.
+        height: u32,
+        /// The limit in force.
+        limit: u32,
+    },
     /// The header declares too many pixels.
     #[error("is {width}×{height}, more than the {limit} pixels allowed")]
     TooManyPixels {
@@ -118,8 +120,12 @@ pub enum PixelsError {
 }
 
 impl Picture {
-    /// An opaque picture of `width × height × 3` bytes.
+    /// An opaque picture.
+    ///
+    /// # Panics
+    /// If these are not `width × height × 3` bytes.
     pub fn from_rgb(width: u32, height: u32, rgb: Vec<u8>) -> Self {
+        assert_eq!(rgb.len() as u64, u64::from(width) * u64::from(height) * 3, "three bytes a pixel");
         Self { width, height, rgb, alpha: None, warnings: Vec::new() }
     }
 
@@ -133,10 +139,10 @@ impl Picture {
         &self.warnings
     }
 
-    /// Opens and decodes a file; the format is told from its content.
+    /// Opens and decodes a file, a pipe or a device; the format is told from its content.
     pub fn open(path: &Path, limits: &Limits) -> Result<Self, PixelsError> {
         let metadata = std::fs::metadata(path).map_err(PixelsError::Io)?;
-        if !metadata.is_file() {
+        if metadata.is_dir() {
             return Err(PixelsError::NotAFile);
         }
         let file = File::open(path).map_err(PixelsError::Io)?;
@@ -146,7 +152,7 @@ impl Picture {
     /// Reads to the end, never more than the limit, and decodes.
     pub fn read(reader: impl Read, limits: &Limits) -> Result<Self, PixelsError> {
         let mut bytes = Vec::new();
-        reader.take(limits.max_bytes + 1).read_to_end(&mut bytes).map_err(PixelsError::Io)?;
+        reader.take(limits.max_bytes.saturating_add(1)).read_to_end(&mut bytes).map_err(PixelsError::Io)?;
         Self::decode(&bytes, limits)
     }
 
@@ -156,34 +162,24 @@ impl Picture {
             return Err(PixelsError::Empty);
         }
         if bytes.len() as u64 > limits.max_bytes {
-            return Err(PixelsError::TooManyBytes { found: bytes.len() as u64, limit: limits.max_bytes });
+            return Err(PixelsError::TooManyBytes { limit: limits.max_bytes });
         }
-        let mut reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format().map_err(PixelsError::Io)?;
-        let Some(format) = reader.format() else { return pnm::decode(bytes, limits) };
-        match format {
-            ImageFormat::Bmp => return bmp::decode(bytes, limits),
-            ImageFormat::Gif => return gif::decode(bytes, limits),
-            ImageFormat::Jpeg => return jpeg::decode(bytes, limits),
-            ImageFormat::Png => return png::decode(bytes, limits),
-            ImageFormat::Pnm => return pnm::decode(bytes, limits),
-            ImageFormat::WebP => return webp::decode(bytes, limits),
-            _ => {}
-        }
-        let mut allocations = image::Limits::default();
-        allocations.max_alloc = Some(limits.max_pixels.saturating_mul(16));
-        reader.limits(allocations);
-        let decoder = reader.into_decoder().map_err(undecodable)?;
-        let (width, height) = decoder.dimensions();
-        limits.check(width, height)?;
-        let decoded = DynamicImage::from_decoder(decoder).map_err(|error| PixelsError::Damaged(error.into()))?;
-        Ok(rgb(decoded).turned(orientation::of_tiff(bytes)))
+        guard::contained(|| Self::decode_known(bytes, limits))
     }
-}
 
-fn undecodable(error: ImageError) -> PixelsError {
-    match error {
-        ImageError::Unsupported(_) => PixelsError::NotAPicture,
-        other => PixelsError::Damaged(other.into()),
+    fn decode_known(bytes: &[u8], limits: &Limits) -> Result<Self, PixelsError> {
+        if tiff::is_tiff(bytes) {
+            return tiff::decode(bytes, limits);
+        }
+        match image::guess_format(bytes) {
+            Ok(ImageFormat::Bmp) => bmp::decode(bytes, limits),
+            Ok(ImageFormat::Gif) => gif::decode(bytes, limits),
+            Ok(ImageFormat::Jpeg) => jpeg::decode(bytes, limits),
+            Ok(ImageFormat::Png) => png::decode(bytes, limits),
+            Ok(ImageFormat::Pnm) => pnm::decode(bytes, limits),
+            Ok(ImageFormat::WebP) => webp::decode(bytes, limits),
+            _ => foreign::name(bytes).map_or_else(|| pnm::decode(bytes, limits), |name| Err(PixelsError::Foreign(name))),
+        }
     }
 }
 

@@ -3,7 +3,6 @@
 use super::Picture;
 
 const ORIENTATION: u64 = 274;
-const XMP: u64 = 700;
 
 /// What a file says beside its pixels.
 #[derive(Debug, Default)]
@@ -19,12 +18,6 @@ impl Metadata {
         let stored = self.exif.as_deref().and_then(stored_in_exif);
         upright_or(stored.or_else(|| self.xmp.as_deref().and_then(stored_in_xmp)))
     }
-}
-
-/// As [`Metadata::orientation`]; a TIFF file is its own EXIF.
-pub fn of_tiff(file: &[u8]) -> u8 {
-    let xmp = || Tiff::new(file)?.entry(XMP).and_then(|(_, value)| stored_in_xmp(value));
-    upright_or(stored_in_exif(file).or_else(xmp))
 }
 
 fn upright_or(said: Option<f64>) -> u8 {

@@ -17,9 +17,8 @@ pub fn decode(bytes: &[u8], limits: &Limits) -> Result<Picture, PixelsError> {
     let chunks = Chunks::read(bytes)?;
     limits.check(chunks.header.width, chunks.header.height)?;
     let mut picture = chunks.paint()?.turned(chunks.metadata().orientation());
-    if !chunks.ended {
-        picture.warnings.push(PictureWarning::NoEnd);
-    }
+    picture.warnings.extend((!chunks.ended).then_some(PictureWarning::NoEnd));
+    picture.warnings.extend(chunks.has_wrong_sum.then_some(PictureWarning::WrongSum));
     Ok(picture)
 }
 
@@ -49,6 +48,7 @@ struct Chunks<'a> {
     texts: Vec<(&'a [u8], Vec<u8>)>,
     /// Whether `IEND` was reached.
     ended: bool,
+    has_wrong_sum: bool,
 }
 
 /// What could be read of a chunk.
@@ -56,7 +56,8 @@ struct Chunk<'a> {
     kind: [u8; 4],
     data: &'a [u8],
     is_whole: bool,
-    has_right_sum: bool,
+    /// Nothing where the file ends before.
+    has_right_sum: Option<bool>,
     behind: &'a [u8],
 }
 
@@ -74,7 +75,7 @@ impl<'a> Chunk<'a> {
         let mut found = flate2::Crc::new();
         found.update(kind);
         found.update(data);
-        let has_right_sum = sum == found.sum().to_be_bytes();
+        let has_right_sum = sum.first_chunk().map(|sum| u32::from_be_bytes(*sum) == found.sum());
         Some(Self { kind: *kind, data, is_whole: data.len() == length, has_right_sum, behind })
     }
 }
@@ -89,7 +90,7 @@ impl<'a> Chunks<'a> {
             if &chunk.kind == b"IDAT" {
                 break;
             }
-            if !chunk.is_whole || !chunk.has_right_sum {
+            if !chunk.is_whole || chunk.has_right_sum != Some(true) {
                 return Err(damaged("the sum of a chunk is wrong"));
             }
             found.take(&chunk)?;
@@ -97,6 +98,7 @@ impl<'a> Chunks<'a> {
         }
         while let Some(chunk) = Chunk::first(rest).filter(|chunk| &chunk.kind == b"IDAT") {
             found.data.push(chunk.data);
+            found.has_wrong_sum |= chunk.has_right_sum == Some(false);
             rest = chunk.behind;
         }
         while let Some(chunk) = Chunk::first(rest) {
@@ -107,6 +109,7 @@ impl<'a> Chunks<'a> {
             if !chunk.is_whole {
                 return Err(damaged("a chunk is cut off"));
             }
+            found.has_wrong_sum |= chunk.has_right_sum == Some(false);
             if &chunk.kind != b"PLTE" {
                 found.take(&chunk)?;
             }
@@ -156,7 +159,6 @@ impl<'a> Chunks<'a> {
                 }
             }
         }
-        rows.finish()?;
         picture.alpha = alpha;
         picture.warnings.extend(rows.ended_early.then_some(PictureWarning::RowsMissing));
         Ok(picture)
@@ -228,11 +230,6 @@ impl Rows {
             return Err(damaged("rows are missing"));
         }
         Ok(Some(&self.row[1..]))
-    }
-
-    /// Looks at the sum where the data reaches it.
-    fn finish(&mut self) -> Result<(), PixelsError> {
-        if self.ended_early { Ok(()) } else { self.inflate(&mut [0]).map(|_| ()) }
     }
 
     /// How many bytes came, and whether the data says that no more will.
@@ -406,7 +403,7 @@ fn unhexed(profile: &[u8]) -> Option<Vec<u8>> {
     let digits: Vec<u8> =
         profile.split(|byte| *byte == b'\n').skip(3).flatten().copied().filter(|b| !b.is_ascii_whitespace()).collect();
     let pairs = digits.chunks(2).map(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok());
-    if digits.len() % 2 == 0 { pairs.collect() } else { None }
+    if digits.len().is_multiple_of(2) { pairs.collect() } else { None }
 }
 
 fn damaged(reason: &str) -> PixelsError {

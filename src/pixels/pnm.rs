@@ -52,14 +52,14 @@ fn stored(data: &[u8], n_values: usize, most: u32) -> Option<Vec<u32>> {
 
 /// A set bit is black.
 fn unpacked(data: &[u8], width: usize, height: usize) -> Option<Vec<u8>> {
-    let rows = data.get(..width.div_ceil(8) * height)?.chunks_exact(width.div_ceil(8));
+    let rows = data.get(..width.div_ceil(8) * height)?.chunks_exact(width.div_ceil(8).max(1));
     let bit = |row: &[u8], x: usize| if row[x / 8] & (0x80 >> (x % 8)) > 0 { 0 } else { 255 };
     Some(rows.flat_map(|row| (0..width).map(move |x| bit(row, x))).collect())
 }
 
 /// The last row comes first; a negative scale says that the last byte does too.
 fn floats(data: &[u8], width: usize, n_pixels: usize, scale: f64) -> Option<Vec<u8>> {
-    let rows = data.get(..n_pixels * 4)?.as_chunks().0.chunks_exact(width).rev();
+    let rows = data.get(..n_pixels * 4)?.as_chunks().0.chunks_exact(width.max(1)).rev();
     let value = |bytes: &[u8; 4]| if scale < 0.0 { f32::from_le_bytes(*bytes) } else { f32::from_be_bytes(*bytes) };
     Some(rows.flatten().map(|bytes| value(bytes) as u8).collect())
 }

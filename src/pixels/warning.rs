@@ -3,6 +3,8 @@
 pub enum PictureWarning {
     /// The end marker is missing or damaged.
     NoEnd,
+    /// A check sum is wrong.
+    WrongSum,
     /// The data ends in good order before the last row; what is missing is black.
     RowsMissing,
 }
@@ -11,6 +13,7 @@ impl std::fmt::Display for PictureWarning {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::NoEnd => "the end of the file is missing or damaged, the picture is whole",
+            Self::WrongSum => "a check sum is wrong, the picture is whole",
             Self::RowsMissing => "the last rows are missing, they count as black",
         })
     }

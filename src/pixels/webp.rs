@@ -91,9 +91,7 @@ fn alone(frame: &[u8], width: u32, height: u32) -> Vec<u8> {
     let mut file = b"RIFF____WEBP".to_vec();
     if frame.starts_with(b"ALPH") {
         file.extend(b"VP8X\x0a\0\0\0\x10\0\0\0");
-        file.extend(
-            [width - 1, height - 1].into_iter().flat_map(|side| <[u8; 3]>::from([0, 8, 16].map(|place| (side >> place) as u8))),
-        );
+        file.extend([width - 1, height - 1].into_iter().flat_map(|side| [0, 8, 16].map(|place| (side >> place) as u8)));
     }
     file.extend(frame);
     let size = (file.len() as u32 - 8).to_le_bytes();

@@ -2,6 +2,7 @@
 
 mod graph;
 mod library;
+mod memory;
 mod provider;
 mod tensor;
 
@@ -28,6 +29,9 @@ pub struct RuntimeOptions {
     pub threads: Option<NonZeroUsize>,
     /// Where TensorRT keeps built engines; beside the bundle's files when absent.
     pub cache: Option<PathBuf>,
+    /// Bytes that KV caches and logits of the texts written together may take. When absent, three quarters of the free memory on the
+    /// processor; a GPU says itself when it is full.
+    pub max_cache_bytes: Option<u64>,
 }
 
 /// A loaded library and a provider that works here.
@@ -48,6 +52,9 @@ pub enum UnavailableError {
     /// The library is there, the provider is not.
     #[error(transparent)]
     Provider(#[from] ProviderError),
+    /// More threads than any machine has use for.
+    #[error("{0} threads inside an operator are too many; at most {MOST_THREADS} are possible, and one a core is usual")]
+    Threads(NonZeroUsize),
     /// The bundle needs a later version.
     #[error("the bundle needs ONNX Runtime {needed} or later, {} is {found}", .path.display())]
     TooOld {
@@ -59,6 +66,9 @@ pub enum UnavailableError {
         path: PathBuf,
     },
 }
+
+/// Threads that may be asked for; with many more ONNX Runtime comes to a standstill.
+const MOST_THREADS: usize = 256;
 
 /// What ONNX Runtime reports.
 pub type GraphError = ort::Error;
@@ -97,6 +107,9 @@ pub enum RuntimeError {
 impl Runtime {
     /// Finds and loads the library and settles on a provider.
     pub fn load(options: &RuntimeOptions) -> Result<Self, UnavailableError> {
+        if let Some(threads) = options.threads.filter(|threads| threads.get() > MOST_THREADS) {
+            return Err(UnavailableError::Threads(threads));
+        }
         let (library, environment) = library::load(options.library.as_deref())?;
         let provider = provider::choose(&environment, options)?;
         Ok(Self { environment, library, provider, options: options.clone() })
@@ -110,6 +123,12 @@ impl Runtime {
     /// The provider in use.
     pub fn provider(&self) -> Provider {
         self.provider
+    }
+
+    /// Bytes that KV caches and logits may take now.
+    pub fn memory_bytes(&self) -> u64 {
+        let free = || if self.provider == Provider::Cpu { memory::free_bytes() / 4 * 3 } else { u64::MAX };
+        self.options.max_cache_bytes.unwrap_or_else(free)
     }
 
     /// Why `provider` cannot be used here, or nothing if it can.
