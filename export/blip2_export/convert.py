@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,8 @@ from blip2_export.graphs.builder import UnsupportedError
 from blip2_export.read.checkpoint import CheckpointError
 from blip2_export.read.hub import locate
 from blip2_export.read.lavis import Parts
+
+_LINE = 600
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,6 +86,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    try:
+        _convert(args)
+    except (CheckpointError, UnsupportedError) as error:
+        return _refuse(error)
+    except Exception as error:
+        if os.environ.get("BLIP2_TRACEBACK"):
+            raise
+        if isinstance(error, OSError) and error.strerror:
+            return _refuse(f"{error.filename or args.out}: {error.strerror}")
+        return _refuse(
+            f"{args.checkpoint}: {type(error).__name__} ({error}); BLIP2_TRACEBACK=1 shows where it comes from"
+        )
+    total = sum(p.stat().st_size for p in args.out.rglob("*") if p.is_file())
+    print(f"{args.out}: {total / 1e6:.1f} MB", file=sys.stderr)
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> None:
     choices = Choices(
         args.name or args.out.name,
         args.caption_prompt,
@@ -96,12 +117,13 @@ def run(args: argparse.Namespace) -> int:
         Parts(args.vision, args.llm, args.tokenizer),
         ignored_tensors=tuple(args.ignore_tensors),
     )
-    try:
-        choices = replace(choices, adapters=tuple(locate(adapter) for adapter in args.adapter))
-        convert(locate(args.checkpoint, args.revision), args.out, choices)
-    except (CheckpointError, UnsupportedError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
-    total = sum(p.stat().st_size for p in args.out.rglob("*") if p.is_file())
-    print(f"{args.out}: {total / 1e6:.1f} MB", file=sys.stderr)
-    return 0
+    choices = replace(choices, adapters=tuple(locate(adapter) for adapter in args.adapter))
+    convert(locate(args.checkpoint, args.revision), args.out, choices)
+
+
+def _refuse(said: object) -> int:
+    """One line, however long the value is that it quotes."""
+    line = " ".join(str(said).split())
+    line = line if len(line) <= _LINE else f"{line[: _LINE // 2]} … {line[-_LINE // 2 :]}"
+    print(f"error: {line}".encode(errors="backslashreplace").decode(), file=sys.stderr)
+    return 3

@@ -170,8 +170,14 @@ def _config(folder: Path) -> dict[str, Any]:
     kind = config.get("model_type")
     if kind not in _KINDS:
         raise CheckpointError(f"{folder}: model_type is `{kind}`; supported is {_SUPPORTED}")
-    language = config.get("text_config", {}).get("model_type", "opt")
-    if language not in _LANGUAGES and RETRIEVAL not in (config.get("architectures") or ()):
+    for part in ("text_config", "vision_config", "qformer_config"):
+        if not isinstance(config.get(part), dict | None):
+            raise CheckpointError(f"{path}: {part} is no JSON object")
+    config["architectures"] = config.get("architectures") or []
+    if not isinstance(config["architectures"], list):
+        raise CheckpointError(f"{path}: architectures is no list")
+    language = (config.get("text_config") or {}).get("model_type", "opt")
+    if language not in _LANGUAGES and RETRIEVAL not in config["architectures"]:
         raise CheckpointError(f"{folder}: the language model is `{language}`; supported is {_SUPPORTED}")
     config["qformer_config"] = {_OLD_KEYS.get(k, k): v for k, v in (config.get("qformer_config") or {}).items()}
     return config
@@ -180,8 +186,10 @@ def _config(folder: Path) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # of syntax, encoding, numbers of thousands of digits
         raise CheckpointError(f"{path}: not valid JSON ({error})") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object")
     return value
@@ -197,6 +205,11 @@ def shards(index: Path) -> dict[str, str]:
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not where:
         raise CheckpointError(f"{index}: has no weight_map")
+    stray = next(
+        (file for file in where.values() if not isinstance(file, str) or Path(file).name != file or "\0" in file), None
+    )
+    if stray is not None:
+        raise CheckpointError(f"{index}: its weight_map names {stray!r}, which is no file beside it")
     return where
 
 

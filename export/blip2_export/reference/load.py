@@ -8,6 +8,7 @@ import numpy as np
 
 from blip2_export.graphs import vision
 from blip2_export.read.checkpoint import Checkpoint
+from blip2_export.read.guarded import in_one_sentence
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -18,7 +19,8 @@ def load(checkpoint: Checkpoint, kind: Any, side: int) -> Any:
     import torch
 
     if type(checkpoint) is Checkpoint:
-        model = kind.from_pretrained(checkpoint.folder, dtype=torch.float32)
+        with in_one_sentence(f"{checkpoint.folder}: the reference cannot load it"):
+            model = kind.from_pretrained(checkpoint.folder, dtype=torch.float32)
     else:
         config = kind.config_class(**checkpoint.config)
         with torch.device("meta"):

@@ -28,6 +28,9 @@ class Parts:
     llm: Path | None = None
     tokenizer: Path | None = None
 
+    def given(self) -> list[Path]:
+        return [path for path in (self.vision, self.llm, self.tokenizer) if path is not None]
+
 
 class LavisCheckpoint(Checkpoint):
     """A LAVIS file with its missing parts. `folder` is the file, for messages."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from blip2_export.read import foreign, processor
+from blip2_export.read import foreign, tokenizers
 from blip2_export.read.checkpoint import CheckpointError, TensorFiles, read_json
 from blip2_export.read.lavis.state import Renamed, State, numbers
 
@@ -35,11 +35,11 @@ class Language:
         self.tensors = Renamed(files, {_inside(name, kind): name for name in files.names()})
 
     def config(self, tokenizer_folder: Path) -> dict[str, Any]:
-        tokenizer = processor.read_tokenizer(tokenizer_folder)
+        tokenizer = tokenizers.read(tokenizer_folder)
         text = dict(self.said)
         if self.kind == "opt":
             # Captions were trained to end with a line feed, not with OPT's own end token.
-            text["eos_token_id"] = tokenizer.encode("\n", add_special_tokens=False).ids[0]
+            text["eos_token_id"] = next(iter(tokenizer.encode("\n", add_special_tokens=False).ids), None)
         else:
             # T5's own configuration may say another form; the language model behind these files ran with the exact one.
             text["dense_act_fn"] = "gelu"
