@@ -6,9 +6,10 @@ MODEL_PYTHON := export/.venv/bin/python
 WORK ?= target/demo
 SCENES ?= 1000
 GENERATIONS ?= 10000
+FUZZ_COUNT ?= 100000
 
 .DEFAULT_GOAL := help
-.PHONY: help run setup setup-export build test test-rust test-python fmt demo-models evaluate parity clean
+.PHONY: help run setup setup-export build test test-rust test-python fmt demo-models evaluate parity fuzz clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -68,6 +69,9 @@ evaluate: setup-export setup build ## how true every bundle under models/ is on 
 
 parity: setup-export setup build ## GENERATIONS texts of random checkpoints of every family in the engine and in transformers
 	PYTHONPATH=export $(MODEL_PYTHON) -m blip2_export parity --all --generations $(GENERATIONS)
+
+fuzz: ## FUZZ_COUNT damaged pictures of every format: none panics, hangs or takes much memory
+	FUZZ_COUNT=$(FUZZ_COUNT) cargo test --release --locked --test fuzz -- --ignored --nocapture
 
 clean: ## remove what the build made, keep the environments
 	cargo clean

@@ -131,7 +131,7 @@ struct Checker<'a> {
 impl Checker<'_> {
     fn stages_of_the_picture(&mut self) -> Result<(), Error> {
         let picture = self.picture()?;
-        let found = Pixels::from_pictures(&[&picture], &self.engine.bundle().facts().image).0;
+        let found = Pixels::from_pictures(&[&picture], &self.engine.bundle().facts().image)?.0;
         let wanted: Array3<f32> = self.recorded(&self.case.pixels)?;
         self.check_within("pixels", largest_difference(found.iter(), wanted.iter()));
 

@@ -324,6 +324,37 @@ fn pictures_that_cannot_be_used_say_why_and_the_others_are_captioned() {
     fails(["caption", "--max-pixels", "1000", &sample(0)], 3, "more than the 1000 pixels allowed");
 }
 
+#[test]
+fn transparency_is_treated_as_the_bundle_or_the_command_line_says() {
+    let embedding = |picture: &str, more: &[&str]| {
+        let picture = root().join("tests/pictures").join(picture).to_str().unwrap().to_owned();
+        let args = [&["embed", "image", "--model", "models/demo-itm", &picture], more].concat();
+        json_lines(args)[0]["embedding"].clone()
+    };
+    let (white, stored) = (embedding("png_rgba.white.png", &[]), embedding("png_rgba.rgb.png", &[]));
+    assert_ne!(white, stored);
+    assert_eq!(embedding("png_rgba.png", &[]), white, "the bundle's way");
+    assert_eq!(embedding("png_rgba.png", &["--alpha", "white"]), white);
+    assert_eq!(embedding("png_rgba.png", &["--alpha", "drop"]), stored);
+    fails(["caption", "--alpha", "black", &sample(0)], 2, "white and drop are known");
+}
+
+#[test]
+fn a_damaged_picture_that_is_whole_is_captioned_with_a_warning() {
+    let picture = root().join("tests/pictures/damaged_no_end.png");
+    let output = blip2([OsStr::new("caption"), picture.as_ref()]);
+    assert!(output.status.success() && !out(&output).is_empty(), "{}", err(&output));
+    assert!(err(&output).contains("damaged_no_end.png: the end of the file is missing") && err(&output).lines().count() == 1);
+}
+
+#[test]
+fn a_picture_that_does_not_become_a_square_is_named() {
+    let scratch = Scratch::new();
+    let bundle = scratch.bundle(|facts| facts["image"]["resize"] = json!("keep"));
+    let picture = root().join("tests/pictures/wide.png");
+    fails([OsStr::new("caption"), "--model".as_ref(), bundle.as_ref(), picture.as_ref()], 3, "wide.png: is 301×50 in the end");
+}
+
 /// A PNG that claims a size and holds nothing.
 fn png_header(width: u32, height: u32) -> Vec<u8> {
     let mut chunk = b"IHDR".to_vec();
@@ -442,19 +473,23 @@ fn the_demo_bundle_gives_what_its_reference_gave() {
     assert_eq!(works(["verify", "models/demo-opt"]), text);
     let facts: Value = serde_json::from_str(&works(["inspect", "--json"])).unwrap();
     assert_eq!(facts["format_version"], 2);
-    assert!(works(["inspect"]).contains("query tokens"));
+    let shown = works(["inspect"]);
+    assert!(shown.contains("query tokens") && shown.contains("resized to a square (bicubic), alpha white"), "{shown}");
 }
 
 #[test]
 fn a_bundle_that_contradicts_itself_says_where() {
     type Edit = fn(&mut Value);
-    let cases: [(Edit, &str); 15] = [
+    let cases: [(Edit, &str); 18] = [
         (|f| f["format_version"] = json!(99), "bundle format version 99, this engine reads version 2"),
         (|f| f["format_version"] = json!("new"), "bundle format version \"new\""),
         (|f| drop(f.as_object_mut().unwrap().remove("vision")), "missing field `vision`"),
         (|f| f["colour"] = json!("red"), "unknown field `colour`"),
         (|f| f["image"]["size"] = json!(97), "vision's input `pixel_values` is float32"),
         (|f| f["image"]["std"][1] = json!(0.0), "cannot normalise"),
+        (|f| f["image"]["resize"] = json!({"shortest_edge": 0}), "sides from 1 to 4096 are possible"),
+        (|f| f["image"]["resize"] = json!({"exact": {"width": 96, "height": 97}}), "without center_crop that never makes 96×96"),
+        (|f| f["image"]["resize"] = json!({"shortest_edge": 95}), "without center_crop that never makes 96×96"),
         (|f| drop(f["graphs"].as_object_mut().unwrap().remove("qformer")), "needs a graph `qformer`"),
         (|f| f["qformer"]["n_queries"] = json!(5), "qformer's output `queries` is"),
         (|f| f["language"]["kv_cache"]["n_layers"] = json!(9), "nothing of decoder's input"),

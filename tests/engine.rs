@@ -191,7 +191,7 @@ fn an_engine_works_on_after_a_request_it_refuses() {
     let before = engine.answer(&sample(0), Task::Caption, Generation::default()).unwrap();
     assert!(engine.answer(&sample(0), Task::Ask(" ".into()), Generation::default()).is_err());
     assert!(engine.see(&[]).unwrap().is_empty());
-    let empty = Picture { width: 1, height: 1, rgb: vec![0; 3] };
+    let empty = Picture::from_rgb(1, 1, vec![0; 3]);
     engine.answer(&empty, Task::Caption, Generation::default()).unwrap();
     let after = engine.answer(&sample(0), Task::Caption, Generation::default()).unwrap();
     assert_eq!(before.tokens, after.tokens);

@@ -11,12 +11,19 @@ const ORDER: [&str; 16] = [
 ];
 
 /// Outside libraries and the module that may name them.
-const DOORS: [(&str, &str); 7] = [
+const DOORS: [(&str, &str); 14] = [
     ("ndarray_npy", "cli"),
     ("ort", "runtime"),
     ("half", "runtime"),
     ("image", "pixels"),
     ("mozjpeg", "pixels"),
+    ("weezl", "pixels"),
+    ("flate2", "pixels"),
+    ("weezl", "pixels"),
+    ("fax", "pixels"),
+    ("lzma_rust2", "pixels"),
+    ("ruzstd", "pixels"),
+    ("lcms2", "pixels"),
     ("tokenizers", "text"),
     ("clap", "cli"),
 ];

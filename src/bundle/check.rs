@@ -3,6 +3,7 @@
 use std::path::{Component, Path};
 
 use super::{Bundle, BundleError, Dimension, Dtype, Facts, Family, LanguageFacts, TaskName, query_cache};
+use crate::pixels::{Preprocess, ResizeTo};
 
 impl Bundle {
     pub(super) fn check_facts(&self) -> Result<(), BundleError> {
@@ -34,10 +35,26 @@ impl Bundle {
         self.ensure((1..=4096).contains(&image.size), || {
             (format!("image size {}", image.size), "sizes from 1 to 4096 are possible".into())
         })?;
+        self.check_resize(image)?;
         let usable = image.std.iter().all(|s| s.is_finite() && *s > 0.0)
             && image.mean.iter().all(|m| m.is_finite())
             && image.rescale.is_finite();
         self.ensure(usable, || ("image mean, std or rescale".into(), "which cannot normalise a pixel".into()))
+    }
+
+    fn check_resize(&self, image: &Preprocess) -> Result<(), BundleError> {
+        let sides = match image.resize {
+            ResizeTo::Square | ResizeTo::Keep => [image.size; 2],
+            ResizeTo::Exact { width, height } => [width, height],
+            ResizeTo::ShortestEdge(side) => [side; 2],
+        };
+        self.ensure(sides.iter().all(|side| (1..=4096).contains(side)), || {
+            (format!("image resize ({})", image.resize), "sides from 1 to 4096 are possible".into())
+        })?;
+        self.ensure(image.center_crop || sides == [image.size; 2], || {
+            let never = format!("without center_crop that never makes {0}×{0}", image.size);
+            (format!("image resize ({})", image.resize), never)
+        })
     }
 
     fn check_graphs(&self) -> Result<(), BundleError> {

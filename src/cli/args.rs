@@ -10,7 +10,7 @@ use crate::bundle::{Bundle, GenerationFacts, TaskName};
 use crate::decode::{EarlyStopping, Processors, Strategy, Warpers};
 use crate::engine::{Engine, Generation};
 use crate::error::Error;
-use crate::pixels::Limits;
+use crate::pixels::{Alpha, Limits};
 use crate::prompt::PromptError;
 use crate::runtime::{ProviderChoice, Runtime, RuntimeOptions};
 use crate::text::Warning;
@@ -227,6 +227,12 @@ pub(super) struct Input {
     /// Largest picture in pixels, checked before it is decoded
     #[arg(long, value_name = "N", default_value_t = Limits::default().max_pixels, hide_short_help = true)]
     pub max_pixels: u64,
+    /// Longest side of a picture, in pixels
+    #[arg(long, value_name = "N", default_value_t = Limits::default().max_side, hide_short_help = true)]
+    pub max_side: u32,
+    /// What becomes of transparency: white, laid over white; drop, colours as they are stored [default: the bundle's]
+    #[arg(long, value_name = "HOW")]
+    pub alpha: Option<Alpha>,
 }
 
 /// Which search writes, and what it may write.
@@ -434,7 +440,7 @@ impl SearchArgs {
 
 impl From<&Input> for Limits {
     fn from(input: &Input) -> Self {
-        Self { max_bytes: input.max_bytes, max_pixels: input.max_pixels }
+        Self { max_bytes: input.max_bytes, max_pixels: input.max_pixels, max_side: input.max_side }
     }
 }
 

@@ -6,6 +6,7 @@ use super::Failure;
 use super::args::Inspect;
 use crate::bundle::{Bundle, Facts, LanguageFacts};
 use crate::error::Error;
+use crate::pixels::Preprocess;
 
 pub(super) fn run(command: &Inspect) -> Result<(), Failure> {
     let folder = command.bundle.clone().unwrap_or_else(|| command.model.path());
@@ -23,11 +24,11 @@ pub(super) fn run(command: &Inspect) -> Result<(), Failure> {
 }
 
 fn rows(facts: &Facts) -> Vec<(String, String)> {
-    let Facts { image, vision, qformer, .. } = facts;
+    let Facts { vision, qformer, .. } = facts;
     let mut rows = vec![
         ("name", format!("{} ({}, format version {}, for {})", facts.name, facts.family, facts.format_version, facts.target)),
         ("tasks", listed(facts.tasks.iter())),
-        ("image", format!("{0}×{0}, {1}, mean {2:?}, std {3:?}", image.size, image.resample, image.mean, image.std)),
+        ("image", image(&facts.image)),
         ("vision", format!("{} positions of width {}", vision.n_positions, vision.hidden)),
         ("qformer", format!("{} query tokens of width {}", qformer.n_queries, qformer.hidden)),
     ];
@@ -61,6 +62,12 @@ fn rows(facts: &Facts) -> Vec<(String, String)> {
     let bytes: u64 = facts.files.values().map(|file| file.bytes).sum();
     rows.push(("size".into(), format!("{:.1} MB in {} files", bytes as f64 / 1e6, facts.files.len())));
     rows
+}
+
+fn image(image: &Preprocess) -> String {
+    let Preprocess { size, resize, alpha, resample, mean, std, .. } = image;
+    let crop = if image.center_crop { ", middle cut out" } else { "" };
+    format!("{size}×{size}, {resize} ({resample}){crop}, alpha {alpha}, mean {mean:?}, std {std:?}")
 }
 
 fn language_rows(language: &LanguageFacts) -> [(&'static str, String); 2] {

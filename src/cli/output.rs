@@ -12,7 +12,7 @@ use super::plain::plain;
 use crate::bundle::TaskName;
 use crate::engine::{Answer, Candidate, Engine, Generation, Sight, TokenLogProb};
 use crate::error::Error;
-use crate::pixels::{Limits, Picture};
+use crate::pixels::Picture;
 use crate::prompt::check_template;
 use crate::text::Warning;
 use crate::timing::{Stage, Timings};
@@ -143,21 +143,29 @@ pub(super) fn warn(warnings: &[Warning]) {
 }
 
 /// Opens a picture, `-` from standard input, and times it.
-pub(super) fn picture(path: &Path, limits: &Limits) -> Result<(Picture, Timings), Failure> {
-    let mut timings = Timings::default();
+pub(super) fn picture(path: &Path, input: &Input) -> Result<(Picture, Timings), Failure> {
+    let (limits, mut timings) = (&input.into(), Timings::default());
     let opened = timings.time(Stage::DecodeImage, || {
         if path == Path::new("-") { Picture::read(std::io::stdin().lock(), limits) } else { Picture::open(path, limits) }
     });
     match opened {
-        Ok(picture) => Ok((picture, timings)),
+        Ok(picture) => {
+            for warning in picture.warnings() {
+                eprintln!("blip2: {}: {warning}", plain(&path.to_string_lossy()));
+            }
+            Ok((if let Some(alpha) = input.alpha { picture.without_alpha(alpha) } else { picture }, timings))
+        }
         Err(source) => Err(Failure::Picture { path: path.to_path_buf(), source }),
     }
 }
 
 /// Opens a picture and looks at it.
 pub(super) fn look(engine: &mut Engine, path: &Path, input: &Input) -> Result<(Picture, Sight), Failure> {
-    let (picture, timings) = picture(path, &input.into())?;
-    let mut sight = engine.see(&[&picture])?.remove(0);
+    let (picture, timings) = picture(path, input)?;
+    let mut sight = match engine.see(&[&picture]) {
+        Err(Error::Picture(source)) => Err(Failure::Picture { path: path.to_path_buf(), source })?,
+        seen => seen?.remove(0),
+    };
     sight.add_timings(&timings);
     Ok((picture, sight))
 }

@@ -112,7 +112,7 @@ impl Engine {
             return Ok(Vec::new());
         }
         let mut timings = Timings::default();
-        let pixels = timings.time(Stage::Preprocess, || Pixels::from_pictures(pictures, &self.bundle.facts().image));
+        let pixels = timings.time(Stage::Preprocess, || Pixels::from_pictures(pictures, &self.bundle.facts().image))?;
         let features = timings.time(Stage::Vision, || self.vision.encode(pixels))?;
         let read = timings.time(Stage::Qformer, || self.reader.read(&features))?;
         let seen_by = self.fingerprint;

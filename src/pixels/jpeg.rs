@@ -1,47 +1,111 @@
 //! JPEG, decoded by libjpeg's code: Pillow uses the same, and no other decoder rounds its transform, its chroma upsampling and its colour
 //! conversion alike.
 
+use std::any::Any;
+use std::cell::Cell;
+use std::io::{BufRead, Read};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use image::RgbImage;
 use mozjpeg::{ColorSpace, Decompress};
 
-use super::PixelsError;
+use super::orientation::Metadata;
+use super::{Limits, Picture, PictureWarning, PixelsError};
 
-/// Decodes a whole JPEG file, whatever its colour space, without EXIF orientation.
-pub fn decode(bytes: &[u8]) -> Result<RgbImage, PixelsError> {
-    let damaged = |reason: String| PixelsError::Damaged(reason.into());
-    if !is_complete(bytes) {
-        return Err(damaged("the data ends before the picture does".into()));
-    }
+/// Decodes a whole JPEG file, whatever its colour space.
+pub fn decode(bytes: &[u8], limits: &Limits) -> Result<Picture, PixelsError> {
     // libjpeg reports fatal errors by unwinding; no state outlives the call.
-    match catch_unwind(AssertUnwindSafe(|| decode_complete(bytes))) {
-        Ok(decoded) => decoded.map_err(|error| damaged(error.to_string())),
-        Err(panic) => Err(damaged(panic.downcast_ref::<String>().cloned().unwrap_or_else(|| "unreadable data".into()))),
+    let decoded = catch_unwind(AssertUnwindSafe(|| decode_rgb(bytes, limits)));
+    let unreadable =
+        |panic: Box<dyn Any + Send>| panic.downcast_ref::<String>().cloned().unwrap_or_else(|| "unreadable data".into());
+    Ok(decoded.map_err(|panic| damaged(&unreadable(panic)))??.turned(metadata(bytes).orientation()))
+}
+
+/// libjpeg fills a picture that is cut off with grey, which nobody would notice. Pillow refuses it if the data ends before the last row is
+/// there; what follows that row may be missing.
+fn decode_rgb(bytes: &[u8], limits: &Limits) -> Result<Picture, PixelsError> {
+    let broken = |error: std::io::Error| PixelsError::Damaged(error.into());
+    let asked_for_more = Cell::new(false);
+    let decompress = Decompress::new_reader(Source { rest: bytes, asked_for_more: &asked_for_more }).map_err(broken)?;
+    let (width, height) = (decompress.width() as u32, decompress.height() as u32);
+    limits.check(width, height)?;
+    let wanted = match decompress.color_space() {
+        ColorSpace::JCS_CMYK | ColorSpace::JCS_YCCK => ColorSpace::JCS_CMYK,
+        ColorSpace::JCS_GRAYSCALE => ColorSpace::JCS_GRAYSCALE,
+        _ => ColorSpace::JCS_RGB,
+    };
+    let mut started = decompress.to_colorspace(wanted).map_err(broken)?;
+    let rows: Vec<u8> = started.read_scanlines().map_err(broken)?;
+    if asked_for_more.get() {
+        return Err(damaged("the data ends before the picture does"));
+    }
+    started.finish().map_err(broken)?;
+    let rgb = match wanted {
+        ColorSpace::JCS_CMYK => rows.as_chunks().0.iter().flat_map(|inks| rgb_of_inverted_cmyk(*inks)).collect(),
+        ColorSpace::JCS_GRAYSCALE => rows.into_iter().flat_map(|grey| [grey; 3]).collect(),
+        _ => rows,
+    };
+    let mut picture = Picture::from_rgb(width, height, rgb);
+    picture.warnings.extend(asked_for_more.get().then_some(PictureWarning::NoEnd));
+    Ok(picture)
+}
+
+/// Knows whether more was asked for than there is.
+struct Source<'a> {
+    rest: &'a [u8],
+    asked_for_more: &'a Cell<bool>,
+}
+
+impl Read for Source<'_> {
+    fn read(&mut self, into: &mut [u8]) -> std::io::Result<usize> {
+        self.rest.read(into)
     }
 }
 
-fn decode_complete(bytes: &[u8]) -> std::io::Result<RgbImage> {
-    let decompress = Decompress::new_mem(bytes)?;
-    let (width, height) = (decompress.width() as u32, decompress.height() as u32);
-    let rgb = match decompress.color_space() {
-        ColorSpace::JCS_CMYK | ColorSpace::JCS_YCCK => {
-            let mut started = decompress.to_colorspace(ColorSpace::JCS_CMYK)?;
-            let inks: Vec<[u8; 4]> = started.read_scanlines()?;
-            inks.into_iter().flat_map(rgb_of_inverted_cmyk).collect()
+impl BufRead for Source<'_> {
+    fn fill_buf(&mut self) -> std::io::Result<&[u8]> {
+        self.asked_for_more.set(self.asked_for_more.get() || self.rest.is_empty());
+        Ok(self.rest)
+    }
+
+    fn consume(&mut self, n_bytes: usize) {
+        self.rest.consume(n_bytes);
+    }
+}
+
+/// What the segments before the first scan say. EXIF that is spread over several of them is one.
+fn metadata(bytes: &[u8]) -> Metadata {
+    let (mut found, mut rest) = (Metadata::default(), bytes.get(2..).unwrap_or_default());
+    while let Some(at) = rest.windows(2).position(is_marker) {
+        let marker = rest[at + 1];
+        rest = &rest[at + 2..];
+        if marker == START_OF_SCAN {
+            break;
         }
-        ColorSpace::JCS_GRAYSCALE => {
-            let mut started = decompress.grayscale()?;
-            let greys: Vec<u8> = started.read_scanlines()?;
-            greys.into_iter().flat_map(|grey| [grey; 3]).collect()
+        if matches!(marker, 0xC8 | 0xD8..=0xD9 | 0xF0..=0xFD) {
+            continue;
         }
-        _ => decompress.rgb()?.read_scanlines::<[u8; 3]>()?.into_flattened(),
-    };
-    RgbImage::from_raw(width, height, rgb).ok_or_else(|| std::io::Error::other("rows are missing"))
+        let length = rest.first_chunk().map_or(0, |length| usize::from(u16::from_be_bytes(*length)));
+        let Some((segment, behind)) = rest.split_at_checked(length.max(2)) else { break };
+        if let (APP1, Some(exif)) = (marker, segment[2..].strip_prefix(b"Exif\0\0")) {
+            found.exif.get_or_insert_default().extend(exif);
+        } else if let (APP1, Some(xmp)) = (marker, segment[2..].strip_prefix(b"http://ns.adobe.com/xap/1.0/\0")) {
+            found.xmp = Some(xmp.to_vec());
+        }
+        rest = behind;
+    }
+    found
+}
+
+const START_OF_SCAN: u8 = 0xDA;
+const APP1: u8 = 0xE1;
+
+/// Not a stuffed 0xFF, a fill byte or a restart marker.
+fn is_marker(pair: &[u8]) -> bool {
+    pair[0] == 0xFF && !matches!(pair[1], 0x00 | 0xFF | 0xD0..=0xD7)
 }
 
 /// JPEG files hold inks the other way round, 255 for none. Pillow's integer formula.
-fn rgb_of_inverted_cmyk([cyan, magenta, yellow, black]: [u8; 4]) -> [u8; 3] {
+pub(super) fn rgb_of_inverted_cmyk([cyan, magenta, yellow, black]: [u8; 4]) -> [u8; 3] {
     [cyan, magenta, yellow].map(|ink| divided_by_255(u32::from(ink) * u32::from(black)))
 }
 
@@ -50,29 +114,6 @@ fn divided_by_255(product: u32) -> u8 {
     (((rounded >> 8) + rounded) >> 8) as u8
 }
 
-/// Whether the markers lead to the end of the image. libjpeg fills a picture that is cut off with grey, which nobody would notice.
-fn is_complete(bytes: &[u8]) -> bool {
-    let mut rest = bytes.get(2..).unwrap_or_default();
-    loop {
-        let Some(at) = rest.windows(2).position(is_marker) else { return false };
-        let marker = rest[at + 1];
-        rest = &rest[at + 2..];
-        if marker == END_OF_IMAGE {
-            return true;
-        }
-        if marker == TEMPORARY {
-            continue;
-        }
-        let Some(length) = rest.first_chunk::<2>().map(|length| usize::from(u16::from_be_bytes(*length))) else { return false };
-        let Some(behind) = rest.get(length..) else { return false };
-        rest = behind;
-    }
-}
-
-const END_OF_IMAGE: u8 = 0xD9;
-const TEMPORARY: u8 = 0x01;
-
-/// Not a stuffed 0xFF, a fill byte or a restart marker, all of which belong to the data of a scan.
-fn is_marker(pair: &[u8]) -> bool {
-    pair[0] == 0xFF && !matches!(pair[1], 0x00 | 0xFF | 0xD0..=0xD7)
+fn damaged(reason: &str) -> PixelsError {
+    PixelsError::Damaged(reason.into())
 }
