@@ -33,6 +33,7 @@ fn exit_code(failure: &Failure) -> ExitCode {
 
 fn of_engine(error: &Error) -> u8 {
     match error {
+        Error::Runtime(error) if error.blames_the_bundle() => 4,
         Error::Runtime(_) => 1,
         Error::Strategy(_) | Error::Prompt(PromptError::Template(_)) | Error::Unavailable(UnavailableError::Threads(_)) => 2,
         Error::Picture(_) | Error::Prompt(_) => 3,

@@ -1,7 +1,6 @@
 //! Text ↔ token ids. The only door to the `tokenizers` crate.
 
 use std::collections::HashSet;
-use std::path::Path;
 use std::sync::Arc;
 
 use ndarray::Array2;
@@ -10,7 +9,7 @@ use tokenizers::tokenizer::step_decode_stream;
 use tokenizers::utils::truncation::TruncationDirection;
 use tokenizers::{Encoding, ModelWrapper, NormalizedString, Normalizer, PreTokenizerWrapper, Tokenizer};
 
-use crate::bundle::{Bundle, BundleError, CutSide, QformerTextFacts};
+use crate::bundle::{Bundle, BundleError, CutSide, MAX_TOKENIZER_BYTES, QformerTextFacts};
 use crate::decode::TokenId;
 
 /// A tokenizer.
@@ -149,24 +148,30 @@ impl TokenBatch {
 impl Text {
     /// Loads one of a bundle's tokenizers.
     pub fn open(bundle: &Bundle, file: &str) -> Result<Self, BundleError> {
-        Self::read(&bundle.path(file)).map_err(|reason| BundleError::Tokenizer {
+        let bytes = bundle.read(file, MAX_TOKENIZER_BYTES)?;
+        Self::read(&bytes).map_err(|reason| BundleError::Tokenizer {
             folder: bundle.folder().to_path_buf(),
             file: file.into(),
             reason,
         })
     }
 
-    fn read(path: &Path) -> Result<Self, String> {
-        let mut tokenizer = Tokenizer::from_file(path).map_err(|error| error.to_string())?;
+    fn read(bytes: &[u8]) -> Result<Self, String> {
+        let mut tokenizer = Tokenizer::from_bytes(bytes).map_err(|error| error.to_string())?;
         // A tokenizer file may carry the settings of the program that saved it; a prompt is never cut or filled up quietly.
         tokenizer.with_truncation(None).map_err(|error| error.to_string())?;
         tokenizer.with_padding(None);
         Ok(Self(tokenizer))
     }
 
-    /// Size of the vocabulary, added tokens included.
-    pub fn n_tokens(&self) -> usize {
-        self.0.get_vocab_size(true)
+    /// The largest token id, added tokens included; ids may have gaps, so there can be fewer tokens than that. Nothing if there are none.
+    pub fn largest_id(&self) -> Option<TokenId> {
+        self.0.get_vocab(true).into_values().max()
+    }
+
+    /// Whether the vocabulary has a token of this id.
+    pub fn knows(&self, id: TokenId) -> bool {
+        self.0.id_to_token(id).is_some()
     }
 
     /// Token ids with the tokenizer's own special tokens around them.

@@ -320,8 +320,16 @@ fn pictures_that_cannot_be_used_say_why_and_the_others_are_captioned() {
     assert_eq!(err(&output).lines().count(), cases.len(), "{}", err(&output));
     let text = out(&output);
     assert!(text.lines().count() == 2 && text.starts_with(&sample(0)) && text.contains(&sample(1)), "{text}");
-    fails(["caption", "--max-bytes", "1000", &sample(0)], 3, "more than the 1000 allowed");
+    fails(["caption", "--max-bytes", "1000", &sample(0)], 3, "more than the 1000 bytes allowed");
     fails(["caption", "--max-pixels", "1000", &sample(0)], 3, "more than the 1000 pixels allowed");
+    fails(["caption", "--max-side", "10", &sample(0)], 3, "a side of it longer than the 10 pixels allowed");
+    let folder = std::env::temp_dir().join(format!("blip2-empty-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let empty = folder.join("empty.ppm").to_str().unwrap().to_owned();
+    std::fs::write(&empty, "P6\n0 4\n255\n").unwrap();
+    let output = fails(["caption", &empty, &sample(0)], 3, "is 0×4, without any pixel");
+    assert!(out(&output).starts_with(&sample(0)), "the picture behind it has its caption");
+    std::fs::remove_dir_all(folder).unwrap();
 }
 
 #[test]
@@ -535,7 +543,7 @@ fn a_bundle_with_missing_or_changed_files_says_which() {
     let graph = scratch.bundle(|_| ()).join("vision.onnx");
     let bytes = std::fs::read(&graph).unwrap();
     std::fs::write(&graph, vec![b'x'; bytes.len()]).unwrap();
-    caption(&scratch.0.join("bundle"), "vision cannot be loaded");
+    caption(&scratch.0.join("bundle"), "vision.onnx: is not an ONNX file");
 
     let tokenizer = scratch.bundle(|_| ()).join("tokenizer.json");
     let bytes = std::fs::read(&tokenizer).unwrap();

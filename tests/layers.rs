@@ -11,8 +11,9 @@ const ORDER: [&str; 16] = [
 ];
 
 /// Outside libraries and the module that may name them.
-const DOORS: [(&str, &str); 14] = [
+const DOORS: [(&str, &str); 15] = [
     ("ndarray_npy", "cli"),
+    ("prost", "bundle"),
     ("ort", "runtime"),
     ("half", "runtime"),
     ("image", "pixels"),

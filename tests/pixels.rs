@@ -151,6 +151,14 @@ fn pictures_that_are_cut_off_are_refused() {
     }
 }
 
+#[test]
+fn a_picture_that_says_more_than_it_holds_ends_itself_only() {
+    let mut short = Picture::from_rgb(1, 1, vec![0; 3]);
+    (short.width, short.height) = (9, 9);
+    let how = preprocess(&json!({"size": 8}));
+    assert!(matches!(Pixels::from_pictures(&[&short], &how), Err(PixelsError::Damaged(_))));
+}
+
 fn refusal(bytes: &[u8]) -> String {
     Picture::decode(bytes, &Limits::default()).unwrap_err().to_string()
 }

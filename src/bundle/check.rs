@@ -1,15 +1,32 @@
 //! Facts that contradict each other are found here, before any graph is loaded.
 
-use std::path::{Component, Path};
+use std::collections::BTreeSet;
 
-use super::{Bundle, BundleError, Dimension, Dtype, Facts, Family, LanguageFacts, TaskName, query_cache};
+use super::files::is_plain;
+use super::interface::Interface;
+use super::{
+    Bundle, BundleError, EmbeddingFacts, Facts, Family, GenerationFacts, LanguageFacts, QformerTextFacts, Requirements, TaskName,
+    brief,
+};
 use crate::pixels::{Preprocess, ResizeTo};
+
+/// No width, length or number in the facts is larger. It keeps products of three within 64 bits.
+const MAX_COUNT: usize = 1 << 20;
+/// Largest side that pictures are resized to.
+const MAX_SIDE: u32 = 4096;
+/// Most beams that a bundle may search with unless told otherwise.
+const MAX_BEAMS: usize = 64;
 
 impl Bundle {
     pub(super) fn check_facts(&self) -> Result<(), BundleError> {
         self.check_file_names()?;
         self.check_image()?;
-        self.check_graphs()?;
+        self.check_counts()?;
+        self.check_requirements(&self.facts.requires)?;
+        Interface::new(self).check()?;
+        if let Some(text) = &self.facts.qformer.text {
+            self.check_qformer_text(text)?;
+        }
         if let Some(language) = &self.facts.language {
             self.check_language(language)?;
         }
@@ -17,11 +34,18 @@ impl Bundle {
     }
 
     fn check_file_names(&self) -> Result<(), BundleError> {
-        for file in self.facts.files.keys() {
-            let plain = Path::new(file).components().all(|part| matches!(part, Component::Normal(_)));
-            self.ensure(plain && !file.is_empty(), || (format!("file `{file}`"), "which is not inside the bundle".into()))?;
+        for (file, facts) in &self.facts.files {
+            self.ensure(is_plain(file), || (format!("file `{file}`"), "which is not inside the bundle".into()))?;
+            let is_hash =
+                facts.sha256.len() == 64 && facts.sha256.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
+            self.ensure(is_hash, || {
+                (format!("SHA-256 `{}` of {file}", facts.sha256), "64 lower-case hexadecimal digits are needed".into())
+            })?;
         }
         let graphs = self.facts.graphs.values().map(|graph| graph.file.as_str());
+        // ONNX Runtime tells the format by the ending, and reads others.
+        let foreign = graphs.clone().find(|file| !file.ends_with(".onnx"));
+        self.ensure(foreign.is_none(), || (format!("a graph `{}`", foreign.unwrap_or_default()), "graphs are .onnx files".into()))?;
         let language = self.facts.language.iter().flat_map(|language| [language.embedding.file.as_str(), self.tokenizer()]);
         let text = self.facts.qformer.text.iter().map(|text| text.tokenizer.as_str());
         for file in graphs.chain(language).chain(text) {
@@ -32,14 +56,19 @@ impl Bundle {
 
     fn check_image(&self) -> Result<(), BundleError> {
         let image = &self.facts.image;
-        self.ensure((1..=4096).contains(&image.size), || {
-            (format!("image size {}", image.size), "sizes from 1 to 4096 are possible".into())
+        self.ensure((1..=MAX_SIDE).contains(&image.size), || {
+            (format!("image size {}", image.size), format!("sizes from 1 to {MAX_SIDE} are possible"))
         })?;
         self.check_resize(image)?;
-        let usable = image.std.iter().all(|s| s.is_finite() && *s > 0.0)
-            && image.mean.iter().all(|m| m.is_finite())
-            && image.rescale.is_finite();
-        self.ensure(usable, || ("image mean, std or rescale".into(), "which cannot normalise a pixel".into()))
+        let normalised =
+            |channel: usize, value: u8| ((f64::from(value) * image.rescale) as f32 - image.mean[channel]) / image.std[channel];
+        let tells_apart = |channel| (1..=255).all(|value| normalised(channel, value) > normalised(channel, value - 1));
+        let range = |channel| (normalised(channel, 0), normalised(channel, 255));
+        let is_plausible = |(black, white): (f32, f32)| white - black > 0.01 && black.abs().max(white.abs()) < 1e6;
+        let usable = |channel| tells_apart(channel) && is_plausible(range(channel));
+        self.ensure(image.rescale > 0.0 && image.std.iter().all(|s| *s > 0.0) && (0..3).all(usable), || {
+            ("image mean, std or rescale".into(), "which cannot normalise a pixel".into())
+        })
     }
 
     fn check_resize(&self, image: &Preprocess) -> Result<(), BundleError> {
@@ -48,135 +77,68 @@ impl Bundle {
             ResizeTo::Exact { width, height } => [width, height],
             ResizeTo::ShortestEdge(side) => [side; 2],
         };
-        self.ensure(sides.iter().all(|side| (1..=4096).contains(side)), || {
-            (format!("image resize ({})", image.resize), "sides from 1 to 4096 are possible".into())
+        self.ensure(sides.iter().all(|side| (1..=MAX_SIDE).contains(side)), || {
+            (format!("image.resize to {sides:?}"), format!("sides from 1 to {MAX_SIDE} are possible"))
         })?;
         self.ensure(image.center_crop || sides == [image.size; 2], || {
-            let never = format!("without center_crop that never makes {0}×{0}", image.size);
-            (format!("image resize ({})", image.resize), never)
+            (format!("image.resize to {sides:?}"), format!("without center_crop that never makes {0}×{0}", image.size))
         })
     }
 
-    fn check_graphs(&self) -> Result<(), BundleError> {
-        let Facts { image, vision, family, language, .. } = &self.facts;
-        let side = image.size as usize;
-        self.check_input("vision", "pixel_values", Dtype::Float32, &[None, Some(3), Some(side), Some(side)])?;
-        let features = [None, Some(vision.n_positions), Some(vision.hidden)];
-        self.check_output("vision", "image_features", &features)?;
-        self.check_input("qformer", "image_features", Dtype::Float32, &features)?;
-        match (family, language) {
-            (Family::Qformer, language) => self.check_stage1(&features, language.as_ref()),
-            (_, Some(language)) => self.check_generation(language),
-            (_, None) => self.ensure(false, || (format!("family {family}"), "but nothing of a language model".into())),
+    fn check_counts(&self) -> Result<(), BundleError> {
+        let Facts { vision, qformer, language, .. } = &self.facts;
+        let mut counts = vec![
+            ("vision.n_positions", vision.n_positions),
+            ("vision.hidden", vision.hidden),
+            ("qformer.n_queries", qformer.n_queries),
+            ("qformer.hidden", qformer.hidden),
+        ];
+        counts.extend(qformer.joint.map(|joint| ("qformer.joint", joint)));
+        if let Some(language) = language {
+            let cache = &language.kv_cache;
+            counts.extend([
+                ("language.hidden", language.hidden),
+                ("language.vocab_size", language.vocab_size),
+                ("language.max_positions", language.max_positions),
+                ("kv_cache.n_layers", cache.n_layers),
+                ("kv_cache.n_heads", cache.n_heads),
+                ("kv_cache.head_dim", cache.head_dim),
+            ]);
+            let cross = |cross: &super::CrossAttentionFacts| {
+                [("n_layers", cross.n_layers), ("n_heads", cross.n_heads), ("head_dim", cross.head_dim)]
+            };
+            counts.extend(language.cross_attention.iter().flat_map(cross));
         }
+        for (name, found) in counts {
+            self.ensure((1..=MAX_COUNT).contains(&found), || {
+                (format!("{name} is {found}"), format!("1 to {MAX_COUNT} are possible"))
+            })?;
+        }
+        let temperature = qformer.temperature.unwrap_or(1.0);
+        self.ensure(temperature.is_finite() && temperature > 0.0, || {
+            (format!("qformer.temperature is {temperature}"), "it must be a number above 0".into())
+        })
     }
 
-    /// Queries for a language model, and the model itself.
-    fn check_generation(&self, language: &LanguageFacts) -> Result<(), BundleError> {
-        let Facts { qformer, family, .. } = &self.facts;
-        self.check_output("qformer", "queries", &[None, Some(qformer.n_queries), Some(language.hidden)])?;
-        if qformer.text.is_some() {
-            self.check_input("qformer", "question_ids", Dtype::Int64, &[None, None])?;
-            self.check_input("qformer", "question_mask", Dtype::Int64, &[None, None])?;
-        }
-        self.check_decoder(language)?;
-        if *family == Family::EncoderDecoder { self.check_encoder(language) } else { Ok(()) }
+    fn check_requirements(&self, requires: &Requirements) -> Result<(), BundleError> {
+        let version = requires.onnxruntime.split_once('.').map(|(major, minor)| [major, minor].map(str::parse::<u32>));
+        self.ensure(matches!(version, Some([Ok(_), Ok(_)])), || {
+            (format!("requires.onnxruntime is `{}`", requires.onnxruntime), "a version is two numbers, as in 1.31".into())
+        })
     }
 
-    /// The heads of stage 1; the one that writes where there is a language part.
-    fn check_stage1(&self, features: &[Option<usize>], language: Option<&LanguageFacts>) -> Result<(), BundleError> {
-        let qformer = &self.facts.qformer;
-        let (Some(joint), true) = (qformer.joint, qformer.text.is_some()) else {
-            return self.ensure(false, || ("family qformer".into(), "but not qformer.joint and qformer.text".into()));
-        };
-        let (n_queries, hidden) = (Some(qformer.n_queries), Some(qformer.hidden));
-        self.check_output("qformer", "query_states", &[None, n_queries, hidden])?;
-        self.check_output("qformer", "image_embeds", &[None, n_queries, Some(joint)])?;
-        for graph in ["qformer_text", "qformer_itm"] {
-            self.check_input(graph, "input_ids", Dtype::Int64, &[None, None])?;
-            self.check_input(graph, "attention_mask", Dtype::Int64, &[None, None])?;
-        }
-        self.check_output("qformer_text", "text_embeds", &[None, None, Some(joint)])?;
-        self.check_output("qformer_text", "text_states", &[None, None, hidden])?;
-        self.check_input("qformer_itm", "image_features", Dtype::Float32, features)?;
-        self.check_output("qformer_itm", "itm_logits", &[None, Some(2)])?;
-        self.check_output("qformer_itm", "multimodal_states", &[None, n_queries, hidden])?;
-        let Some(language) = language else { return Ok(()) };
-        let cache = &language.kv_cache;
-        for (layer, side) in cache.tensors() {
-            let shape = [None, Some(cache.n_heads), n_queries, Some(cache.head_dim)];
-            self.check_output("qformer", &query_cache(layer, side), &shape)?;
-        }
-        self.check_decoder(language)
-    }
-
-    fn check_decoder(&self, language: &LanguageFacts) -> Result<(), BundleError> {
-        let LanguageFacts { hidden, vocab_size, kv_cache, .. } = language;
-        self.check_input("decoder", "inputs_embeds", Dtype::Float32, &[None, None, Some(*hidden)])?;
-        self.check_input("decoder", "position_ids", Dtype::Int64, &[None, None])?;
-        self.check_input("decoder", "seqlens_k", Dtype::Int32, &[None])?;
-        self.check_input("decoder", "total_sequence_length", Dtype::Int32, &[])?;
-        self.check_input("decoder", "logits_at", Dtype::Int64, &[None, None])?;
-        self.check_output("decoder", "logits", &[None, None, Some(*vocab_size)])?;
-        self.ensure(kv_cache.dtype == Dtype::Float32, || {
-            (format!("a KV cache of {}", kv_cache.dtype), "this engine keeps float32".into())
+    fn check_qformer_text(&self, text: &QformerTextFacts) -> Result<(), BundleError> {
+        let QformerTextFacts { max_tokens, max_positions, reads, .. } = *text;
+        let family = self.facts.family;
+        self.ensure(reads.is_some() != (family == Family::Qformer), || {
+            let said = if reads.is_some() { "qformer.text.reads" } else { "nothing of qformer.text.reads" };
+            (said.into(), format!("but in family {family} it is {}", if reads.is_some() { "without meaning" } else { "needed" }))
         })?;
-        let shape = [None, Some(kv_cache.n_heads), None, Some(kv_cache.head_dim)];
-        for (layer, side) in kv_cache.tensors() {
-            self.check_input("decoder", &kv_cache.past(layer, side), kv_cache.dtype, &shape)?;
-            self.check_output("decoder", &kv_cache.present(layer, side), &shape)?;
-        }
-        Ok(())
-    }
-
-    fn check_encoder(&self, language: &LanguageFacts) -> Result<(), BundleError> {
-        let (Some(cross), Some(_)) = (&language.cross_attention, language.token_ids.decoder_start) else {
-            let missing = "but not language.cross_attention and token_ids.decoder_start";
-            return self.ensure(false, || ("family encoder_decoder".into(), missing.into()));
-        };
-        self.ensure(cross.dtype == Dtype::Float32, || {
-            (format!("cross-attention in {}", cross.dtype), "this engine keeps float32".into())
+        self.ensure((1..=MAX_COUNT).contains(&max_positions), || {
+            (format!("qformer.text.max_positions is {max_positions}"), format!("1 to {MAX_COUNT} are possible"))
         })?;
-        self.check_input("encoder", "inputs_embeds", Dtype::Float32, &[None, None, Some(language.hidden)])?;
-        self.check_input("encoder", "lengths", Dtype::Int32, &[None])?;
-        self.check_input("decoder", "encoder_lengths", Dtype::Int32, &[None])?;
-        let shape = [None, Some(cross.n_heads), None, Some(cross.head_dim)];
-        for (layer, side) in cross.tensors() {
-            self.check_output("encoder", &cross.name(layer, side), &shape)?;
-            self.check_input("decoder", &cross.name(layer, side), cross.dtype, &shape)?;
-        }
-        Ok(())
-    }
-
-    fn check_input(&self, graph: &str, name: &str, dtype: Dtype, shape: &[Option<usize>]) -> Result<(), BundleError> {
-        self.check_tensor(graph, Way::In, name, dtype, shape)
-    }
-
-    fn check_output(&self, graph: &str, name: &str, shape: &[Option<usize>]) -> Result<(), BundleError> {
-        self.check_tensor(graph, Way::Out, name, Dtype::Float32, shape)
-    }
-
-    /// `None` in `shape` stands for an axis that must be dynamic.
-    fn check_tensor(&self, graph: &str, way: Way, name: &str, dtype: Dtype, shape: &[Option<usize>]) -> Result<(), BundleError> {
-        let facts = self.facts.graphs.get(graph);
-        self.ensure(facts.is_some(), || {
-            (format!("family {}", self.facts.family), format!("which needs a graph `{graph}` that `graphs` does not have"))
-        })?;
-        let tensors = facts.map_or(&[][..], |facts| if way == Way::In { &facts.inputs } else { &facts.outputs });
-        let found = tensors.iter().find(|tensor| tensor.name == name);
-        let fits = found.is_some_and(|tensor| {
-            tensor.dtype == dtype
-                && tensor.shape.len() == shape.len()
-                && tensor.shape.iter().zip(shape).all(|(found, wanted)| match wanted {
-                    Some(size) => *found == Dimension::Fixed(*size),
-                    None => matches!(found, Dimension::Dynamic(_)),
-                })
-        });
-        self.ensure(fits, || {
-            let said = found
-                .map_or_else(|| format!("nothing of {graph}'s {way} `{name}`"), |t| format!("{graph}'s {way} `{name}` is {t}"));
-            let wanted: Vec<String> = shape.iter().map(|d| d.map_or("dynamic".into(), |size| size.to_string())).collect();
-            (said, format!("the other facts need {dtype} [{}]", wanted.join(", ")))
+        self.ensure((1..=max_positions).contains(&max_tokens), || {
+            (format!("qformer.text.max_tokens is {max_tokens}"), format!("1 to max_positions, {max_positions}, are possible"))
         })
     }
 
@@ -186,24 +148,42 @@ impl Bundle {
             let wanted = [language.vocab_size, language.hidden];
             (format!("an embedding table of {:?}", embedding.shape), format!("vocabulary and width make {wanted:?}"))
         })?;
-        let size = embedding.dtype.size().saturating_mul(language.vocab_size).saturating_mul(language.hidden) as u64;
-        let room = self.facts.files.get(&embedding.file).map_or(0, |file| file.bytes);
-        self.ensure(embedding.offset.checked_add(size).is_some_and(|end| end <= room), || {
-            (
-                format!("the embedding table lies at {} of {}", embedding.offset, embedding.file),
-                format!("which has only {room} bytes for its {size}"),
-            )
+        self.ensure(embedding.dtype.is_float(), || {
+            (format!("an embedding table of {}", embedding.dtype), "float32, float16 and bfloat16 are possible".into())
         })?;
-        let ids = &language.token_ids;
-        self.ensure(!ids.eos.is_empty(), || ("no end token".into(), "so no text would ever end".into()))?;
-        for id in ids.eos.iter().chain(&ids.bos).chain(&ids.pad).chain(&ids.decoder_start) {
-            self.ensure((*id as usize) < language.vocab_size, || {
-                (format!("token id {id}"), format!("the vocabulary has {}", language.vocab_size))
-            })?;
-        }
+        let end = embedding.bytes().and_then(|size| embedding.offset.checked_add(size));
+        let room = self.facts.files.get(&embedding.file).map_or(0, |file| file.bytes);
+        self.ensure(end.is_some_and(|end| end <= room), || {
+            let EmbeddingFacts { file, offset, dtype, shape } = embedding;
+            (format!("the embedding table lies at {offset} of {file}"), format!("whose {room} bytes do not hold {dtype} {shape:?}"))
+        })?;
+        self.check_token_ids(language)?;
+        let has_encoder = self.facts.family == Family::EncoderDecoder;
+        self.ensure(language.cross_attention.is_none() || has_encoder, || {
+            ("language.cross_attention".into(), format!("family {} has no encoder", self.facts.family))
+        })?;
         let n_queries = self.facts.qformer.n_queries;
         self.ensure(n_queries < language.max_positions, || {
             (format!("{n_queries} query tokens"), format!("the language model has {} positions", language.max_positions))
+        })
+    }
+
+    fn check_token_ids(&self, language: &LanguageFacts) -> Result<(), BundleError> {
+        let (ids, vocab_size) = (&language.token_ids, language.vocab_size);
+        self.ensure(!ids.eos.is_empty(), || ("no end token".into(), "so no text would ever end".into()))?;
+        // The searches keep as many continuations as there are end tokens.
+        self.ensure(ids.eos.iter().collect::<BTreeSet<_>>().len() == ids.eos.len(), || {
+            (format!("end tokens {:?}", ids.eos), "each may stand there once".into())
+        })?;
+        self.ensure(ids.bos.is_some() || self.facts.family != Family::Qformer, || {
+            ("no token_ids.bos".into(), "which captions of family qformer begin with".into())
+        })?;
+        for id in ids.eos.iter().chain(&ids.bos).chain(&ids.pad).chain(&ids.decoder_start) {
+            self.ensure((*id as usize) < vocab_size, || (format!("token id {id}"), format!("the vocabulary has {vocab_size}")))?;
+        }
+        // The image token has no embedding where it was added behind the last one.
+        self.ensure(ids.image.is_none_or(|id| id as usize <= vocab_size), || {
+            (format!("image token id {}", ids.image.unwrap_or_default()), format!("the vocabulary has {vocab_size}"))
         })
     }
 
@@ -230,29 +210,32 @@ impl Bundle {
         self.ensure(prompt.is_some_and(|prompt| prompt.matches("{}").count() == holes), || {
             (format!("task {task}"), format!("which needs a prompt with {holes} {{}}"))
         })?;
-        let defaults = self.facts.generation.get(&task);
-        self.ensure(defaults.is_some_and(|defaults| defaults.max_new_tokens > 0 && defaults.beams > 0), || {
-            (format!("task {task}"), "which needs generation.max_new_tokens and beams above 0".into())
+        let Some(defaults) = self.facts.generation.get(&task) else {
+            return self.ensure(false, || (format!("task {task}"), "but nothing of it in `generation`".into()));
+        };
+        self.check_defaults(task, defaults)
+    }
+
+    fn check_defaults(&self, task: TaskName, defaults: &GenerationFacts) -> Result<(), BundleError> {
+        let GenerationFacts { max_new_tokens, min_new_tokens, beams, length_penalty } = *defaults;
+        let room = self.facts.language.as_ref().map_or(0, |language| language.max_positions);
+        let checks = [
+            ("max_new_tokens", max_new_tokens.to_string(), (1..=room).contains(&max_new_tokens), format!("1 to {room}")),
+            ("min_new_tokens", min_new_tokens.to_string(), min_new_tokens <= max_new_tokens, format!("0 to {max_new_tokens}")),
+            ("beams", beams.to_string(), (1..=MAX_BEAMS).contains(&beams), format!("1 to {MAX_BEAMS}")),
+            ("length_penalty", length_penalty.to_string(), (-10.0..=10.0).contains(&length_penalty), "-10 to 10".into()),
+        ];
+        checks.into_iter().try_for_each(|(name, found, holds, range)| {
+            self.ensure(holds, || (format!("generation.{task}.{name} is {found}"), format!("{range} are possible")))
         })
     }
 
-    fn ensure(&self, holds: bool, otherwise: impl FnOnce() -> (String, String)) -> Result<(), BundleError> {
+    pub(super) fn ensure(&self, holds: bool, otherwise: impl FnOnce() -> (String, String)) -> Result<(), BundleError> {
         if holds {
             return Ok(());
         }
         let (said, but) = otherwise();
+        let (said, but) = (brief(&said), brief(&but));
         Err(BundleError::Inconsistent { folder: self.folder.clone(), said, but })
-    }
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Way {
-    In,
-    Out,
-}
-
-impl std::fmt::Display for Way {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(if *self == Self::In { "input" } else { "output" })
     }
 }

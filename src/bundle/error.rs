@@ -16,12 +16,12 @@ pub enum BundleError {
         source: std::io::Error,
     },
     /// Not JSON, or a field is missing, unknown or of another type.
-    #[error("{}: {FACTS} is not valid", .folder.display())]
+    #[error("{}: {FACTS} is not valid: {reason}", .folder.display())]
     Invalid {
         /// The bundle.
         folder: PathBuf,
         /// Where and why.
-        source: serde_json::Error,
+        reason: String,
     },
     /// Written for another engine.
     #[error("{}: bundle format version {found}, this engine reads version {FORMAT_VERSION}; convert the checkpoint again", .folder.display())]
@@ -50,6 +50,36 @@ pub enum BundleError {
         file: String,
         /// What the operating system says.
         source: std::io::Error,
+    },
+    /// A file lies elsewhere.
+    #[error("{}: {file} is a link that leaves the bundle, to {}; put the file itself there", .folder.display(), .path.display())]
+    Outside {
+        /// The bundle.
+        folder: PathBuf,
+        /// Path inside the bundle.
+        file: String,
+        /// Where it leads to.
+        path: PathBuf,
+    },
+    /// A folder, a pipe or a device.
+    #[error("{}: {file} is not a file", .folder.display())]
+    NotAFile {
+        /// The bundle.
+        folder: PathBuf,
+        /// Path inside the bundle.
+        file: String,
+    },
+    /// More than is read into memory.
+    #[error("{}: {file} has {found} bytes, at most {limit} are read", .folder.display())]
+    TooLarge {
+        /// The bundle.
+        folder: PathBuf,
+        /// Path inside the bundle.
+        file: String,
+        /// Its size, or how much of it was read.
+        found: u64,
+        /// The limit.
+        limit: u64,
     },
     /// A file has another size.
     #[error("{}: {file} has {found} bytes, {FACTS} says {expected}; copy the bundle again", .folder.display())]
@@ -109,9 +139,9 @@ pub enum BundleError {
         /// What the tokenizers library says.
         reason: String,
     },
-    /// The recorded outputs are not understood.
+    /// The content of a file cannot be used.
     #[error("{}: {file}: {reason}", .folder.display())]
-    Golden {
+    Refused {
         /// The bundle.
         folder: PathBuf,
         /// Path inside the bundle.

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::json::unique;
 use crate::pixels::Preprocess;
 
 /// What `bundle.json` says; `models/README.md` explains every field.
@@ -20,13 +21,19 @@ pub struct Facts {
     pub qformer: QformerFacts,
     /// Absent where nothing writes.
     pub language: Option<LanguageFacts>,
+    #[serde(deserialize_with = "unique")]
     pub prompts: BTreeMap<TaskName, String>,
+    #[serde(deserialize_with = "unique")]
     pub generation: BTreeMap<TaskName, GenerationFacts>,
+    #[serde(deserialize_with = "unique")]
     pub graphs: BTreeMap<String, GraphFacts>,
+    #[serde(deserialize_with = "unique")]
     pub files: BTreeMap<String, FileFacts>,
     pub requires: Requirements,
     pub target: String,
+    #[serde(deserialize_with = "unique")]
     pub made_by: BTreeMap<String, String>,
+    #[serde(deserialize_with = "unique")]
     pub source: BTreeMap<String, String>,
 }
 
@@ -225,7 +232,7 @@ fn no_change() -> f32 {
 #[allow(missing_docs)]
 pub struct GraphFacts {
     pub file: String,
-    pub precision: String,
+    pub precision: Dtype,
     pub inputs: Vec<TensorFacts>,
     pub outputs: Vec<TensorFacts>,
 }
@@ -242,7 +249,7 @@ pub struct TensorFacts {
 
 /// A fixed size, or the name of an axis that is known at run time only.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a size or the name of an axis")]
 #[allow(missing_docs)]
 pub enum Dimension {
     Fixed(usize),
@@ -281,6 +288,7 @@ pub struct Requirements {
     /// Operator domains in use; `""` is the default one.
     pub domains: Vec<String>,
 }
+
 /// Which half of a layer's cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
@@ -330,6 +338,14 @@ impl KvCacheFacts {
     }
 }
 
+impl EmbeddingFacts {
+    /// Size of the table; nothing where no file could be as large.
+    pub fn bytes(&self) -> Option<u64> {
+        let [rows, width] = self.shape.map(|size| size as u64);
+        rows.checked_mul(width)?.checked_mul(self.dtype.size() as u64)
+    }
+}
+
 impl CrossAttentionFacts {
     /// Every tensor: its layer and which half it is.
     pub fn tensors(&self) -> impl Iterator<Item = (usize, Side)> {
@@ -343,6 +359,11 @@ impl CrossAttentionFacts {
 }
 
 impl Dtype {
+    /// Whether it holds fractions.
+    pub fn is_float(self) -> bool {
+        matches!(self, Self::Float32 | Self::Float16 | Self::Bfloat16)
+    }
+
     /// Bytes of one element.
     pub fn size(self) -> usize {
         match self {

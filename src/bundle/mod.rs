@@ -1,20 +1,25 @@
 //! `bundle.json` → [`Bundle`]: the contract with the exporter, described in `models/README.md`.
 //!
-//! Everything is checked here, once, so that the rest of the engine can rely on it. This module reads no weights and knows no runtime.
+//! Everything is checked here, once, so that the rest of the engine can rely on it: a bundle may come from anywhere. This module reads no
+//! weights and knows no runtime.
 
 mod check;
 mod error;
 mod facts;
+mod files;
+mod interface;
+mod json;
+mod onnx;
 
-use std::fs::File;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
-use sha2::{Digest, Sha256};
 
 pub use error::BundleError;
 pub use facts::*;
+pub use files::{MAX_FACTS_BYTES, MAX_GOLDEN_BYTES, MAX_GRAPH_BYTES, MAX_TOKENIZER_BYTES};
+pub use json::parse;
+pub(crate) use json::unique;
 
 /// The bundle format that this engine reads.
 pub const FORMAT_VERSION: u64 = 2;
@@ -26,16 +31,20 @@ const FACTS: &str = "bundle.json";
 pub struct Bundle {
     folder: PathBuf,
     facts: Facts,
+    n_qformer_words: Option<usize>,
 }
 
 impl Bundle {
-    /// Reads and checks the facts and the size of every file. Hashes are left to [`check_hashes`](Self::check_hashes).
+    /// Reads and checks the facts, the size of every file, and the graphs' own words about weights and operators. Hashes are left to
+    /// [`check_hashes`](Self::check_hashes).
     pub fn open(folder: &Path) -> Result<Self, BundleError> {
-        let text = std::fs::read_to_string(folder.join(FACTS))
-            .map_err(|source| BundleError::Missing { folder: folder.to_path_buf(), source })?;
-        let bundle = Self { folder: folder.to_path_buf(), facts: parse(folder, &text)? };
+        let missing = |source| BundleError::Missing { folder: folder.to_path_buf(), source };
+        std::fs::metadata(folder.join(FACTS)).map_err(missing)?;
+        let text = files::read(folder, FACTS, MAX_FACTS_BYTES)?;
+        let mut bundle = Self { folder: folder.to_path_buf(), facts: facts(folder, &text)?, n_qformer_words: None };
         bundle.check_facts()?;
         bundle.check_sizes()?;
+        bundle.n_qformer_words = bundle.check_onnx()?;
         Ok(bundle)
     }
 
@@ -93,55 +102,30 @@ impl Bundle {
         Err(BundleError::Task { folder: self.folder.clone(), asked: task, can: can.join(", ") })
     }
 
-    /// Reads every file and compares its hash. `each` is called before a file is read, with its name and size.
-    pub fn check_hashes(&self, mut each: impl FnMut(&str, u64)) -> Result<(), BundleError> {
-        for (file, facts) in &self.facts.files {
-            each(file, facts.bytes);
-            let found = sha256(&self.path(file)).map_err(|source| self.unreadable(file, source))?;
-            if found != facts.sha256 {
-                let expected = facts.sha256.clone();
-                return Err(BundleError::Hash { folder: self.folder.clone(), file: file.clone(), found, expected });
-            }
-        }
-        Ok(())
-    }
-
-    fn check_sizes(&self) -> Result<(), BundleError> {
-        for (file, facts) in &self.facts.files {
-            let found = std::fs::metadata(self.path(file)).map_err(|source| self.unreadable(file, source))?.len();
-            if found != facts.bytes {
-                let (folder, file, expected) = (self.folder.clone(), file.clone(), facts.bytes);
-                return Err(BundleError::Size { folder, file, found, expected });
-            }
-        }
-        Ok(())
-    }
-
-    fn unreadable(&self, file: &str, source: std::io::Error) -> BundleError {
-        BundleError::File { folder: self.folder.clone(), file: file.into(), source }
+    /// Words of the Q-Former, where it reads text and its graph tells.
+    pub fn n_qformer_words(&self) -> Option<usize> {
+        self.n_qformer_words
     }
 }
-fn parse(folder: &Path, text: &str) -> Result<Facts, BundleError> {
+
+fn facts(folder: &Path, text: &[u8]) -> Result<Facts, BundleError> {
     #[derive(Deserialize)]
     struct Versioned {
         format_version: serde_json::Value,
     }
-    let invalid = |source| BundleError::Invalid { folder: folder.to_path_buf(), source };
-    let versioned: Versioned = serde_json::from_str(text).map_err(invalid)?;
+    let invalid = |reason| BundleError::Invalid { folder: folder.to_path_buf(), reason };
+    let versioned: Versioned = parse(text).map_err(invalid)?;
     if versioned.format_version.as_u64() != Some(FORMAT_VERSION) {
-        return Err(BundleError::Version { folder: folder.to_path_buf(), found: versioned.format_version.to_string() });
+        return Err(BundleError::Version { folder: folder.to_path_buf(), found: brief(&versioned.format_version.to_string()) });
     }
-    serde_json::from_str(text).map_err(invalid)
+    parse(text).map_err(invalid)
 }
 
-fn sha256(path: &Path) -> Result<String, std::io::Error> {
-    let mut file = File::open(path)?;
-    let (mut digest, mut buffer) = (Sha256::new(), vec![0; 1 << 20]);
-    loop {
-        let n_read = file.read(&mut buffer)?;
-        if n_read == 0 {
-            return Ok(digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect());
-        }
-        digest.update(&buffer[..n_read]);
+/// The beginning of what somebody else wrote, for a message.
+pub(crate) fn brief(text: &str) -> String {
+    let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    match line.char_indices().nth(300) {
+        Some((end, _)) => format!("{}…", &line[..end]),
+        None => line,
     }
 }

@@ -21,12 +21,15 @@ pub(super) fn run(command: &Verify) -> Result<(), Failure> {
     });
     hashes.map_err(Error::from)?;
     writeln!(out, "ok    {n_files} files, {:.1} MB: sizes and hashes", n_bytes as f64 / 1e6)?;
+    for file in bundle.unlisted() {
+        eprintln!("blip2: {}: {file:?} is not listed in bundle.json; nothing reads it", folder.display());
+    }
 
     let runtime = Runtime::load(&(&command.model).into()).map_err(Error::from)?;
     let mut engine = Engine::load(bundle, runtime)?;
     writeln!(out, "ok    graphs load on {} and are what bundle.json says", engine.runtime().provider())?;
     if !verify::has_golden(&engine) {
-        writeln!(out, "      no recorded outputs in this bundle (converted with --no-golden)")?;
+        writeln!(out, "      outputs are not compared: the bundle lists no golden/golden.json (converted with --no-golden)")?;
         return Ok(());
     }
     let (mut failed, mut printed) = (0, Ok(()));

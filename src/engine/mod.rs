@@ -3,6 +3,7 @@
 mod compare;
 mod limits;
 mod rank;
+mod vocabulary;
 mod write;
 
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -47,7 +48,7 @@ pub(crate) enum Reader {
     /// For a language model.
     Queries(Qformer),
     /// For comparing pictures with texts.
-    Stage1(Stage1),
+    Stage1(Box<Stage1>),
 }
 
 /// A picture that was looked at once and can be asked about many times.
@@ -89,9 +90,7 @@ impl Engine {
         let (vision, reader, decoding) = (vision?, reader?, language.transpose()?.map(StepLoop::new));
         let text = writes.then(|| Text::open(&bundle, bundle.tokenizer())).transpose()?.map(Arc::new);
         let qformer_text = bundle.facts().qformer.text.as_ref().map(|facts| Text::open(&bundle, &facts.tokenizer)).transpose()?;
-        if let Some(text) = &text {
-            check_tokenizer(&bundle, text)?;
-        }
+        vocabulary::check(&bundle, text.as_deref(), qformer_text.as_ref())?;
         let fingerprint = fingerprint(&bundle);
         Ok(Self { bundle, runtime, vision, reader, decoding, text, qformer_text, fingerprint })
     }
@@ -160,7 +159,7 @@ impl Engine {
 impl Reader {
     fn open(runtime: &Runtime, bundle: &Bundle) -> Result<Self, BundleError> {
         match bundle.facts().family {
-            Family::Qformer => Stage1::open(runtime, bundle).map(Self::Stage1),
+            Family::Qformer => Stage1::open(runtime, bundle).map(Box::new).map(Self::Stage1),
             Family::DecoderOnly | Family::EncoderDecoder => Qformer::open(runtime, bundle).map(Self::Queries),
         }
     }
@@ -231,16 +230,4 @@ fn fingerprint(bundle: &Bundle) -> u64 {
         (name, &file.sha256).hash(&mut hasher);
     }
     hasher.finish()
-}
-
-fn check_tokenizer(bundle: &Bundle, text: &Text) -> Result<(), BundleError> {
-    let (found, room) = (text.n_tokens(), bundle.language().vocab_size);
-    if found <= room {
-        return Ok(());
-    }
-    Err(BundleError::Inconsistent {
-        folder: bundle.folder().to_path_buf(),
-        said: format!("a vocabulary of {room}"),
-        but: format!("its tokenizer has {found} tokens"),
-    })
 }

@@ -6,7 +6,7 @@ use ndarray::Array4;
 use serde::Deserialize;
 
 use super::resize::{Rgb, Target, resize_part};
-use super::{Alpha, Picture, PixelsError};
+use super::{Alpha, Picture, PixelsError, guard};
 
 /// How a bundle wants its pixels: `(crop(resize(rgb)) × rescale − mean) / std`.
 #[derive(Clone, Debug, Deserialize)]
@@ -74,7 +74,7 @@ impl Pixels {
         let side = how.size as usize;
         let mut pixels = Array4::zeros((pictures.len(), 3, side, side));
         for (index, (picture, mut row)) in pictures.iter().zip(pixels.outer_iter_mut()).enumerate() {
-            let square = how.square(picture).ok_or_else(|| how.unfit(picture, index))?;
+            let square = guard::contained(|| how.square(picture).ok_or_else(|| how.unfit(picture, index)))?;
             for (channel, mut plane) in row.outer_iter_mut().enumerate() {
                 let normalised: [f32; 256] = std::array::from_fn(|value| how.normalise(value as u8, channel));
                 for (into, pixel) in plane.iter_mut().zip(square.rgb.chunks_exact(3)) {

@@ -1,5 +1,7 @@
 //! One ONNX graph in a session, checked against what the bundle says of it.
 
+use std::collections::BTreeMap;
+
 use ort::environment::Environment;
 use ort::memory::{AllocationDevice, Allocator, AllocatorType, MemoryInfo, MemoryType};
 use ort::session::builder::GraphOptimizationLevel;
@@ -8,7 +10,7 @@ use ort::value::{DynTensor, Outlet, ValueType};
 
 use super::tensor::element_type;
 use super::{Provider, Runtime, RuntimeError, Tensor, provider};
-use crate::bundle::{Bundle, BundleError, Dimension, Dtype, TensorFacts};
+use crate::bundle::{Bundle, BundleError, Dimension, Dtype, GraphFacts, TensorFacts, brief};
 
 /// Where a tensor lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +25,7 @@ pub enum Place {
 #[derive(Debug)]
 pub struct Graph {
     name: &'static str,
+    facts: GraphFacts,
     session: Session,
     device: MemoryInfo<'static>,
 }
@@ -47,24 +50,44 @@ impl Graph {
         let unloadable = |reason: ort::Error| BundleError::Unloadable {
             folder: bundle.folder().to_path_buf(),
             graph: name.into(),
-            reason: reason.to_string(),
+            reason: sentence(&reason.to_string()),
         };
         let session = session(&runtime.environment, runtime, bundle, name).map_err(unloadable)?;
         check(bundle, name, "input", session.inputs(), &bundle.graph(name).inputs)?;
         check(bundle, name, "output", session.outputs(), &bundle.graph(name).outputs)?;
         let device = device(runtime).map_err(unloadable)?;
-        Ok(Self { name, session, device })
+        Ok(Self { name, facts: bundle.graph(name).clone(), session, device })
     }
 
     /// One run; the outputs lie where `outputs_on` says.
     pub fn run(&mut self, inputs: &[(&str, &Tensor)], outputs_on: Place) -> Result<Outputs, RuntimeError> {
-        let name = self.name;
-        let run = self.try_run(inputs, outputs_on).map_err(|source| RuntimeError::Failed {
-            graph: name.into(),
-            doing: "running",
-            source,
-        });
-        run.map(|tensors| Outputs { graph: name, tensors })
+        let tensors = self.try_run(inputs, outputs_on).map_err(|source| not_run(self.name, source))?;
+        self.check_shapes(inputs, &tensors)?;
+        Ok(Outputs { graph: self.name, tensors })
+    }
+
+    /// ONNX Runtime only warns of an output that is not of the shape its graph declares.
+    fn check_shapes(&self, inputs: &[(&str, &Tensor)], outputs: &[(String, Tensor)]) -> Result<(), RuntimeError> {
+        let mut axes: BTreeMap<&str, usize> = BTreeMap::new();
+        for (facts, (_, tensor)) in self.facts.inputs.iter().filter_map(|f| Some((f, inputs.iter().find(|i| i.0 == f.name)?))) {
+            axes.extend(facts.shape.iter().zip(tensor.shape()).filter_map(|(axis, size)| match axis {
+                Dimension::Dynamic(name) => Some((name.as_str(), size)),
+                Dimension::Fixed(_) => None,
+            }));
+        }
+        let fits = |(said, found): (&Dimension, &usize)| match said {
+            Dimension::Fixed(size) => size == found,
+            Dimension::Dynamic(name) => axes.get(name.as_str()).is_none_or(|size| size == found),
+        };
+        for facts in &self.facts.outputs {
+            let Some((output, tensor)) = outputs.iter().find(|(name, _)| *name == facts.name) else { continue };
+            let found = tensor.shape();
+            if !tensor.is(facts.dtype) || found.len() != facts.shape.len() || !facts.shape.iter().zip(&found).all(fits) {
+                let expected = facts.to_string();
+                return Err(RuntimeError::Shape { graph: self.name.into(), output: output.clone(), found, expected });
+            }
+        }
+        Ok(())
     }
 
     fn try_run(&mut self, inputs: &[(&str, &Tensor)], outputs_on: Place) -> Result<Vec<(String, Tensor)>, ort::Error> {
@@ -93,11 +116,7 @@ impl Graph {
 
     /// One run over what is bound.
     pub fn run_bound(&mut self, bound: &Binding) -> Result<(), RuntimeError> {
-        let name = self.name;
-        match self.session.run_binding(&bound.binding) {
-            Ok(_) => Ok(()),
-            Err(source) => Err(RuntimeError::Failed { graph: name.into(), doing: "running", source }),
-        }
+        self.session.run_binding(&bound.binding).map(drop).map_err(|source| not_run(self.name, source))
     }
 
     /// A tensor of zeros (on a device: of anything) that can be bound as input and output alike.
@@ -185,6 +204,47 @@ fn tensors(values: impl Iterator<Item = (String, ort::value::DynValue)>) -> Resu
     values.map(|(name, value)| Ok((name, Tensor(tensor(value)?)))).collect()
 }
 
+/// Memory and devices fail on their own; all else that a graph refuses on inputs as its facts have them is its own fault.
+fn not_run(graph: &'static str, source: ort::Error) -> RuntimeError {
+    let said = source.to_string().to_lowercase();
+    let machine = ["alloc", "memory", "cuda", "cudnn", "cublas", "tensorrt"].iter().any(|word| said.contains(word));
+    match machine {
+        true => {
+            RuntimeError::Failed { graph: graph.into(), doing: "running", source: ort::Error::new(sentence(&source.to_string())) }
+        }
+        false => RuntimeError::Refused { graph: graph.into(), reason: sentence(&source.to_string()) },
+    }
+}
+
+/// What ONNX Runtime says, in one line and without the places in its own sources.
+fn sentence(said: &str) -> String {
+    let mut text = said.lines().find(|line| !line.trim().is_empty()).unwrap_or_default().to_owned();
+    while let Some((from, to)) = place(&text) {
+        text.replace_range(from..to, "");
+    }
+    brief(&text)
+}
+
+/// Where `path.cc:12` stands, with the function's signature behind it.
+fn place(text: &str) -> Option<(usize, usize)> {
+    let at = text.find(".cc:")?;
+    let from = text[..at].rfind(char::is_whitespace).map_or(0, |space| space + 1);
+    let behind = at + text[at..].find(char::is_whitespace).unwrap_or(text.len() - at);
+    let Some(open) = text[behind..].find('(').filter(|open| text[behind..behind + open].contains("::")) else {
+        return Some((from, behind));
+    };
+    let mut depth = 0;
+    let closing = text[behind + open..].char_indices().find(|(_, char)| {
+        depth += match char {
+            '(' => 1,
+            ')' => -1,
+            _ => 0,
+        };
+        depth == 0
+    });
+    Some((from, closing.map_or(behind, |(end, _)| behind + open + end + 1)))
+}
+
 /// Every tensor of the graph must be what the facts say, and the facts must name no other.
 fn check(bundle: &Bundle, graph: &str, way: &str, found: &[Outlet], said: &[TensorFacts]) -> Result<(), BundleError> {
     let mismatch = |name: &str, found: String, expected: String| BundleError::Graph {
@@ -209,12 +269,13 @@ fn check(bundle: &Bundle, graph: &str, way: &str, found: &[Outlet], said: &[Tens
 }
 
 fn fits(found: &ValueType, said: &TensorFacts) -> bool {
-    let ValueType::Tensor { ty, shape, .. } = found else { return false };
-    let fits = |(found, said): (&i64, &Dimension)| match said {
+    let ValueType::Tensor { ty, shape, dimension_symbols } = found else { return false };
+    let fits = |((found, symbol), said): ((&i64, &String), &Dimension)| match said {
         Dimension::Fixed(size) => usize::try_from(*found) == Ok(*size),
-        Dimension::Dynamic(_) => *found < 0,
+        Dimension::Dynamic(name) => *found < 0 && symbol == name,
     };
-    *ty == element_type(said.dtype) && shape.len() == said.shape.len() && shape.iter().zip(&said.shape).all(fits)
+    let sizes = shape.iter().zip(dimension_symbols.iter());
+    *ty == element_type(said.dtype) && shape.len() == said.shape.len() && sizes.zip(&said.shape).all(fits)
 }
 
 fn describe(found: &ValueType) -> String {
@@ -233,4 +294,26 @@ fn describe(found: &ValueType) -> String {
         })
         .collect();
     format!("{} [{}]", format!("{ty:?}").to_lowercase(), sizes.join(", "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_in_foreign_sources_are_left_out() {
+        let cases = [
+            (
+                "Status Message: /src/core/arena.cc:360 void* onnxruntime::Arena::Get(size_t, std::function<bool(int)>) Failed (all)\n#0 x",
+                "Status Message: Failed (all)",
+            ),
+            ("FAIL : utils.cc:633 GetInfo TensorProto: w (2) is long", "FAIL : GetInfo TensorProto: w (2) is long"),
+            ("\nan end.cc:1", "an"),
+            ("x.cc:1 a::b(", "a::b("),
+            ("", ""),
+        ];
+        for (said, wanted) in cases {
+            assert_eq!(sentence(said), wanted);
+        }
+    }
 }

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use ort::environment::Environment;
+use ort::logging::LogLevel;
 
 /// A library that was loaded.
 #[derive(Clone, Debug)]
@@ -80,6 +81,8 @@ pub(super) fn load(named: Option<&Path>) -> Result<(Library, Environment), Libra
     }
     let environment = ort::init_from(&path).map_err(LibraryError::Unloadable)?.with_name("blip2");
     let environment = environment.build().map_err(LibraryError::Environment)?;
+    // Every error comes back as one; ONNX Runtime would print it a second time, with its stack.
+    environment.set_log_level(LogLevel::Fatal);
     let library = Library { version: loaded_version(&path), path, source };
     Ok(loaded.insert((library, environment)).clone())
 }

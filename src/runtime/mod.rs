@@ -86,6 +86,26 @@ pub enum RuntimeError {
         /// What ONNX Runtime says.
         source: ort::Error,
     },
+    /// The graph cannot run on what it is made for.
+    #[error("{graph}: the graph cannot run: {reason}")]
+    Refused {
+        /// Which graph.
+        graph: String,
+        /// What ONNX Runtime says, in one sentence.
+        reason: String,
+    },
+    /// A graph gives something else than it promises.
+    #[error("{graph}: `{output}` came out as {found:?}, the bundle says {expected}")]
+    Shape {
+        /// Which graph.
+        graph: String,
+        /// Which output.
+        output: String,
+        /// Its sizes.
+        found: Vec<usize>,
+        /// What was promised.
+        expected: String,
+    },
     /// The weights, the input or the precision do not hold up.
     #[error("{graph}: `{output}` holds values that are not numbers")]
     NotANumber {
@@ -102,6 +122,13 @@ pub enum RuntimeError {
         /// What the operating system says.
         source: std::io::Error,
     },
+}
+
+impl RuntimeError {
+    /// Whether the bundle is at fault rather than the machine: the engine gives graphs nothing that their facts do not allow.
+    pub fn blames_the_bundle(&self) -> bool {
+        matches!(self, Self::Refused { .. } | Self::Shape { .. } | Self::NotANumber { .. })
+    }
 }
 
 impl Runtime {

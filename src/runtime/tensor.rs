@@ -27,6 +27,11 @@ impl Tensor {
         self.0.shape().iter().map(|size| usize::try_from(*size).unwrap_or(0)).collect()
     }
 
+    /// Whether its elements are of this type.
+    pub fn is(&self, dtype: Dtype) -> bool {
+        *self.0.data_type() == element_type(dtype)
+    }
+
     /// Its values as float32, copied to the host where they lie elsewhere.
     pub fn to_f32(&self) -> Result<ArrayD<f32>, ort::Error> {
         if !self.is_on_host() {

@@ -41,7 +41,7 @@ impl<'a> Rows<'a> {
             Predictor::Horizontal => self.add_left(),
             Predictor::FloatingPoint => self.join_floats(),
         }
-        self.to_bytes();
+        self.write_bytes();
         Ok(&self.row)
     }
 
@@ -68,7 +68,7 @@ impl<'a> Rows<'a> {
         self.is_big_endian = true;
     }
 
-    fn to_bytes(&mut self) {
+    fn write_bytes(&mut self) {
         let big_endian = self.is_big_endian;
         let is_grey = matches!(self.colour, Colour::Grey | Colour::InvertedGrey);
         match self.sample {

@@ -2,13 +2,14 @@
 //!
 //! Every stage gets the reference's own input, so that an error is not carried on; at the end the whole way must give the same tokens.
 
+mod golden;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use ndarray::{Array1, Array2, Array3, ArrayD, Axis, Dimension, IxDyn};
-use serde::Deserialize;
+use ndarray::{Array, Array1, Array2, Array3, Axis, Dimension};
 
-use crate::bundle::{BundleError, Dtype, TaskName};
+use crate::bundle::TaskName;
 use crate::decode::{Model, TokenId};
 use crate::engine::{Engine, Generation, Reader, Request};
 use crate::error::Error;
@@ -16,12 +17,11 @@ use crate::language::{Prefix, Seen};
 use crate::pixels::{Limits, Picture, Pixels};
 use crate::prompt::Task;
 use crate::qformer::Queries;
-use crate::runtime::{GraphError, RuntimeError, f32_from};
+use crate::runtime::{GraphError, RuntimeError};
 use crate::stage1::PairEmbedding;
 use crate::text::TokenBatch;
 use crate::vision::ImageFeatures;
-
-const FILE: &str = "golden/golden.json";
+use golden::{Asked, Case, Embedded, Matched, Matches, Recorded, Written};
 
 /// One comparison.
 #[derive(Clone, Debug)]
@@ -34,76 +34,14 @@ pub struct Check {
     pub found: String,
 }
 
-#[derive(Deserialize)]
-struct Golden {
-    format_version: u64,
-    reference: String,
-    tolerance: BTreeMap<String, f32>,
-    cases: Vec<Case>,
-}
-
-#[derive(Deserialize)]
-struct Case {
-    image: String,
-    pixels: Recorded,
-    features: Recorded,
-    queries: Recorded,
-    #[serde(flatten)]
-    asked: Asked,
-}
-
-/// What was asked of the picture, and what came.
-#[derive(Deserialize)]
-#[serde(tag = "task", rename_all = "snake_case")]
-enum Asked {
-    Caption(Written),
-    Ask(Written),
-    Match { texts: Vec<Matched> },
-    Embed(Embedded),
-}
-
-#[derive(Deserialize)]
-struct Written {
-    prompt: String,
-    prompt_ids: Vec<TokenId>,
-    /// What a question-conditioned Q-Former read.
-    question_ids: Option<Vec<TokenId>>,
-    max_new_tokens: usize,
-    first_logits: Recorded,
-    tokens: Vec<TokenId>,
-    text: String,
-}
-
-#[derive(Deserialize)]
-struct Matched {
-    text: String,
-    input_ids: Vec<TokenId>,
-    itm_logits: [f32; 2],
-    itc: f32,
-}
-
-#[derive(Deserialize)]
-struct Embedded {
-    input_ids: Vec<TokenId>,
-    image_embeds: Recorded,
-    text_embeds: Recorded,
-    multimodal_states: Recorded,
-}
-
-#[derive(Clone, Deserialize, PartialEq, Eq)]
-struct Recorded {
-    file: String,
-    shape: Vec<usize>,
-}
-
 /// Whether the bundle carries recorded outputs.
 pub fn has_golden(engine: &Engine) -> bool {
-    engine.bundle().facts().files.contains_key(FILE)
+    engine.bundle().facts().files.contains_key(golden::FILE)
 }
 
 /// Runs every recorded case; `each` hears of every comparison. Gives the reference's name.
 pub fn run(engine: &mut Engine, mut each: impl FnMut(Check)) -> Result<String, Error> {
-    let golden = read(engine)?;
+    let golden = golden::read(engine.bundle())?;
     let mut seen = Vec::new();
     for case in &golden.cases {
         let mut checker = Checker { engine, tolerance: &golden.tolerance, case, each: &mut each };
@@ -114,7 +52,7 @@ pub fn run(engine: &mut Engine, mut each: impl FnMut(Check)) -> Result<String, E
         match &case.asked {
             Asked::Caption(written) => checker.stages_of_the_text(Task::Caption, written)?,
             Asked::Ask(written) => checker.stages_of_the_text(checker.question(written), written)?,
-            Asked::Match { texts } => checker.matches(texts)?,
+            Asked::Match(Matches { texts }) => checker.matches(texts)?,
             Asked::Embed(embedded) => checker.embeddings(embedded)?,
         }
     }
@@ -232,12 +170,10 @@ impl Checker<'_> {
         let text = TokenBatch::new(&[ids.to_vec()], 0);
         match &mut self.engine.reader {
             Reader::Stage1(stage1) => Ok(stage1.compare(&[&features], &text)?.remove(0)),
-            Reader::Queries(_) => Err(self
-                .engine
-                .bundle()
-                .require(TaskName::Match)
-                .err()
-                .map_or_else(|| golden(self.engine, "matches texts, which this family cannot".into()).into(), Error::from)),
+            Reader::Queries(_) => Err(self.engine.bundle().require(TaskName::Match).err().map_or_else(
+                || golden::refused(self.engine.bundle(), golden::FILE, "matches texts, which this family cannot".into()).into(),
+                Error::from,
+            )),
         }
     }
 
@@ -247,24 +183,13 @@ impl Checker<'_> {
     }
 
     fn picture(&self) -> Result<Picture, Error> {
-        Ok(Picture::open(&self.engine.bundle().path(&self.case.image), &Limits::default())?)
+        let (bundle, file) = (self.engine.bundle(), &self.case.image);
+        let picture = Picture::open(&bundle.path(file), &Limits::default());
+        Ok(picture.map_err(|error| golden::refused(bundle, file, error.to_string()))?)
     }
 
-    fn recorded<T: FromDyn>(&self, recorded: &Recorded) -> Result<T, Error> {
-        let bundle = self.engine.bundle();
-        let bytes = std::fs::read(bundle.path(&recorded.file)).map_err(|source| BundleError::File {
-            folder: bundle.folder().to_path_buf(),
-            file: recorded.file.clone(),
-            source,
-        })?;
-        let mut values = vec![0.0; bytes.len() / Dtype::Float32.size()];
-        f32_from(&bytes, Dtype::Float32, &mut values);
-        let shaped = ArrayD::from_shape_vec(IxDyn(&recorded.shape), values).ok().and_then(T::from_dyn);
-        Ok(shaped.ok_or_else(|| BundleError::Golden {
-            folder: bundle.folder().to_path_buf(),
-            file: recorded.file.clone(),
-            reason: format!("{} bytes are no float32 tensor of shape {:?}", bytes.len(), recorded.shape),
-        })?)
+    fn recorded<D: Dimension>(&self, recorded: &Recorded) -> Result<Array<f32, D>, Error> {
+        Ok(golden::tensor(self.engine.bundle(), recorded)?)
     }
 
     fn check_relative<'v>(
@@ -298,51 +223,6 @@ impl Checker<'_> {
     }
 }
 
-fn read(engine: &Engine) -> Result<Golden, BundleError> {
-    let bundle = engine.bundle();
-    let text = std::fs::read_to_string(bundle.path(FILE)).map_err(|error| golden(engine, error.to_string()))?;
-    let read: Golden = serde_json::from_str(&text).map_err(|error| golden(engine, error.to_string()))?;
-    if read.format_version != 1 {
-        return Err(golden(engine, format!("format version {}, this engine reads version 1", read.format_version)));
-    }
-    for file in read.cases.iter().flat_map(Case::files) {
-        if !bundle.facts().files.contains_key(file) {
-            return Err(golden(engine, format!("names {file}, which bundle.json does not list")));
-        }
-    }
-    Ok(read)
-}
-
-fn golden(engine: &Engine, reason: String) -> BundleError {
-    BundleError::Golden { folder: engine.bundle().folder().to_path_buf(), file: FILE.into(), reason }
-}
-
-impl Case {
-    fn files(&self) -> Vec<&String> {
-        let Self { image, pixels, features, queries, asked } = self;
-        let mut files = vec![image, &pixels.file, &features.file, &queries.file];
-        match asked {
-            Asked::Caption(written) | Asked::Ask(written) => files.push(&written.first_logits.file),
-            Asked::Match { .. } => {}
-            Asked::Embed(found) => {
-                files.extend([&found.image_embeds.file, &found.text_embeds.file, &found.multimodal_states.file]);
-            }
-        }
-        files
-    }
-}
-
-impl Asked {
-    fn task(&self) -> TaskName {
-        match self {
-            Self::Caption(_) => TaskName::Caption,
-            Self::Ask(_) => TaskName::Ask,
-            Self::Match { .. } => TaskName::Match,
-            Self::Embed(_) => TaskName::Embed,
-        }
-    }
-}
-
 fn failed(graph: &str, source: GraphError) -> RuntimeError {
     RuntimeError::Failed { graph: graph.into(), doing: "copying", source }
 }
@@ -355,14 +235,4 @@ fn largest_difference<'v>(found: impl Iterator<Item = &'v f32>, mut wanted: impl
         largest = largest.max(if difference.is_nan() { f32::INFINITY } else { difference });
     }
     if wanted.next().is_some() { f32::INFINITY } else { largest }
-}
-
-trait FromDyn: Sized {
-    fn from_dyn(array: ArrayD<f32>) -> Option<Self>;
-}
-
-impl<D: Dimension> FromDyn for ndarray::Array<f32, D> {
-    fn from_dyn(array: ArrayD<f32>) -> Option<Self> {
-        array.into_dimensionality().ok()
-    }
 }

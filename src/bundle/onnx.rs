@@ -1,0 +1,311 @@
+//! What stands inside the `.onnx` files, held against the facts: which files weights come from, which operators are needed, how many
+//! rows the tables have that token ids and positions choose from.
+//!
+//! Field numbers are those of `onnx.proto`; fields that do not matter here are not named and so never read.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use prost::Message;
+
+use super::{Bundle, BundleError, Dtype, EmbeddingFacts, MAX_GRAPH_BYTES, Side};
+
+#[derive(Clone, PartialEq, Message)]
+struct ModelProto {
+    #[prost(message, optional, tag = "7")]
+    graph: Option<GraphProto>,
+    #[prost(message, repeated, tag = "8")]
+    opset_import: Vec<OperatorSetProto>,
+    #[prost(message, repeated, tag = "20")]
+    training_info: Vec<Unread>,
+    #[prost(message, repeated, tag = "25")]
+    functions: Vec<Unread>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct OperatorSetProto {
+    #[prost(string, tag = "1")]
+    domain: String,
+    #[prost(int64, tag = "2")]
+    version: i64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct GraphProto {
+    #[prost(message, repeated, tag = "1")]
+    node: Vec<NodeProto>,
+    #[prost(message, repeated, tag = "5")]
+    initializer: Vec<TensorProto>,
+    #[prost(message, repeated, tag = "15")]
+    sparse_initializer: Vec<Unread>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct NodeProto {
+    #[prost(string, repeated, tag = "1")]
+    input: Vec<String>,
+    #[prost(string, repeated, tag = "2")]
+    output: Vec<String>,
+    #[prost(string, tag = "4")]
+    op_type: String,
+    #[prost(message, repeated, tag = "5")]
+    attribute: Vec<AttributeProto>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct AttributeProto {
+    #[prost(message, optional, tag = "5")]
+    t: Option<TensorProto>,
+    #[prost(message, optional, tag = "6")]
+    g: Option<Unread>,
+    #[prost(message, repeated, tag = "10")]
+    tensors: Vec<TensorProto>,
+    #[prost(message, repeated, tag = "11")]
+    graphs: Vec<Unread>,
+    #[prost(message, optional, tag = "22")]
+    sparse_tensor: Option<Unread>,
+    #[prost(message, repeated, tag = "23")]
+    sparse_tensors: Vec<Unread>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct TensorProto {
+    #[prost(int64, repeated, tag = "1")]
+    dims: Vec<i64>,
+    #[prost(int32, tag = "2")]
+    data_type: i32,
+    #[prost(string, tag = "8")]
+    name: String,
+    #[prost(message, repeated, tag = "13")]
+    external_data: Vec<EntryProto>,
+    #[prost(int32, tag = "14")]
+    data_location: i32,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct EntryProto {
+    #[prost(string, tag = "1")]
+    key: String,
+    #[prost(string, tag = "2")]
+    value: String,
+}
+
+/// A message whose presence is all that matters.
+#[derive(Clone, PartialEq, Message)]
+struct Unread {}
+
+/// Where a tensor lies in one of the bundle's files.
+struct Stored<'a> {
+    tensor: &'a TensorProto,
+    file: String,
+    offset: u64,
+    end: u64,
+}
+
+/// A graph as its file has it.
+struct Graph<'a> {
+    bundle: &'a Bundle,
+    file: &'a str,
+    proto: GraphProto,
+}
+
+impl Bundle {
+    /// Checks the graphs, and finds out how many words the Q-Former knows, where it reads any.
+    pub(super) fn check_onnx(&self) -> Result<Option<usize>, BundleError> {
+        let mut opsets: BTreeMap<String, i64> = BTreeMap::new();
+        let mut n_words: Option<usize> = None;
+        for (name, facts) in &self.facts.graphs {
+            let model = self.read(&facts.file, MAX_GRAPH_BYTES)?;
+            let not_onnx = |error: prost::DecodeError| self.refused(&facts.file, format!("is not an ONNX file: {error}"));
+            let model = ModelProto::decode(model.as_slice()).map_err(not_onnx)?;
+            if !model.functions.is_empty() || !model.training_info.is_empty() {
+                return Err(self.refused(&facts.file, "has functions or training information, which no bundle needs".into()));
+            }
+            for used in model.opset_import {
+                let domain = if used.domain == "ai.onnx" { String::new() } else { used.domain };
+                let version = opsets.entry(domain).or_default();
+                *version = used.version.max(*version);
+            }
+            let graph = Graph { bundle: self, file: &facts.file, proto: model.graph.unwrap_or_default() };
+            graph.check_nodes()?;
+            graph.check_weights()?;
+            match name.as_str() {
+                "decoder" => graph.check_decoder()?,
+                _ => n_words = [n_words, graph.check_text()?].into_iter().flatten().min(),
+            }
+        }
+        self.check_opsets(&opsets)?;
+        Ok(n_words)
+    }
+
+    fn check_opsets(&self, used: &BTreeMap<String, i64>) -> Result<(), BundleError> {
+        let requires = &self.facts.requires;
+        for (domain, version) in used {
+            let listed = requires.domains.iter().any(|listed| listed == domain);
+            self.ensure(listed, || {
+                (format!("domains {:?} in `requires`", requires.domains), format!("the graphs use `{domain}` besides"))
+            })?;
+            self.ensure(!domain.is_empty() || *version == i64::from(requires.opset), || {
+                (format!("opset {} in `requires`", requires.opset), format!("the graphs use {version}"))
+            })?;
+        }
+        Ok(())
+    }
+
+    fn refused(&self, file: &str, reason: String) -> BundleError {
+        BundleError::Refused { folder: self.folder.clone(), file: file.into(), reason }
+    }
+}
+
+impl Graph<'_> {
+    /// Nodes run one after the other: nothing repeats, and nothing reads a file of its own.
+    fn check_nodes(&self) -> Result<(), BundleError> {
+        for node in &self.proto.node {
+            let nested = |a: &AttributeProto| a.g.is_some() || !a.graphs.is_empty();
+            let sparse = |a: &AttributeProto| a.sparse_tensor.is_some() || !a.sparse_tensors.is_empty();
+            if node.op_type == "EPContext" || node.attribute.iter().any(|attribute| nested(attribute) || sparse(attribute)) {
+                let found = "graphs of a bundle have no subgraphs, sparse tensors or foreign contexts";
+                return Err(self.refused(format!("has a node {} that this engine does not run: {found}", node.op_type)));
+            }
+        }
+        if self.proto.sparse_initializer.is_empty() { Ok(()) } else { Err(self.refused("has sparse weights".into())) }
+    }
+
+    /// Weights lie in files that the facts list, inside them, and those that share bytes with the embedding table are that table.
+    fn check_weights(&self) -> Result<(), BundleError> {
+        let attributes = self.proto.node.iter().flat_map(|node| &node.attribute);
+        let constants = attributes.flat_map(|attribute| attribute.t.iter().chain(&attribute.tensors));
+        for tensor in self.proto.initializer.iter().chain(constants) {
+            let Some(stored) = self.stored(tensor)? else { continue };
+            if let Some(language) = &self.bundle.facts.language {
+                self.check_embedding(&stored, &language.embedding)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn stored<'a>(&self, tensor: &'a TensorProto) -> Result<Option<Stored<'a>>, BundleError> {
+        if tensor.external_data.is_empty() && tensor.data_location == 0 {
+            return Ok(None);
+        }
+        let value = |key: &str| tensor.external_data.iter().rev().find(|entry| entry.key == key).map(|entry| entry.value.as_str());
+        let location = value("location").unwrap_or_default();
+        let beside = Path::new(self.file).parent().unwrap_or(Path::new("")).join(location);
+        let file = beside.to_string_lossy().into_owned();
+        let said = |reason: String| self.refused(format!("weights `{}` lie in `{location}`, {reason}", tensor.name));
+        let Some(room) = self.bundle.facts.files.get(&file).map(|facts| facts.bytes) else {
+            return Err(said(format!("which {} does not list", super::FACTS)));
+        };
+        let number = |key| value(key).map_or(Some(0), |value: &str| value.parse::<u64>().ok());
+        let (Some(offset), Some(length)) = (number("offset"), number("length")) else {
+            return Err(said("at an offset or of a length that is no number".into()));
+        };
+        match offset.checked_add(length) {
+            Some(end) if end <= room => Ok(Some(Stored { tensor, file, offset, end })),
+            _ => Err(said(format!("{length} bytes from {offset} on, but that has {room} bytes"))),
+        }
+    }
+
+    fn check_embedding(&self, stored: &Stored<'_>, table: &EmbeddingFacts) -> Result<(), BundleError> {
+        let end = table.offset.saturating_add(table.bytes().unwrap_or(u64::MAX));
+        let same = (stored.offset, stored.end) == (table.offset, end) && stored.tensor.data_type == data_type(table.dtype);
+        let apart = stored.file != table.file || stored.end <= table.offset || end <= stored.offset;
+        self.bundle.ensure(same || apart, || {
+            let (from, to, name, file) = (stored.offset, stored.end, &stored.tensor.name, self.file);
+            let found = format!("but `{name}` of {file} lies at {from} to {to} and is of data type {}", stored.tensor.data_type);
+            (format!("the embedding table lies at {} to {end} of {} in {}", table.offset, table.file, table.dtype), found)
+        })
+    }
+
+    /// Keys and values go on in the order in which they come, and there is a position for every token.
+    fn check_decoder(&self) -> Result<(), BundleError> {
+        let facts = &self.bundle.facts;
+        let Some(language) = &facts.language else { return Ok(()) };
+        let cache = &language.kv_cache;
+        for layer in 0..cache.n_layers {
+            let [key, value] = Side::ALL.map(|side| (cache.past(layer, side), cache.present(layer, side)));
+            let place = |names: &[String], name: &str| names.iter().position(|found| found == name);
+            let carries = |node: &NodeProto| {
+                let taken = place(&node.input, &key.0)? < place(&node.input, &value.0)?;
+                let given = place(&node.output, &key.1)? < place(&node.output, &value.1)?;
+                Some(taken == given)
+            };
+            self.bundle.ensure(self.proto.node.iter().any(|node| carries(node) == Some(true)), || {
+                let said = format!("`{}` carries on `{}`, `{}` carries on `{}`", key.1, key.0, value.1, value.0);
+                (said, format!("no node of {} does that", self.file))
+            })?;
+        }
+        // Positions of the Q-Former's own text count behind the queries.
+        let before = if facts.family == super::Family::Qformer { facts.qformer.n_queries } else { 0 };
+        let tables = [self.rows("position_ids", "Gather"), self.rotations()];
+        self.check_room("language.max_positions", language.max_positions, tables.into_iter().flatten().min().map(|n| n + before))
+    }
+
+    /// Every text that may be read has its positions, and what fills up short ones is a word. Gives the number of words.
+    fn check_text(&self) -> Result<Option<usize>, BundleError> {
+        let Some(text) = &self.bundle.facts.qformer.text else { return Ok(None) };
+        let ids = ["question_ids", "input_ids"];
+        let n_positions = ids.iter().find_map(|ids| self.rows(ids, "Slice"));
+        self.check_room("qformer.text.max_positions", text.max_positions, n_positions)?;
+        let n_words = ids.iter().find_map(|ids| self.rows(ids, "Gather"));
+        self.check_room("qformer.text.pad", text.pad as usize, n_words.map(|n| n.saturating_sub(1)))?;
+        Ok(n_words)
+    }
+
+    fn check_room(&self, name: &str, said: usize, room: Option<usize>) -> Result<(), BundleError> {
+        self.bundle.ensure(room.is_none_or(|room| said <= room), || {
+            (format!("{name} is {said}"), format!("the table in {} goes to {}", self.file, room.unwrap_or_default()))
+        })
+    }
+
+    /// Rows of the table from which `operator` takes as many or those that the graph's input `chosen_by` says.
+    fn rows(&self, chosen_by: &str, operator: &str) -> Option<usize> {
+        let index = if operator == "Slice" { 2 } else { 1 };
+        let chosen = |node: &&NodeProto| {
+            node.op_type == operator
+                && node.input.get(index).is_some_and(|index| self.origin(index, &["Cast", "Shape"]) == chosen_by)
+        };
+        let table = self.proto.node.iter().find(chosen)?.input.first()?;
+        self.length(self.origin(table, &["Cast", "Mul"]))
+    }
+
+    /// Rows of the table of rotations that attention turns queries and keys by.
+    fn rotations(&self) -> Option<usize> {
+        let tables = self.proto.node.iter().filter(|node| node.op_type == "GroupQueryAttention");
+        tables.filter_map(|node| node.input.get(7)).filter_map(|table| self.length(table)).min()
+    }
+
+    /// What a tensor is made of, through nodes of these kinds.
+    fn origin<'a>(&'a self, name: &'a str, through: &[&str]) -> &'a str {
+        let mut name = name;
+        // Longer than any way through that ends: names of a broken graph may go round in circles.
+        for _ in 0..8 {
+            let made_by = |node: &&NodeProto| through.contains(&node.op_type.as_str()) && node.output.iter().any(|o| o == name);
+            match self.proto.node.iter().find(made_by).and_then(|node| node.input.first()) {
+                Some(before) => name = before,
+                None => break,
+            }
+        }
+        name
+    }
+
+    fn length(&self, name: &str) -> Option<usize> {
+        let tensor = self.proto.initializer.iter().find(|tensor| tensor.name == name)?;
+        usize::try_from(*tensor.dims.first()?).ok()
+    }
+
+    fn refused(&self, reason: String) -> BundleError {
+        self.bundle.refused(self.file, reason)
+    }
+}
+
+/// `TensorProto.DataType`.
+fn data_type(dtype: Dtype) -> i32 {
+    match dtype {
+        Dtype::Float32 => 1,
+        Dtype::Int32 => 6,
+        Dtype::Int64 => 7,
+        Dtype::Float16 => 10,
+        Dtype::Bfloat16 => 16,
+    }
+}
