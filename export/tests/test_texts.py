@@ -23,7 +23,6 @@ from blip2_export.read.checkpoint import Checkpoint
 from blip2_export.read.tokenizers import QUESTION_FOLDER
 from blip2_export.reference import retrieval
 from blip2_export.reference.generation import Reference
-from blip2_export.reference.pictures import preprocess
 
 SEED, N_TEXTS = 11, 60
 TOLERANCE = 1e-4
@@ -137,7 +136,7 @@ def test_questions_of_every_script_are_read_as_the_reference_reads_them(
     with drawn_pictures(1) as ([picture], [path]):
         options = ("--json", "--beams", "1", "--max-new-tokens", "1", "--log-probs", "5")
         rows = engine_rows("ask", "--model", str(bundle), *options, str(path), "--", *asked)
-        pixels = preprocess(picture, facts["image"])
+        pixels = reference.prepare(picture)
     for row, question in zip(rows, asked, strict=True):
         prompt = template.format(question)
         ids, logits, _, _ = reference.generate(pixels, prompt, 1, question)
@@ -169,13 +168,13 @@ def test_texts_of_every_script_are_matched_as_the_reference_matches_them(tmp_pat
     convert(checkpoint, bundle, Choices("itm-tiny", golden=False))
     facts = json.loads((bundle / "bundle.json").read_text())
     reference, own = (
-        retrieval.Reference(Checkpoint(checkpoint), bundle, facts),
+        retrieval.Reference(Checkpoint(checkpoint), facts),
         AutoTokenizer.from_pretrained(checkpoint),
     )
     asked = [*texts(4 * N_TEXTS, SEED + 1, longest=20), *LONG]
     with drawn_pictures(1) as ([picture], [path]):
         rows = engine_rows("match", "--model", str(bundle), "--json", str(path), "--", *asked)
-        features = reference.features(preprocess(picture, facts["image"]))
+        features = reference.features(reference.prepare(picture))
     image, n_unknown = reference.image(features)[1], 0
     for row, text in zip(rows, asked, strict=True):
         wanted = reference.match(features, image, text)
