@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use blip2::pixels::{Limits, Picture, Preprocess};
-use mutate::{FORMATS, Format, Mutator};
+use mutate::{FORMATS, Format, Mutator, hostile};
 use serde_json::json;
 
 /// Nothing behind a panic hook of its own may see a panic.
@@ -60,6 +60,23 @@ fn damaged_pictures_end_the_program_in_order() {
         let n_lines = errors.lines().count() + String::from_utf8_lossy(&run.stdout).lines().count();
         assert!(n_lines >= files.len(), "every picture has its line: {errors}");
     }
+}
+
+#[test]
+#[ignore = "takes a release build; `make fuzz` runs it"]
+fn small_files_that_declare_much_work_are_refused_or_decoded() {
+    let mut faults = Vec::new();
+    for (name, format, make) in hostile::all() {
+        let bytes = make();
+        _ = std::fs::write("/proc/self/clear_refs", "5");
+        let begun = cpu_time();
+        let is_decoded = look(&bytes, &Limits::default());
+        let took = cpu_time() - begun;
+        println!("{name}: {} bytes, decoded {is_decoded}, {} ms, {} MiB", bytes.len(), took.as_millis(), peak_kib() / 1024);
+        let fault = fault(took, Duration::from_secs(2));
+        faults.extend(fault.map(|fault| format!("{name} {fault}: {}", keep(format, &bytes).display())));
+    }
+    assert!(faults.is_empty(), "{}", faults.join("\n"));
 }
 
 /// What is decoded at the moment, and since when.
