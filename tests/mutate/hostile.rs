@@ -26,7 +26,7 @@ pub fn all() -> [Hostile; 7] {
 }
 
 /// The last scan over and over.
-fn many_scans() -> Vec<u8> {
+pub fn many_scans() -> Vec<u8> {
     let is_progressive = |bytes: &Vec<u8>| bytes.windows(2).any(|pair| pair == [0xFF, 0xC2]);
     let mut file = seeds(FORMATS[0]).into_iter().find(is_progressive).unwrap();
     let frame = file.windows(2).position(|pair| pair == [0xFF, 0xC2]).unwrap();
@@ -82,7 +82,7 @@ fn skipping_bmp() -> Vec<u8> {
     file
 }
 
-fn tiny_tiles() -> Vec<u8> {
+pub fn tiny_tiles() -> Vec<u8> {
     let entries: [(u16, u32); 9] = [(256, SIDE), (257, 1500), (258, 8), (259, 8), (262, 1), (277, 1), (322, 1), (323, 1), (324, 8)];
     let n_tiles = SIDE * 1500;
     let mut file = [b"II*\0", &(8 + n_tiles * 4).to_le_bytes()[..]].concat();
