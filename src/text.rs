@@ -284,15 +284,21 @@ impl Text {
         self.0.decode(ids, true).unwrap_or_default().trim_matches(is_space).to_owned()
     }
 
+    /// Whether a token may change text before it: `transformers` takes the space away in front of a full stop, and within ` ' `.
+    fn tidies(&self) -> bool {
+        serde_json::to_string(&self.0.get_decoder()).is_ok_and(|decoder| decoder.contains(r#""pattern":{"String":" "#))
+    }
+
     /// One token as it is written in the vocabulary; empty for an id without one.
     pub fn token(&self, id: TokenId) -> String {
         self.0.decode(&[id], false).unwrap_or_default()
     }
 }
 
-/// Pieces of text as tokens arrive. Together they are what [`Text::decode`] gives for all tokens at once.
+/// Pieces of text as tokens arrive. Together they are what [`Text::decode`] gives for all tokens at once, or the beginning of it.
 pub struct TextStream {
     text: Arc<Text>,
+    tidies: bool,
     /// Tokens from `prefix_index` on, as the tokenizer's own streams keep them.
     ids: Vec<TokenId>,
     prefix: String,
@@ -305,11 +311,15 @@ pub struct TextStream {
 impl TextStream {
     /// A stream in front of its first token.
     pub fn new(text: Arc<Text>) -> Self {
-        Self { text, ids: Vec::new(), prefix: String::new(), prefix_index: 0, started: false, held: String::new() }
+        let tidies = text.tidies();
+        Self { text, tidies, ids: Vec::new(), prefix: String::new(), prefix_index: 0, started: false, held: String::new() }
     }
 
     /// The text that `token` completes; empty in the middle of a character.
     pub fn push(&mut self, token: TokenId) -> String {
+        if self.tidies {
+            return self.push_words(token);
+        }
         let Self { text, ids, prefix, prefix_index, .. } = self;
         let piece = step_decode_stream(&text.0, vec![token], true, ids, prefix, prefix_index).ok().flatten().unwrap_or_default();
         let piece = if self.started { piece.as_str() } else { piece.trim_start_matches(is_space) };
@@ -322,6 +332,16 @@ impl TextStream {
         let whole = std::mem::take(&mut self.held) + text;
         self.held.push_str(&piece[text.len()..]);
         whole
+    }
+
+    /// The last word may still change; the end of the text is for the caller to add.
+    fn push_words(&mut self, token: TokenId) -> String {
+        self.ids.push(token);
+        let whole = self.text.decode(&self.ids);
+        let steady = whole[..whole.rfind(' ').unwrap_or(0)].trim_end_matches(is_space);
+        let piece = steady.strip_prefix(self.prefix.as_str()).unwrap_or_default().to_owned();
+        self.prefix.push_str(&piece);
+        piece
     }
 }
 
@@ -416,5 +436,26 @@ mod tests {
         let pieces: Vec<String> = tokens.iter().map(|token| stream.push(*token)).collect();
         assert_eq!(pieces, ["", "a", "", "é", "", "", "  a", "", "", ""]);
         assert_eq!(pieces.concat(), text.decode(&tokens));
+    }
+
+    #[test]
+    fn a_stream_takes_nothing_back_that_it_gave() {
+        let replaced = [" .", " ' ", " n't"]
+            .map(|found| format!(r#"{{"type": "Replace", "pattern": {{"String": "{found}"}}, "content": "{}"}}"#, found.trim()));
+        let decoder = format!(r#""decoder": {{"type": "Sequence", "decoders": [{{"type": "Fuse"}}, {}]}}"#, replaced.join(", "));
+        let words = [" it", " '", " s", " do", " n't", " ."];
+        let vocab: Vec<String> = words.iter().enumerate().map(|(id, word)| format!(r#""{word}": {id}"#)).collect();
+        let json = format!(
+            r#"{{"version": "1.0", "added_tokens": [], {decoder},
+                "model": {{"type": "WordLevel", "vocab": {{{}}}, "unk_token": " it"}}}}"#,
+            vocab.join(", ")
+        );
+        let text = Arc::new(text(&json));
+        let mut stream = TextStream::new(text.clone());
+        let pieces: Vec<String> = (0..words.len() as TokenId).map(|token| stream.push(token)).collect();
+        let whole = text.decode(&[0, 1, 2, 3, 4, 5]);
+        assert_eq!(whole, "it's don't.");
+        assert_eq!(pieces, ["", "it", "", "'s", "", ""]);
+        assert!(whole.starts_with(&pieces.concat()));
     }
 }

@@ -302,7 +302,7 @@ fn pictures_that_cannot_be_used_say_why_and_the_others_are_captioned() {
     let bomb = scratch.file("bomb.png", &png_header(60_000, 60_000));
     let cases = [
         (scratch.0.join("missing.png").into(), "cannot be read: No such file"),
-        (scratch.0.clone().into(), "is not a file"),
+        (scratch.0.clone().into(), "is a folder, not a file"),
         (scratch.file("empty.png", b""), "is empty"),
         (scratch.file("letter.txt", b"Dear engine, this is not a picture."), "is not a picture in a known format"),
         (scratch.file("cut.png", &png[..png.len() / 2]), "is damaged or cut off"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
@@ -13,17 +14,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
-from transformers import Blip2Config, InstructBlipConfig
-
 from blip2_export.graphs import language, qformer, retrieval, vision
 from blip2_export.graphs.builder import OPSET, Graph, sha256
-from blip2_export.read import lavis, processor
+from blip2_export.read import adapter, configuration, lavis, leftovers, processor, tokenizers
 from blip2_export.read.checkpoint import Checkpoint, CheckpointError
 from blip2_export.reference import golden
 
 FORMAT_VERSION = 2
 _ONNXRUNTIME = "1.31"
+_MOST_BEAMS = 64
 _BEAMS, _STAGE_1_BEAMS = 5, 3  # of the paper's evaluations (section 4) and of LAVIS' `blip2_qformer.py`
 
 
@@ -41,17 +40,36 @@ class Choices:
     force: bool = False
     image_size: int | None = None  # other than the checkpoint's
     parts: lavis.Parts = lavis.Parts()  # what a LAVIS file does not hold
+    adapters: tuple[Path, ...] = ()  # merged in this order
+    ignored_tensors: tuple[str, ...] = ()  # patterns of names that may be left out
+
+    def check(self) -> None:
+        if self.ask_prompt is not None and self.ask_prompt.count("{}") != 1:
+            raise CheckpointError("the prompt for questions needs exactly one {} for the question")
+        if self.caption_prompt is not None and "{}" in self.caption_prompt:
+            raise CheckpointError("the prompt for captions has a {}, but there is no question to take its place")
+        if any("\ud800" <= letter <= "\udfff" for text in self._texts() for letter in text):
+            raise CheckpointError("the name and the prompts must be valid UTF-8")
+        if self.beams is not None and not 1 <= self.beams <= _MOST_BEAMS:
+            raise CheckpointError(f"{self.beams} beams: 1 (greedy search) to {_MOST_BEAMS} are possible")
+        for task, n_tokens in (("caption", self.caption_tokens), ("answer", self.ask_tokens)):
+            if n_tokens < 1:
+                raise CheckpointError(f"a most of {n_tokens} new tokens leaves no {task}; 1 is the least")
+
+    def _texts(self) -> list[str]:
+        return [self.name, self.caption_prompt or "", self.ask_prompt or ""]
 
 
 def convert(source: Path, out: Path, choices: Choices) -> None:
     """Writes the bundle `out` from a Hugging Face folder or a LAVIS file. On any failure `out` is as it was before."""
-    if choices.ask_prompt is not None and choices.ask_prompt.count("{}") != 1:
-        raise CheckpointError("the prompt for questions needs exactly one {} for the question")
-    if choices.beams is not None and choices.beams < 1:
-        raise CheckpointError(f"{choices.beams} beams cannot search; 1 is greedy search")
-    checkpoint = open_checkpoint(source, choices.parts)
+    choices.check()
+    for given in (source, *choices.parts.given(), *choices.adapters):
+        if out.resolve() in (given.resolve(), *given.resolve().parents):
+            raise CheckpointError(f"{out}: the bundle would take the place of {given}; give another folder")
+    checkpoint = open_checkpoint(source, choices.parts, choices.adapters)
     with _aside(out, choices.force) as aside:
         facts = _build(checkpoint, aside, choices)
+        leftovers.check(checkpoint, choices.ignored_tensors)
         if choices.golden:
             print("golden: recording the reference", file=sys.stderr)
             golden.record(checkpoint, aside, facts)
@@ -59,23 +77,24 @@ def convert(source: Path, out: Path, choices: Choices) -> None:
         (aside / "bundle.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
-def open_checkpoint(source: Path, parts: lavis.Parts) -> Checkpoint:
+def open_checkpoint(source: Path, parts: lavis.Parts, adapters: tuple[Path, ...] = ()) -> Checkpoint:
     if source.is_file():
-        return lavis.LavisCheckpoint(source, parts)
+        return adapter.adapted(lavis.LavisCheckpoint(source, parts), adapters)
     if parts != lavis.Parts():
         raise CheckpointError(f"{source}: --vision, --llm and --tokenizer go with a LAVIS file, not with a folder")
-    return Checkpoint(source)
+    return adapter.open_folder(source, adapters)
 
 
 def _build(checkpoint: Checkpoint, out: Path, choices: Choices) -> dict[str, Any]:
-    cfg = _config(checkpoint)
-    side = choices.image_size or cfg.vision_config.image_size
+    cfg = configuration.read(checkpoint)
+    side = cfg.vision_config.image_size if choices.image_size is None else choices.image_size
     image = processor.image_facts(checkpoint.processor_folder, side, choices.image_size is not None)
     n_positions = vision.n_positions(cfg.vision_config, side)
     if checkpoint.is_retrieval:
         tokenizer = retrieval.write_tokenizer(checkpoint, out, cfg.qformer_config.vocab_size)
     else:
-        processor.write_tokenizer(checkpoint.tokenizer_folder, out / "tokenizer.json", cfg.text_config.vocab_size)
+        processor.check_queries(checkpoint.processor_folder, cfg.num_query_tokens)
+        tokenizers.write(checkpoint.tokenizer_folder, out / "tokenizer.json", cfg.text_config.vocab_size)
     print("vision: building", file=sys.stderr)
     eye = vision.build(out, checkpoint, cfg.vision_config, side)
     print("qformer: building", file=sys.stderr)
@@ -86,6 +105,7 @@ def _build(checkpoint: Checkpoint, out: Path, choices: Choices) -> dict[str, Any
             facts |= _captions(checkpoint, choices)
     else:
         graphs, facts = _generation(checkpoint, cfg, n_positions, out, choices)
+    _check_room(facts)
     return {
         "format_version": FORMAT_VERSION,
         "name": choices.name,
@@ -111,7 +131,7 @@ def _generation(
     bridge = qformer.build(out, checkpoint, cfg.qformer_config, shape)
     bridge_facts: dict[str, Any] = {"n_queries": cfg.num_query_tokens, "hidden": cfg.qformer_config.hidden_size}
     if qformer.reads_text(cfg.qformer_config):
-        bridge_facts["text"] = processor.question_facts(checkpoint.tokenizer_folder, out, cfg.qformer_config, kind)
+        bridge_facts["text"] = tokenizers.question_facts(checkpoint.tokenizer_folder, out, cfg.qformer_config, kind)
     print(f"{text.model_type}: building", file=sys.stderr)
     mouth = language.build(out, checkpoint, cfg)
     return [bridge, *mouth.graphs], {
@@ -141,13 +161,15 @@ def _captions(checkpoint: Checkpoint, choices: Choices) -> dict[str, Any]:
     }
 
 
-def _config(checkpoint: Checkpoint) -> language.Config:
-    kind = InstructBlipConfig if checkpoint.config["model_type"] == "instructblip" else Blip2Config
-    try:
-        return kind(**checkpoint.config)
-    except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
-        said = " ".join(str(error).split())
-        raise CheckpointError(f"{checkpoint.folder}: config.json is not understood ({said})") from error
+def _check_room(facts: dict[str, Any]) -> None:
+    """Whether the positions of the language model hold as many new tokens as the tasks ask for at most."""
+    for task, how in facts["generation"].items():
+        room = facts["language"]["max_positions"] - facts["qformer"]["n_queries"]
+        if how["max_new_tokens"] >= room:
+            raise CheckpointError(
+                f"{how['max_new_tokens']} new tokens at most of a {task}: the language model has room for {room} behind "
+                f"the queries, its prompt included; choose fewer with --{task}-tokens"
+            )
 
 
 def _source(checkpoint: Checkpoint, cfg: language.Config) -> dict[str, str]:
@@ -177,8 +199,11 @@ def _aside(out: Path, force: bool) -> Iterator[Path]:
         raise CheckpointError(f"{out} exists; give another folder or --force to replace it")
     if out.exists() and not (out.is_dir() and ((out / "bundle.json").is_file() or not any(out.iterdir()))):
         raise CheckpointError(f"{out} exists and is not a bundle; it is left alone")
+    home = next(folder for folder in out.absolute().parents if folder.exists())
+    if not home.is_dir():
+        raise CheckpointError(f"{home}: not a folder, so that no bundle can lie in it")
     out.parent.mkdir(parents=True, exist_ok=True)
-    for left in out.parent.glob(f".{out.name}.*.part"):
+    for left in out.parent.glob(f".{glob.escape(out.name)}.*.part"):
         if not _alive(left):
             shutil.rmtree(left, ignore_errors=True)
     aside = out.parent / f".{out.name}.{os.getpid()}.part"

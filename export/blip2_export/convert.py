@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from blip2_export.bundle import Choices, convert
@@ -11,6 +13,8 @@ from blip2_export.graphs.builder import UnsupportedError
 from blip2_export.read.checkpoint import CheckpointError
 from blip2_export.read.hub import locate
 from blip2_export.read.lavis import Parts
+
+_LINE = 600
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +54,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="pictures of N×N pixels instead of the checkpoint's size; position embeddings are interpolated",
     )
+    parser.add_argument(
+        "--ignore-tensors",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="tensors of such names (`*` stands for anything) may be left out; otherwise one without a place is an error",
+    )
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="LoRA adapter of peft to merge, a folder or an id on the hub; repeated, one after another. One that lies beside "
+        "the weights is merged in any case",
+    )
     lavis = parser.add_argument_group("what a LAVIS file leaves out")
     lavis.add_argument(
         "--vision",
@@ -67,6 +86,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    try:
+        _convert(args)
+    except (CheckpointError, UnsupportedError) as error:
+        return _refuse(error)
+    except Exception as error:
+        if os.environ.get("BLIP2_TRACEBACK"):
+            raise
+        if isinstance(error, OSError) and error.strerror:
+            return _refuse(f"{error.filename or args.out}: {error.strerror}")
+        return _refuse(
+            f"{args.checkpoint}: {type(error).__name__} ({error}); BLIP2_TRACEBACK=1 shows where it comes from"
+        )
+    total = sum(p.stat().st_size for p in args.out.rglob("*") if p.is_file())
+    print(f"{args.out}: {total / 1e6:.1f} MB", file=sys.stderr)
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> None:
     choices = Choices(
         args.name or args.out.name,
         args.caption_prompt,
@@ -78,12 +115,15 @@ def run(args: argparse.Namespace) -> int:
         args.force,
         args.image_size,
         Parts(args.vision, args.llm, args.tokenizer),
+        ignored_tensors=tuple(args.ignore_tensors),
     )
-    try:
-        convert(locate(args.checkpoint, args.revision), args.out, choices)
-    except (CheckpointError, UnsupportedError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
-    total = sum(p.stat().st_size for p in args.out.rglob("*") if p.is_file())
-    print(f"{args.out}: {total / 1e6:.1f} MB", file=sys.stderr)
-    return 0
+    choices = replace(choices, adapters=tuple(locate(adapter) for adapter in args.adapter))
+    convert(locate(args.checkpoint, args.revision), args.out, choices)
+
+
+def _refuse(said: object) -> int:
+    """One line, however long the value is that it quotes."""
+    line = " ".join(str(said).split())
+    line = line if len(line) <= _LINE else f"{line[: _LINE // 2]} … {line[-_LINE // 2 :]}"
+    print(f"error: {line}".encode(errors="backslashreplace").decode(), file=sys.stderr)
+    return 3

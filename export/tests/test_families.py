@@ -310,7 +310,7 @@ def test_goldens_hold_what_the_graphs_give(case, tmp_path: Path, shape: str) -> 
     convert(case(shape).checkpoint, tmp_path / "b", Choices("x", ask_prompt="Question: {} Answer:", caption_prompt="a"))
     cases = json.loads((tmp_path / "b" / "golden" / "golden.json").read_text())["cases"]
     facts, graphs = json.loads((tmp_path / "b" / "bundle.json").read_text()), Graphs(tmp_path / "b")
-    assert [c["task"] for c in cases] == ["caption", "ask"] * 2
+    assert [c["task"] for c in cases] == ["caption", "ask"] * 3
     assert cases[0]["pixels"] == cases[1]["pixels"] and cases[0]["features"] == cases[1]["features"]
     reads = facts["qformer"].get("text")
     assert (cases[0]["queries"] != cases[1]["queries"]) == (reads is not None)
@@ -373,7 +373,7 @@ def drop_tensors(folder: Path, part: str) -> None:
         (
             "t5",
             lambda f: edit_text(f, "decoder_start_token_id", "bos_token_id"),
-            "no text_config.decoder_start_token_id",
+            "text_config.decoder_start_token_id of config.json is None",
         ),
         (
             "t5",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ import numpy as np
 import old_revisions
 import pytest
 from graphs import Graphs
+from safetensors.numpy import save_file
 from stand_in_hub import Hub, Model, serve
 
 from blip2_export import convert as command
@@ -110,6 +112,25 @@ def test_an_id_converts_to_the_bundle_of_its_folder(hub: Hub, python: Run, check
     assert {name: p.read_bytes() for name, p in files.items()} == {
         str(p.relative_to(tmp_path / "a")): p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()
     }
+
+
+def test_an_adapter_of_an_id_fetches_its_base_by_id(hub: Hub, python: Run, checkpoint: Path, tmp_path: Path) -> None:
+    lora, name = tmp_path / "lora", "someone/blip2-lora"
+    lora.mkdir()
+    module = "base_model.model.language_model.model.decoder.layers.0.self_attn.q_proj.lora_"
+    numbers = np.random.default_rng(0).standard_normal((2, 60), np.float32) * 0.3
+    save_file({f"{module}A.weight": numbers, f"{module}B.weight": numbers.T.copy()}, lora / "adapter_model.safetensors")
+    said = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "base_model_name_or_path": NAME}
+    (lora / "adapter_config.json").write_text(json.dumps(said))
+    (lora / "optimizer.pt").write_bytes(b"nobody needs it")
+    hub.models |= {NAME: Model({"main": checkpoint}), name: Model({"main": lora})}
+    common = ("--name", "x", "--no-golden")
+    for out, words in {"a": (name,), "b": (NAME, "--adapter", name), "plain": (NAME,)}.items():
+        done = python("-m", "blip2_export", "convert", *words[:1], tmp_path / out, *words[1:], *common)
+        assert done.returncode == 0, done.stderr
+    a, b, plain = ((tmp_path / out / "bundle.json").read_bytes() for out in ("a", "b", "plain"))
+    assert a == b != plain
+    assert "optimizer.pt" not in hub.fetched()
 
 
 def test_the_pickled_first_revision_of_an_id_equals_the_reference(

@@ -267,6 +267,16 @@ def test_the_image_encoder_of_a_folder_or_of_another_file_serves_too(tmp_path: P
     assert np.array_equal(checkpoint.tensor("vision_model.post_layernorm.weight"), mine.numpy())
 
 
+def test_a_folder_that_lends_its_image_encoder_lends_nothing_else(tmp_path: Path) -> None:
+    write_lavis(tmp_path / "l", STAGE_2, 4)
+    random_checkpoint.write(tmp_path / "hf", "odd-6", 0)
+    given = replace(parts(tmp_path / "l"), vision=tmp_path / "hf")
+    checkpoint = LavisCheckpoint(tmp_path / "l" / "model.pth", given)
+    name = "model.decoder.layers.0.fc1.weight"
+    held = load_file(tmp_path / "l" / "llm" / "model.safetensors")
+    assert np.array_equal(checkpoint.tensor("language_model." + name), held[name].numpy())
+
+
 def test_an_original_file_gives_up_its_last_block_only(tmp_path: Path) -> None:
     write_lavis(tmp_path / "l", replace(EVA, vision_blocks=3), 4)
     checkpoint = LavisCheckpoint(tmp_path / "l" / "model.pth", parts(tmp_path / "l"))
@@ -312,7 +322,11 @@ def _edit(change: Callable[[dict], object], name: str = "model.pth") -> Callable
             {},
             r"is \[3, 64\], the other tensors ask",
         ),
-        (_edit(lambda s: s.update({"Qformer.cls.predictions.decoder.weight": torch.ones(9, 64)})), {}, "not tied"),
+        (
+            _edit(lambda s: s.update({"Qformer.cls.predictions.decoder.weight": torch.ones(9, 64)})),
+            {},
+            "to which it is tied",
+        ),
         (_edit(lambda s: s.update(temp=torch.tensor(1))), {}, "has dtype torch.int64"),
         (_edit(lambda s: s.pop("blocks.0.attn.q_bias"), "vision.pth"), {}, "`blocks.0.attn.q_bias` is missing"),
         (_edit(lambda s: s.pop("patch_embed.proj.weight"), "vision.pth"), {}, "neither EVA's image encoder"),
@@ -333,6 +347,15 @@ def test_what_a_stage_1_file_lacks_or_holds_too_much(tmp_path: Path, damage, giv
     assert [p.name for p in tmp_path.iterdir()] == ["l"]
 
 
+def _put(name: str, change: Callable[[Tensor | None], Tensor]) -> Callable[[Path], None]:
+    def put(folder: Path) -> None:
+        file = folder / "llm" / "model.safetensors"
+        held = load_file(file)
+        save_file({**held, name: change(held.get(name))}, file, {"format": "pt"})
+
+    return put
+
+
 @pytest.mark.parametrize(
     ("damage", "given", "said"),
     [
@@ -347,6 +370,10 @@ def test_what_a_stage_1_file_lacks_or_holds_too_much(tmp_path: Path, damage, giv
             "whose Q-Former reads text",
         ),
         (lambda f: _drop(f / "llm", "model.decoder.final_layer_norm.bias"), {}, "final_layer_norm.bias` is missing"),
+        (_put("model.decoder.embed_tokens.weight", lambda old: old + 1), {}, "is not what model.pth was trained with"),
+        (_put("model.decoder.embed_tokens.weight", lambda old: old[:9]), {}, "is not what model.pth was trained with"),
+        (_put("somewhere.else", lambda _: torch.ones(3)), {}, "`language_model.somewhere.else`, which no part"),
+        (_put("model.decoder.layers.0.fc1.SCB", lambda _: torch.ones(3)), {}, "so its weights are quantized"),
     ],
 )
 def test_what_a_stage_2_file_lacks_or_holds_too_much(tmp_path: Path, damage, given: dict, said: str) -> None:

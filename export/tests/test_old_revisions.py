@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, Blip2ForConditionalGeneration, Blip2Proc
 
 from blip2_export.bundle import Choices, convert
 from blip2_export.check import random_checkpoint
-from blip2_export.read import processor
+from blip2_export.read import processor, tokenizers
 from blip2_export.read.checkpoint import Checkpoint, CheckpointError
 from blip2_export.read.pickled import PickledError, PickledFile
 from blip2_export.reference import pictures
@@ -77,9 +77,8 @@ def reference(folder: Path, pixels: np.ndarray, prompt: str) -> tuple[list[int],
 
 def assert_equal_to_reference(folder: Path, bundle: Path) -> None:
     graphs = Graphs(bundle)
-    pixels = np.stack(
-        [pictures.preprocess(p, graphs.facts["image"]) for p in drawing.sample_pictures(3, seed=3, side=90)]
-    )
+    prepare = pictures.preparation(folder, graphs.facts["image"])
+    pixels = np.stack([prepare(p) for p in drawing.sample_pictures(3, seed=3, side=90)])
     queries = graphs.queries(graphs.features(pixels))
     wanted = [reference(folder, *case) for case in zip(pixels, PROMPTS, strict=True)]
     tokenizer = Tokenizer.from_file(str(bundle / "tokenizer.json"))
@@ -246,7 +245,7 @@ def test_a_slow_tokenizer_is_the_one_that_the_reference_makes(folder: Path, tmp_
     old_revisions.forget_image_token(folder)
     fast = AutoTokenizer.from_pretrained(folder)
     old_revisions.slow_tokenizer(folder)
-    processor.write_tokenizer(folder, tmp_path / "tokenizer.json", N_TOKENS + 7)
+    tokenizers.write(folder, tmp_path / "tokenizer.json", N_TOKENS + 7)
     made = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     for text in ("", "two dogs  play\non the beach", "Größe 中 🐕", "</s> a <pad>"):
         assert made.encode(text).ids == AutoTokenizer.from_pretrained(folder)(text)["input_ids"]

@@ -20,7 +20,7 @@ from blip2_export.bundle import Choices, convert
 from blip2_export.check import random_checkpoint, random_retrieval
 from blip2_export.check.parity import drawn_pictures
 from blip2_export.read.checkpoint import Checkpoint
-from blip2_export.read.processor import QUESTION_FOLDER
+from blip2_export.read.tokenizers import QUESTION_FOLDER
 from blip2_export.reference import retrieval
 from blip2_export.reference.generation import Reference
 from blip2_export.reference.pictures import preprocess

@@ -151,7 +151,7 @@ pub(super) fn picture(path: &Path, input: &Input) -> Result<(Picture, Timings), 
     match opened {
         Ok(picture) => {
             for warning in picture.warnings() {
-                eprintln!("blip2: {}: {warning}", path.display());
+                eprintln!("blip2: {}: {warning}", plain(&path.to_string_lossy()));
             }
             Ok((if let Some(alpha) = input.alpha { picture.without_alpha(alpha) } else { picture }, timings))
         }

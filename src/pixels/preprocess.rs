@@ -74,7 +74,10 @@ impl Pixels {
         let side = how.size as usize;
         let mut pixels = Array4::zeros((pictures.len(), 3, side, side));
         for (index, (picture, mut row)) in pictures.iter().zip(pixels.outer_iter_mut()).enumerate() {
-            let square = guard::contained(|| how.square(picture).ok_or_else(|| how.unfit(picture, index)))?;
+            let square = guard::contained(|| {
+                check_size(picture)?;
+                how.square(picture).ok_or_else(|| how.unfit(picture, index))
+            })?;
             for (channel, mut plane) in row.outer_iter_mut().enumerate() {
                 let normalised: [f32; 256] = std::array::from_fn(|value| how.normalise(value as u8, channel));
                 for (into, pixel) in plane.iter_mut().zip(square.rgb.chunks_exact(3)) {
@@ -84,6 +87,17 @@ impl Pixels {
         }
         Ok(Self(pixels))
     }
+}
+
+/// Callers may put pictures together themselves.
+fn check_size(picture: &Picture) -> Result<(), PixelsError> {
+    let n_pixels = picture.width as usize * picture.height as usize;
+    let alpha = picture.alpha.as_ref().map_or(n_pixels, Vec::len);
+    if picture.rgb.len() == n_pixels * 3 && alpha == n_pixels {
+        return Ok(());
+    }
+    let (found, Picture { width, height, .. }) = (picture.rgb.len(), picture);
+    Err(PixelsError::Damaged(format!("{width}×{height} with {found} bytes of colour and {alpha} of alpha").into()))
 }
 
 impl Preprocess {

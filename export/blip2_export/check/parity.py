@@ -21,7 +21,6 @@ from blip2_export.check import parity_stage1, random_shapes
 from blip2_export.check.comparison import Comparison
 from blip2_export.engine import run_engine
 from blip2_export.reference.generation import Found, Reference
-from blip2_export.reference.pictures import preprocess
 from blip2_export.scenes import drawing
 
 PROMPTS = ("", "Question: what colour is the star? Answer:", "a photo of")
@@ -68,8 +67,9 @@ def compare(checkpoint: Path, bundle: Path, engine: Path, plan: Plan) -> Compari
         if facts["family"] == "qformer":
             shown = list(zip(pictures, paths, strict=True))
             return parity_stage1.compare(checkpoint, bundle, engine, shown, plan.max_new_tokens)
-        pixels = np.stack([preprocess(picture, facts["image"]) for picture in pictures])
-        both = _Both(Reference(checkpoint, facts), bundle, engine, plan.max_new_tokens, pixels, paths)
+        reference = Reference(checkpoint, facts)
+        pixels = np.stack([reference.prepare(picture) for picture in pictures])
+        both = _Both(reference, bundle, engine, plan.max_new_tokens, pixels, paths)
         for prompt in PROMPTS:
             greedy = both.captions(prompt, GREEDY)
         searches = list(every_search(both.reference, greedy)) if plan.every else FEW[1:]

@@ -11,8 +11,7 @@ import numpy as np
 
 from blip2_export.check.comparison import Comparison
 from blip2_export.engine import run_engine
-from blip2_export.read.checkpoint import Checkpoint
-from blip2_export.reference.pictures import preprocess
+from blip2_export.read import adapter
 from blip2_export.reference.retrieval import TEXTS, Reference
 
 
@@ -21,9 +20,9 @@ def compare(
 ) -> Comparison:
     """`pictures`: each with the file that the engine reads."""
     facts = json.loads((bundle / "bundle.json").read_text())
-    model, out = Reference(Checkpoint(checkpoint), bundle, facts), Comparison()
+    model, out = Reference(adapter.open_folder(checkpoint), facts), Comparison()
     paths = [str(path) for _, path in pictures]
-    features = [model.features(preprocess(picture, facts["image"])) for picture, _ in pictures]
+    features = [model.features(model.prepare(picture)) for picture, _ in pictures]
     images = [model.image(seen)[1] for seen in features]
     told = ("--model", str(bundle))
     for path, seen, image in zip(paths, features, images, strict=True):

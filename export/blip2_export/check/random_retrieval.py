@@ -286,6 +286,7 @@ def _write_language(folder: Path, model: Lavis, draw: _Draw) -> dict[str, torch.
     config.dtype = torch.float16
     config.save_pretrained(folder)
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in kind.from_config(config).named_parameters()}
     if model.kind == "t5":

@@ -74,6 +74,12 @@ class Layers:
         y = self.linear(f"{name}intermediate{branch}.dense", x, self.width, inner)
         return self.add_and_norm(f"{name}output{branch}", self.g.activation(y, self.cfg.hidden_act), x, inner)
 
+    def pass_over_feed_forward(self, i: int, branch: str) -> None:
+        """Says that nothing depends on this one."""
+        name = f"qformer.encoder.layer.{i}."
+        parts = (f"intermediate{branch}.dense", f"output{branch}.dense", f"output{branch}.LayerNorm")
+        self.checkpoint.pass_over(*(f"{name}{part}.{kind}" for part in parts for kind in ("weight", "bias")))
+
     def add_and_norm(self, name: str, y: str, x: str, n_in: int) -> str:
         return self.norm(name + ".LayerNorm", self.g.op("Add", [self.linear(name + ".dense", y, n_in, self.width), x]))
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from blip2_export.graphs.builder import MICROSOFT, Graph
+from blip2_export.read.checkpoint import Checkpoint, CheckpointError
 
 _PARTS = ("key", "value")
 
@@ -104,6 +105,18 @@ def store_embedding(g: Graph, table: np.ndarray) -> dict[str, Any]:
 def select(g: Graph, x: str, logits_at: str) -> str:
     """The positions of each row that logits are wanted for."""
     return str(g.op("GatherND", [x, g.op("Unsqueeze", [logits_at, g.constant([-1])])], batch_dims=1))
+
+
+def own_head(checkpoint: Checkpoint, table: str, head: str, shape: tuple[int, ...]) -> np.ndarray | None:
+    """The tensor `head`, where it is not tied to the embeddings `table`."""
+    if head in checkpoint.tied(table):
+        return None
+    if not checkpoint.has(head):
+        raise CheckpointError(
+            f"{checkpoint.folder}: tensor `{head}` is missing, and config.json does not tie it to `{table}` "
+            "(tie_word_embeddings); the checkpoint is incomplete"
+        )
+    return checkpoint.tensor(head, shape)
 
 
 def finish(

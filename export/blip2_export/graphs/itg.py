@@ -10,12 +10,14 @@ from pathlib import Path
 from transformers import Blip2QFormerConfig
 
 from blip2_export.graphs.bert import TEXT, Layers
-from blip2_export.graphs.builder import Data, Graph
-from blip2_export.graphs.decoding import Decoder, attend, declare_inputs, finish, select, store_embedding
+from blip2_export.graphs.builder import Data, Graph, UnsupportedError
+from blip2_export.graphs.decoding import Decoder, attend, declare_inputs, finish, own_head, select, store_embedding
 from blip2_export.read.checkpoint import Checkpoint
 
 _HEAD = "cls.predictions."
+WORDS, HEAD = "embeddings.word_embeddings.weight", _HEAD + "decoder.weight"
 BIAS = _HEAD + "bias"  # there only with the head of image-grounded text generation
+HEAD_BIAS = _HEAD + "decoder.bias"
 
 
 def build(folder: Path, checkpoint: Checkpoint, cfg: Blip2QFormerConfig, data: Data) -> Decoder:
@@ -24,7 +26,7 @@ def build(folder: Path, checkpoint: Checkpoint, cfg: Blip2QFormerConfig, data: D
     layers = Layers(g, checkpoint, cfg)
     width, vocab = cfg.hidden_size, cfg.vocab_size
     inputs = declare_inputs(g, width)
-    words = layers.read("embeddings.word_embeddings.weight", vocab, width)
+    words = layers.read(WORDS, vocab, width)
     embedding = store_embedding(g, words)
     learned = layers.read("embeddings.position_embeddings.weight", cfg.max_position_embeddings, width)
     x = g.op("Add", [inputs.embeds, g.op("Gather", [g.weight(learned), inputs.positions], axis=0)])
@@ -35,7 +37,10 @@ def build(folder: Path, checkpoint: Checkpoint, cfg: Blip2QFormerConfig, data: D
     x = g.activation(layers.linear(_HEAD + "transform.dense", x, width, width), cfg.hidden_act)
     x = layers.norm(_HEAD + "transform.LayerNorm", x)
     bias = layers.read(BIAS, vocab)
-    return finish(g, x, None, words, embedding, layers.heads, cfg.num_hidden_layers, bias)
+    if HEAD_BIAS not in checkpoint.tied(BIAS):
+        raise UnsupportedError(f"`{HEAD_BIAS}` is not equal to `{BIAS}`; which of them holds cannot be told")
+    head = own_head(checkpoint, WORDS, HEAD, words.shape)
+    return finish(g, x, head, words, embedding, layers.heads, cfg.num_hidden_layers, bias)
 
 
 def _attention(layers: Layers, i: int, x: str) -> str:

@@ -6,16 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import Blip2Config, InstructBlipConfig
-
 from blip2_export.graphs import llama, opt, t5
 from blip2_export.graphs.builder import Graph
 from blip2_export.graphs.decoding import Decoder
-from blip2_export.read import processor
+from blip2_export.read import tokenizers
 from blip2_export.read.checkpoint import Checkpoint, CheckpointError
+from blip2_export.read.configuration import Config
 
 _NO_TABLE_POSITIONS = 2048  # what a model without a position table is trusted with
-Config = Blip2Config | InstructBlipConfig
 
 
 @dataclass(frozen=True)
@@ -58,23 +56,38 @@ def _facts(text: Any, max_positions: int, made: Decoder, ids: dict[str, Any]) ->
 
 
 def _token_ids(cfg: Config, checkpoint: Checkpoint) -> dict[str, Any]:
-    """As `generate()` of the reference uses them: the language model's own, not a generation_config.json beside it."""
-    text = cfg.text_config
-    eos = text.eos_token_id
-    if eos is None:
-        raise CheckpointError(f"{checkpoint.folder}: config.json has no text_config.eos_token_id")
+    """As `generate()` of the reference uses them: the language model's own, whatever a generation_config.json beside it says."""
+    text, folder = cfg.text_config, checkpoint.folder
+    eos = text.eos_token_id if isinstance(text.eos_token_id, list) else [text.eos_token_id]
+    if not eos or any(not _embedded(token, text) for token in eos):
+        raise CheckpointError(
+            f"{folder}: text_config.eos_token_id of config.json is {text.eos_token_id}, so that no text would end; set it to "
+            f"an id below {text.vocab_size} (the reference takes none from generation_config.json)"
+        )
     image = cfg.image_token_index
+    image = tokenizers.image_token(checkpoint.tokenizer_folder) if image is None else image
+    if not 0 <= image < 1 << 32:
+        raise CheckpointError(f"{folder}: image_token_index of config.json is {image}, which is no token id")
+    ids = {name: getattr(text, f"{name}_token_id", None) for name in ("bos", "pad")}
     return {
-        "bos": getattr(text, "bos_token_id", None),
-        "eos": eos if isinstance(eos, list) else [eos],
-        "pad": text.pad_token_id,
-        "image": processor.image_token(checkpoint.tokenizer_folder) if image is None else image,
+        "bos": ids["bos"] if _embedded(ids["bos"], text) else None,
+        "eos": eos,
+        "pad": ids["pad"] if _embedded(ids["pad"], text) else None,
+        "image": image,
     }
+
+
+def _embedded(token: Any, text: Any) -> bool:
+    return type(token) is int and 0 <= token < text.vocab_size
 
 
 def _decoder_start(text: Any, checkpoint: Checkpoint) -> int:
     """The first token that the decoder reads; the reference falls back to the one that starts a text."""
-    for name in ("decoder_start_token_id", "bos_token_id"):
-        if (found := getattr(text, name, None)) is not None:
-            return int(found)
-    raise CheckpointError(f"{checkpoint.folder}: config.json has no text_config.decoder_start_token_id")
+    ids = (getattr(text, name, None) for name in ("decoder_start_token_id", "bos_token_id"))
+    found = next((token for token in ids if token is not None), None)
+    if not _embedded(found, text):
+        raise CheckpointError(
+            f"{checkpoint.folder}: text_config.decoder_start_token_id of config.json is {found}, expected an id below "
+            f"{text.vocab_size}"
+        )
+    return int(found)

@@ -14,6 +14,7 @@ from blip2_export.graphs.decoding import (
     attend,
     declare_inputs,
     finish,
+    own_head,
     pad_groups,
     select,
     store_embedding,
@@ -84,7 +85,7 @@ def build(folder: Path, checkpoint: Checkpoint, cfg: LlamaConfig) -> Decoder:
     for i in range(cfg.num_hidden_layers):
         x = b.layer(i, x, inputs.positions)
     x = b.norm("norm", select(g, x, inputs.logits_at))
-    head = None if cfg.tie_word_embeddings else checkpoint.tensor("language_model.lm_head.weight", table.shape)
+    head = own_head(checkpoint, _PREFIX + "embed_tokens.weight", "language_model.lm_head.weight", table.shape)
     return finish(g, x, head, table, embedding, b.heads, cfg.num_hidden_layers)
 
 

@@ -8,10 +8,20 @@ import numpy as np
 from transformers import OPTConfig
 
 from blip2_export.graphs.builder import Graph
-from blip2_export.graphs.decoding import Decoder, Heads, attend, declare_inputs, finish, select, store_embedding
+from blip2_export.graphs.decoding import (
+    Decoder,
+    Heads,
+    attend,
+    declare_inputs,
+    finish,
+    own_head,
+    select,
+    store_embedding,
+)
 from blip2_export.read.checkpoint import Checkpoint
 
 _PREFIX = "language_model.model.decoder."
+_HEAD = "language_model.lm_head.weight"
 _POSITION_OFFSET = 2  # OPT's table has two rows in front of position 0
 _EPSILON = 1e-5
 
@@ -80,6 +90,5 @@ def build(folder: Path, checkpoint: Checkpoint, cfg: OPTConfig) -> Decoder:
         x = b.norm("final_layer_norm", x)
     if narrow != width:
         x = g.linear(x, b.read("project_out.weight", narrow, width), None)
-    name = "language_model.lm_head.weight"
-    head = None if cfg.tie_word_embeddings else checkpoint.optional(name, (vocab, narrow))
+    head = own_head(checkpoint, _PREFIX + "embed_tokens.weight", _HEAD, table.shape)
     return finish(g, x, head, table, embedding, b.heads, cfg.num_hidden_layers)

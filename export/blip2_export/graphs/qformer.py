@@ -67,6 +67,7 @@ def _with_question(layers: Layers, features: str, n_queries: int) -> str:
         queries = x if last else _cut(g, x, 0, n_queries)
         queries = layers.feed_forward(i, layers.cross_attention(i, queries, features), QUERY)
         if last:  # nobody reads the question's last states
+            layers.pass_over_feed_forward(i, TEXT)
             return queries
         text = layers.feed_forward(i, _cut(g, x, n_queries, _END), TEXT)
         x = g.op("Concat", [queries, text], axis=1)

@@ -13,7 +13,7 @@ from transformers import Blip2Config
 from blip2_export.graphs import itg
 from blip2_export.graphs.bert import QUERY, TEXT, Layers
 from blip2_export.graphs.builder import Data, Graph
-from blip2_export.read import processor
+from blip2_export.read import tokenizers
 from blip2_export.read.checkpoint import Checkpoint, CheckpointError
 
 TOKENIZER = "qformer_tokenizer.json"
@@ -86,24 +86,19 @@ def _facts(stage: Stage1) -> dict[str, Any]:
 
 
 def write_tokenizer(checkpoint: Checkpoint, out: Path, vocab_size: int) -> Tokenizer:
-    """`qformer_tokenizer.json`, which neither cuts nor pads: how long a text may be stands in `bundle.json`.
-
-    Where `[DEC]` is one token short of the embedding table it is added as the last id, as the reference does.
-    """
+    """`qformer_tokenizer.json`. A `[DEC]` that is one token short of the embedding table is added as the last id, as LAVIS does."""
     folder = checkpoint.tokenizer_folder
-    tokenizer = processor.read_tokenizer(folder)
+    tokenizer = tokenizers.read(folder)
     if tokenizer.token_to_id(_START) is None and tokenizer.get_vocab_size() == vocab_size - 1:
         tokenizer.add_special_tokens([_START])
-    tokenizer = processor.embedded(tokenizer, vocab_size)
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    tokenizer = tokenizers.embedded(tokenizer, vocab_size)
     for token in (_CLASS, _END, _PAD, *([_START] if checkpoint.has(itg.BIAS) else [])):
         number = tokenizer.token_to_id(token)
         if number is None or number >= vocab_size:
             raise CheckpointError(f"{folder}: the tokenizer has no {token} among the {vocab_size} embedded tokens")
     if tokenizer.encode("a").ids[0] != tokenizer.token_to_id(_CLASS):
         raise CheckpointError(f"{folder}: the tokenizer does not begin texts with {_CLASS}")
-    tokenizer.save(str(out / TOKENIZER))
+    tokenizer.save(str(out / TOKENIZER), pretty=False)
     return tokenizer
 
 

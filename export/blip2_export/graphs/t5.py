@@ -16,10 +16,20 @@ from onnx import TensorProto
 from transformers import T5Config
 
 from blip2_export.graphs.builder import MICROSOFT, Graph, UnsupportedError
-from blip2_export.graphs.decoding import Decoder, Heads, attend, declare_inputs, finish, select, store_embedding
+from blip2_export.graphs.decoding import (
+    Decoder,
+    Heads,
+    attend,
+    declare_inputs,
+    finish,
+    own_head,
+    select,
+    store_embedding,
+)
 from blip2_export.read.checkpoint import Checkpoint
 
 _PREFIX = "language_model."
+_TABLE = _PREFIX + "decoder.embed_tokens.weight"
 _PARTS = {"k": "key", "v": "value"}
 _MASKED = -1e30  # T5 does not scale its scores; the operator's own -10000 may not be far enough below them
 
@@ -129,6 +139,10 @@ def _decoder(folder: Path, checkpoint: Checkpoint, cfg: T5Config) -> Decoder:
     s = _Stack(g, checkpoint, cfg, "decoder")
     inputs = declare_inputs(g, cfg.d_model)
     table = checkpoint.tensor(_PREFIX + "shared.weight", (cfg.vocab_size, cfg.d_model))
+    if _TABLE not in checkpoint.tied(_PREFIX + "shared.weight"):
+        raise UnsupportedError(
+            f"`{_TABLE}` is another table than the encoder's `shared.weight`; one for both is supported"
+        )
     embedding = store_embedding(g, table)
     lengths = g.input("encoder_lengths", "int32", ["batch"])
     keys = _count(g, g.op("Cast", ["total_sequence_length"], to=TensorProto.INT64))
@@ -149,7 +163,7 @@ def _decoder(folder: Path, checkpoint: Checkpoint, cfg: T5Config) -> Decoder:
     x = s.norm("final_layer_norm", select(g, x, inputs.logits_at))
     if cfg.scale_decoder_outputs:
         x = g.op("Mul", [x, g.constant(cfg.d_model**-0.5, np.float32)])
-    head = checkpoint.optional(_PREFIX + "lm_head.weight", table.shape)
+    head = own_head(checkpoint, _PREFIX + "shared.weight", _PREFIX + "lm_head.weight", table.shape)
     return finish(g, x, head, table, embedding, s.heads, cfg.num_decoder_layers)
 
 

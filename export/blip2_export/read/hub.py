@@ -32,6 +32,7 @@ from huggingface_hub.errors import (
     RevisionResolutionError,
 )
 
+from blip2_export.read import lora
 from blip2_export.read.checkpoint import CheckpointError, shards, weights_name
 
 _ID = re.compile(r"(?!.*(--|\.\.))\w[\w.-]*/\w[\w.-]*(?<![.-])")
@@ -93,9 +94,13 @@ def _kept(repo: str, commit: ResolvedRevision, unreachable: Exception) -> Path:
 
 
 def _needed(repo: str, commit: ResolvedRevision, there: Collection[str]) -> list[str]:
-    """Configurations, tokenizers, and the one set of weights that the reference would choose."""
+    """Configurations, tokenizers, the one set of weights that the reference would choose, and an adapter with or without them."""
     wanted = {*_CONFIGS, *(folder + name for folder in _TOKENIZER_FOLDERS for name in _TOKENIZER)}
     weights = weights_name(there)
+    if lora.CONFIG in there:
+        wanted |= {lora.CONFIG, weights_name(there, lora.WEIGHTS) or lora.CONFIG}
+        if "config.json" not in there:
+            return sorted(wanted.intersection(there))
     if "config.json" not in there or weights is None:
         missing = "config.json" if "config.json" not in there else "weights (safetensors or .bin)"
         raise CheckpointError(f"{repo}: has no {missing}, so it is not a checkpoint in the format of transformers")

@@ -1,7 +1,8 @@
 """Reads the files that `torch.save` wrote: `pytorch_model.bin` and its shards one tensor at a time, others as a whole.
 
 Only tensors and plain values are unpickled: a file that asks for anything else is refused. What `PickledFile` reads of a file
-is one tensor, not the file: its place is looked up without loading anything, its bytes are mapped and let go with the array.
+is one tensor, not the file: its place is looked up without loading anything, its bytes are mapped and let go with the array,
+where `torch.load` with `mmap` keeps all that was read in memory.
 """
 
 from __future__ import annotations

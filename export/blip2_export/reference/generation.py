@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from blip2_export.read import processor
+from blip2_export.read import adapter, tokenizers
 from blip2_export.read.checkpoint import Checkpoint
-from blip2_export.reference import load
-from blip2_export.reference.pictures import preprocess
+from blip2_export.reference import load, pictures
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class Found:
 
 
 class Reference:
-    """`Blip2ForConditionalGeneration` or `InstructBlipForConditionalGeneration` with the PIL image processor.
+    """`Blip2ForConditionalGeneration` or `InstructBlipForConditionalGeneration` with the checkpoint's processor and tokenizers.
 
     Where the Q-Former reads text, `facts` say whether that is the whole `prompt` or the `question` in it.
     """
@@ -34,17 +33,18 @@ class Reference:
         import torch
         from transformers import Blip2ForConditionalGeneration, InstructBlipForConditionalGeneration
 
-        checkpoint = Checkpoint(checkpoint) if isinstance(checkpoint, Path) else checkpoint
+        checkpoint = adapter.open_folder(checkpoint) if isinstance(checkpoint, Path) else checkpoint
         self.torch, self.facts = torch, facts
         self.instruct = facts["source"]["model_type"] == "instructblip"
         kind = InstructBlipForConditionalGeneration if self.instruct else Blip2ForConditionalGeneration
         self.model = load.load(checkpoint, kind, facts["image"]["size"])
         self._place_image_tokens(facts["language"]["token_ids"]["image"])
-        self.tokenizer = processor.read_tokenizer(checkpoint.tokenizer_folder)
+        self.prepare = pictures.preparation(checkpoint.processor_folder, facts["image"])
+        self.tokenizer = tokenizers.load(checkpoint.tokenizer_folder)
         self.question = facts["qformer"].get("text")
         if self.question is not None:
-            self._questions = processor.read_tokenizer(checkpoint.tokenizer_folder / processor.QUESTION_FOLDER)
-            self._questions.enable_truncation(self.question["max_tokens"], direction=self.question["truncation_side"])
+            self._questions = tokenizers.load(checkpoint.tokenizer_folder / tokenizers.QUESTION_FOLDER)
+            self._questions.truncation_side = self.question["truncation_side"]
             self._embed = None if self.instruct else _text_embeddings(checkpoint, self.model.config.qformer_config)
 
     def _place_image_tokens(self, image: int) -> None:
@@ -60,10 +60,12 @@ class Reference:
         return pixels, features, self.queries(features, prompt, question)
 
     def look(self, picture: Any) -> tuple[np.ndarray, np.ndarray]:
-        pixels = preprocess(picture, self.facts["image"])
+        pixels = self.prepare(picture)
+        return pixels, self.features(pixels)
+
+    def features(self, pixels: np.ndarray) -> np.ndarray:
         with self.torch.inference_mode():
-            seen = self.model.vision_model(self.torch.from_numpy(pixels)[None]).last_hidden_state
-        return pixels, seen[0].numpy()
+            return self.model.vision_model(self.torch.from_numpy(pixels)[None]).last_hidden_state[0].numpy()
 
     def queries(self, features: np.ndarray, prompt: str = "", question: str = "") -> np.ndarray:
         with self.torch.inference_mode(), self._reading(prompt, question):
@@ -77,7 +79,12 @@ class Reference:
 
     def question_ids(self, prompt: str, question: str) -> list[int]:
         """What the Q-Former reads, special tokens included."""
-        return self._questions.encode(prompt if self.question["reads"] == "prompt" else question).ids
+        text, most = prompt if self.question["reads"] == "prompt" else question, self.question["max_tokens"]
+        return list(self._questions(text, truncation=True, max_length=most).input_ids)
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """What the language model reads behind the queries, special tokens included."""
+        return list(self.tokenizer(prompt).input_ids)
 
     def generate(
         self, pixels: np.ndarray, prompt: str, max_new_tokens: int, question: str = "", **search: Any
@@ -85,7 +92,7 @@ class Reference:
         """Prompt ids, logits of the first new token, generated ids, and their text; greedy unless `search` says otherwise."""
         out = self.search(pixels[None], prompt, max_new_tokens, question, output_logits=True, **search)
         tokens = out.tokens[0]
-        return self.tokenizer.encode(prompt).ids, out.given.logits[0][0].numpy(), tokens, self.text(tokens)
+        return self.prompt_ids(prompt), out.given.logits[0][0].numpy(), tokens, self.text(tokens)
 
     @property
     def mixes_pictures(self) -> bool:
@@ -98,7 +105,7 @@ class Reference:
     def search(self, pixels: np.ndarray, prompt: str, max_new_tokens: int, question: str = "", **search: Any) -> Found:
         """The tokens that `generate()` finds for every picture of a batch [n, 3, S, S] behind the same prompt."""
         image = [self.model.config.image_token_index] * self.model.config.num_query_tokens
-        rows = self.torch.tensor([image + self.tokenizer.encode(prompt).ids]).expand(len(pixels), -1)
+        rows = self.torch.tensor([image + self.prompt_ids(prompt)]).expand(len(pixels), -1)
         read = self._instruction(prompt, question, n_rows=len(pixels))
         with self.torch.inference_mode(), self._reading(prompt, question):
             out = self.model.generate(
@@ -119,8 +126,8 @@ class Reference:
 
     def spellings(self, word: str) -> list[list[int]]:
         """Token ids of a word at the beginning of a text and, where tokens carry it, behind a space."""
-        spaced = f" {word}" if type(self.tokenizer.pre_tokenizer).__name__ == "ByteLevel" else word
-        found = [self.tokenizer.encode(text, add_special_tokens=False).ids for text in (word, spaced)]
+        spaced = f" {word}" if type(self.tokenizer.backend_tokenizer.pre_tokenizer).__name__ == "ByteLevel" else word
+        found = [self.tokenizer(text, add_special_tokens=False).input_ids for text in (word, spaced)]
         return found if found[0] != found[1] else found[:1]
 
     def _up_to_the_end(self, tokens: list[int]) -> list[int]:

@@ -12,6 +12,7 @@ import numpy as np
 from blip2_export.read.checkpoint import Checkpoint, CheckpointError
 from blip2_export.reference import generation, pictures, retrieval
 
+_PIXELS = 1e-6  # in every byte the same; a division of LAVIS is a multiplication here
 _QUESTION = "what colour is the star?"
 _STAGE1 = (
     "features",
@@ -31,16 +32,16 @@ def record(checkpoint: Checkpoint, bundle: Path, facts: dict[str, Any]) -> None:
 
     folder = bundle / "golden"
     folder.mkdir()
-    _check_memory(checkpoint)
+    _check_memory(checkpoint, facts["vision"]["n_positions"])
     if facts["family"] == "qformer":
-        cases, tolerance = _stage1_cases(checkpoint, bundle, facts)
+        cases, tolerance = _stage1_cases(checkpoint, folder, facts)
     else:
         cases, tolerance = _cases(checkpoint, folder, facts), ("features", "queries", "first_logits")
     facts["made_by"]["torch"] = version("torch")
     golden = {
         "format_version": 1,
         "reference": f"transformers {version('transformers')}, torch {torch.__version__.split('+')[0]}, float32 on cpu",
-        "tolerance": {"pixels": 0.0157, **dict.fromkeys(tolerance, 1e-4)},
+        "tolerance": {"pixels": _PIXELS, **dict.fromkeys(tolerance, 1e-4)},
         "cases": cases,
     }
     (folder / "golden.json").write_text(json.dumps(golden, indent=1) + "\n")
@@ -50,9 +51,9 @@ def _cases(checkpoint: Checkpoint, folder: Path, facts: dict[str, Any]) -> list[
     """Drawn pictures, each captioned and asked one question."""
     model = generation.Reference(checkpoint, facts)
     cases = []
-    for i, picture in enumerate(pictures.drawn()):
+    for i, (picture, pixels) in enumerate(pictures.shown(model.prepare, facts["image"]["size"])):
         picture.save(folder / f"{i}.png")
-        pixels, features = model.look(picture)
+        features = model.features(pixels)
         shared = {
             "pixels": save(folder / f"{i}.pixels.bin", pixels),
             "features": save(folder / f"{i}.features.bin", features),
@@ -65,6 +66,7 @@ def _cases(checkpoint: Checkpoint, folder: Path, facts: dict[str, Any]) -> list[
         ):
             own = {} if model.question is None else _asked(model, folder / f"{i}.{task}", features, prompt, question)
             n_new = facts["generation"][task]["max_new_tokens"]
+            _check_room(facts, task, n_new + len(model.prompt_ids(prompt)))
             ids, logits, tokens, text = model.generate(pixels, prompt, n_new, question)
             cases.append(
                 {
@@ -83,6 +85,15 @@ def _cases(checkpoint: Checkpoint, folder: Path, facts: dict[str, Any]) -> list[
     return cases
 
 
+def _check_room(facts: dict[str, Any], task: str, n_tokens: int) -> None:
+    room = facts["language"]["max_positions"] - facts["qformer"]["n_queries"]
+    if n_tokens > room:
+        raise CheckpointError(
+            f"prompt and new tokens of a {task} are {n_tokens} at most, the language model has room for {room} behind the "
+            f"queries; choose fewer with --{task}-tokens"
+        )
+
+
 def _asked(model: generation.Reference, stem: Path, features: np.ndarray, prompt: str, question: str) -> dict[str, Any]:
     """What a case holds of its own where the Q-Former reads a question."""
     queries = model.queries(features, prompt, question)
@@ -93,15 +104,13 @@ def _asked(model: generation.Reference, stem: Path, features: np.ndarray, prompt
 
 
 def _stage1_cases(
-    checkpoint: Checkpoint, bundle: Path, facts: dict[str, Any]
+    checkpoint: Checkpoint, folder: Path, facts: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
     """Drawn pictures, each matched with texts, embedded, and captioned where the checkpoint can; and the compared stages."""
-    model = retrieval.Reference(checkpoint, bundle, facts)
-    folder = bundle / "golden"
+    model = retrieval.Reference(checkpoint, facts)
     out = []
-    for i, picture in enumerate(pictures.drawn()):
+    for i, (picture, pixels) in enumerate(pictures.shown(model.prepare, facts["image"]["size"])):
         picture.save(folder / f"{i}.png")
-        pixels = pictures.preprocess(picture, facts["image"])
         features = model.features(pixels)
         queries, image_embeds = model.image(features)
         shared = {
@@ -149,12 +158,14 @@ def save(path: Path, value: np.ndarray) -> dict[str, Any]:
     return {"file": f"golden/{path.name}", "shape": list(value.shape)}
 
 
-def _check_memory(checkpoint: Checkpoint) -> None:
-    stored = checkpoint.n_bytes
+def _check_memory(checkpoint: Checkpoint, n_positions: int) -> None:
+    """Weights in float32, and the scores of one layer's attention over a picture."""
+    heads = (checkpoint.config.get("vision_config") or {}).get("num_attention_heads", 16)
+    needed = 2 * checkpoint.n_bytes + 8 * heads * n_positions**2
     free = _available_bytes()
-    if free is not None and 2 * stored > free:
+    if free is not None and needed > free:
         raise CheckpointError(
-            f"recording goldens needs about {2 * stored / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB are free; "
+            f"recording goldens needs about {needed / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB are free; "
             "convert with --no-golden"
         )
 

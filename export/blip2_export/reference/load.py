@@ -5,15 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import Blip2Config
 
 from blip2_export.graphs import vision
 from blip2_export.read.checkpoint import Checkpoint
+from blip2_export.read.guarded import in_one_sentence
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-_HEAD = "language_model.lm_head.weight"
 
 
 def load(checkpoint: Checkpoint, kind: Any, side: int) -> Any:
@@ -21,15 +19,14 @@ def load(checkpoint: Checkpoint, kind: Any, side: int) -> Any:
     import torch
 
     if type(checkpoint) is Checkpoint:
-        model = kind.from_pretrained(checkpoint.folder, dtype=torch.float32)
+        with in_one_sentence(f"{checkpoint.folder}: the reference cannot load it"):
+            model = kind.from_pretrained(checkpoint.folder, dtype=torch.float32)
     else:
-        model = kind(Blip2Config(**checkpoint.config)).to(torch.float32)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if not (name.endswith("patch_embedding.bias") and vision.has_pre_layernorm(model.config.vision_config)):
-                    parameter.copy_(tensor(checkpoint, name, tuple(parameter.shape)))
-        if checkpoint.has(_HEAD):  # `transformers` builds T5 with a tied head, and unties it when it loads a folder
-            model.language_model.lm_head.weight = torch.nn.Parameter(tensor(checkpoint, _HEAD))
+        config = kind.config_class(**checkpoint.config)
+        with torch.device("meta"):
+            parameters = dict(kind(config).named_parameters(remove_duplicate=False))
+        state = {name: tensor(checkpoint, name) for name in checkpoint.names() if name in parameters}
+        model = kind.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
     _adapt(model.vision_model, checkpoint, side)
     return model.eval()
 

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from blip2_export.read import processor
+from blip2_export.read.checkpoint import CheckpointError
+
+Prepare = Callable[[Image.Image], np.ndarray]
 
 
 def drawn() -> list[Image.Image]:
@@ -32,16 +39,38 @@ def _see_through(picture: Image.Image) -> Image.Image:
     return picture
 
 
-def preprocess(picture: Any, image: dict[str, Any]) -> np.ndarray:
-    """[3, S, S] by `transformers`' own image processor on PIL."""
-    from transformers import BlipImageProcessorPil
+def preparation(folder: Path | None, image: dict[str, Any]) -> Prepare:
+    """What makes [3, S, S] of a picture: the image processor of a folder, on Pillow; without one that of LAVIS."""
+    if folder is None:
+        return _lavis(image["size"])
+    chosen = image["size"] if image.get("resize", "square") == "square" and not image.get("center_crop") else None
+    made = processor.load(folder, chosen)
+    return lambda picture: processor.pixels(made, picture)
 
-    side = {"height": image["size"], "width": image["size"]}
-    prepare = BlipImageProcessorPil(
-        size=side,
-        resample=getattr(Image.Resampling, image["resample"].upper()),
-        image_mean=image["mean"],
-        image_std=image["std"],
-        rescale_factor=image["rescale"],
-    )
-    return np.asarray(prepare(images=picture, return_tensors="np")["pixel_values"][0], np.float32)
+
+def _lavis(side: int) -> Prepare:
+    """Its `BlipImageEvalProcessor`, and the `convert("RGB")` that its examples open pictures with."""
+    from torchvision import transforms
+
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    square = transforms.Resize((side, side), interpolation=transforms.InterpolationMode.BICUBIC)
+    steps = transforms.Compose([square, transforms.ToTensor(), transforms.Normalize(mean, std)])
+    return lambda picture: steps(picture.convert("RGB")).numpy()
+
+
+def shown(prepare: Prepare, side: int) -> Iterator[tuple[Image.Image, np.ndarray]]:
+    """The drawn pictures with their pixels, in a mode and a shape that the reference's processor makes [3, S, S] of."""
+    for picture in drawn():
+        rgb = processor.over_white(picture)
+        for form in (picture, rgb, rgb.resize((side, side))):
+            try:
+                pixels = prepare(form)
+            except ValueError:  # it converts nothing to RGB
+                continue
+            if pixels.shape == (3, side, side):
+                yield form, pixels
+                break
+        else:
+            raise CheckpointError(
+                "the reference's image processor takes none of the pictures that goldens are recorded of"
+            )

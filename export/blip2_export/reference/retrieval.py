@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
+from blip2_export.read import tokenizers
 from blip2_export.read.checkpoint import Checkpoint
-from blip2_export.reference import load
+from blip2_export.reference import load, pictures
 
 TEXTS = (
     "a red star left of a blue ring",
@@ -22,15 +21,17 @@ TEXTS = (
 class Reference:
     """One picture, one text at a time, in float32."""
 
-    def __init__(self, checkpoint: Checkpoint, bundle: Path, facts: dict[str, Any]) -> None:
+    def __init__(self, checkpoint: Checkpoint, facts: dict[str, Any]) -> None:
         import torch
         from transformers import Blip2ForImageTextRetrieval
 
         self.torch, self.facts = torch, facts
         self.model = load.load(checkpoint, Blip2ForImageTextRetrieval, facts["image"]["size"])
-        text = facts["qformer"]["text"]
-        self.tokenizer = Tokenizer.from_file(str(bundle / text["tokenizer"]))
-        self.max_tokens = text["max_tokens"]
+        self.prepare = pictures.preparation(checkpoint.processor_folder, facts["image"])
+        self.tokenizer = tokenizers.load(checkpoint.tokenizer_folder)
+        if self.tokenizer.backend_tokenizer.token_to_id("[DEC]") is None:  # as LAVIS' `init_tokenizer`
+            self.tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+        self.max_tokens = facts["qformer"]["text"]["max_tokens"]
         if "caption" in facts["tasks"]:
             name = "cls.predictions."
             self.head = {
@@ -38,12 +39,12 @@ class Reference:
                 for stem in (
                     *(f"transform.{layer}.{kind}" for layer in ("dense", "LayerNorm") for kind in ("weight", "bias")),
                     "bias",
+                    "decoder.weight",
                 )
             }
 
     def encode(self, text: str) -> list[int]:
-        self.tokenizer.enable_truncation(self.max_tokens)
-        return self.tokenizer.encode(text).ids
+        return list(self.tokenizer(text, truncation=True, max_length=self.max_tokens).input_ids)
 
     def features(self, pixels: np.ndarray) -> np.ndarray:
         with self.torch.inference_mode():
@@ -108,7 +109,7 @@ class Reference:
             x = F.gelu(F.linear(x, head["transform.dense.weight"], head["transform.dense.bias"]))
             norm = (head["transform.LayerNorm.weight"], head["transform.LayerNorm.bias"])
             x = F.layer_norm(x, x.shape, *norm, self.model.config.qformer_config.layer_norm_eps)
-            return F.linear(x, self.model.embeddings.word_embeddings.weight, head["bias"]).numpy()
+            return F.linear(x, head["decoder.weight"], head["bias"]).numpy()
 
     def _qformer(self, x: Any, features: np.ndarray | None, n_queries: int, mask: Any) -> Any:
         seen = None if features is None else self.torch.from_numpy(features)[None]

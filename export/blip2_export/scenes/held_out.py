@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from blip2_export.engine import run_engine
 from blip2_export.scenes import drawing
@@ -47,10 +47,8 @@ class HeldOut:
 
     def each(self) -> Iterator[tuple[drawing.Scene, str]]:
         """Scenes with their pictures; a terminal shows how many have been asked about."""
-        for k, pair in enumerate(zip(self.scenes, self.pictures, strict=True)):
-            yield pair
-            if sys.stderr.isatty():
-                print(f"\r{k + 1} of {len(self.pictures)} pictures asked", end="", file=sys.stderr)
+        pairs = zip(self.scenes, self.pictures, strict=True)
+        yield from tqdm(pairs, total=len(self.pictures), unit="picture", leave=False, disable=None)
 
     def missed(self, scene: drawing.Scene, **what: Any) -> None:
         self.wrong.append({"scene": drawing.describe(scene), **what})

@@ -10,12 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from blip2_export.read.checkpoint import RETRIEVAL, Checkpoint, CheckpointError
+from blip2_export.read.checkpoint import RETRIEVAL, Checkpoint, CheckpointError, Source
 from blip2_export.read.lavis.language import Language
 from blip2_export.read.lavis.qformer import qformer_config, qformer_source
-from blip2_export.read.lavis.state import Source, State, read_state
+from blip2_export.read.lavis.state import State, read_state
 from blip2_export.read.lavis.vision import vision_source
 
 _PROJECTIONS = {"opt_proj": "opt", "t5_proj": "t5"}
@@ -30,6 +28,9 @@ class Parts:
     llm: Path | None = None
     tokenizer: Path | None = None
 
+    def given(self) -> list[Path]:
+        return [path for path in (self.vision, self.llm, self.tokenizer) if path is not None]
+
 
 class LavisCheckpoint(Checkpoint):
     """A LAVIS file with its missing parts. `folder` is the file, for messages."""
@@ -37,32 +38,23 @@ class LavisCheckpoint(Checkpoint):
     asks = "the other tensors ask for"
 
     def __init__(self, file: Path, parts: Parts) -> None:
-        self.folder = file
-        self.processor_folder = None
         state = read_state(file)
         kind = _kind(file, state)
         language = None if kind == _STAGE_1 else Language(file, parts.llm, kind)
-        self.tokenizer_folder = _tokenizer_folder(file, parts, kind)
+        tokenizer_folder = _tokenizer_folder(file, parts, kind)
         eye, vision_config = vision_source(file, state, parts.vision)
         bridge = qformer_source(file, state)
-        self._sources: list[Source] = [bridge, eye]
-        self.config: dict[str, Any] = {"model_type": "blip-2", "vision_config": vision_config}
-        self.config |= qformer_config(bridge, vision_config["hidden_size"], kind == _STAGE_1)
+        sources: list[Source] = [bridge, eye]
+        config: dict[str, Any] = {"model_type": "blip-2", "vision_config": vision_config}
+        config |= qformer_config(bridge, vision_config["hidden_size"], kind == _STAGE_1)
         if language:
-            self._sources.append(language.tensors)
-            self.config |= language.config(self.tokenizer_folder)
+            sources.append(language.tensors)
+            config |= language.config(tokenizer_folder)
+            language.check(file, state)
         else:
-            self.config["architectures"] = [RETRIEVAL]
-
-    @property
-    def n_bytes(self) -> int:
-        return sum(source.n_bytes for source in self._sources)
-
-    def has(self, name: str) -> bool:
-        return any(source.has(name) for source in self._sources)
-
-    def _read(self, name: str) -> np.ndarray:
-        return next(source for source in self._sources if source.has(name)).read(name)
+            config["architectures"] = [RETRIEVAL]
+        self._hold(file, config, sources)
+        self.tokenizer_folder, self.processor_folder = tokenizer_folder, None
 
 
 def _kind(file: Path, state: State) -> str:

@@ -5,11 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from blip2_export.read import processor
+from blip2_export.read import foreign, tokenizers
 from blip2_export.read.checkpoint import CheckpointError, TensorFiles, read_json
-from blip2_export.read.lavis.state import Source
+from blip2_export.read.lavis.state import Renamed, State, numbers
+
+_COPIES = {
+    "opt_model.lm_head.weight": "language_model.model.decoder.embed_tokens.weight",
+    "t5_model.encoder.embed_tokens.weight": "language_model.shared.weight",
+    "t5_model.decoder.embed_tokens.weight": "language_model.shared.weight",
+}
 
 
 class Language:
@@ -25,14 +29,17 @@ class Language:
         found = self.said.get("model_type")
         if found != kind:
             raise CheckpointError(f"{folder}: the language model is `{found}`; {file.name} was trained with `{kind}`")
-        self.tensors = _Prefixed(TensorFiles(folder))
+        files = TensorFiles(folder)
+        if said := foreign.quantized(self.said) or foreign.wrapped(files.names()):
+            raise CheckpointError(f"{folder}: {said}")
+        self.tensors = Renamed(files, {_inside(name, kind): name for name in files.names()})
 
     def config(self, tokenizer_folder: Path) -> dict[str, Any]:
-        tokenizer = processor.read_tokenizer(tokenizer_folder)
+        tokenizer = tokenizers.read(tokenizer_folder)
         text = dict(self.said)
         if self.kind == "opt":
             # Captions were trained to end with a line feed, not with OPT's own end token.
-            text["eos_token_id"] = tokenizer.encode("\n", add_special_tokens=False).ids[0]
+            text["eos_token_id"] = next(iter(tokenizer.encode("\n", add_special_tokens=False).ids), None)
         else:
             # T5's own configuration may say another form; the language model behind these files ran with the exact one.
             text["dense_act_fn"] = "gelu"
@@ -44,27 +51,15 @@ class Language:
             "image_token_index": tokenizer.get_vocab_size() if image is None else image,
         }
 
+    def check(self, file: Path, state: State) -> None:
+        """A file keeps tied copies of the frozen tables, in its own precision: they tell whether this is the right model."""
+        for name, own in _COPIES.items():
+            if name in state:
+                copy, given = numbers(file, name, state[name]), self.tensors.read(own)
+                if copy.shape != given.shape or not (copy == given.astype(copy.dtype)).all():
+                    raise CheckpointError(f"{self.folder}: `{own}` is not what {file.name} was trained with (`{name}`)")
 
-class _Prefixed:
-    """Names of a language model inside BLIP-2, read from a folder that has them without prefix. OPT has two such forms."""
 
-    _STEMS = (("language_model.", ""), ("language_model.model.", ""))
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-
-    @property
-    def n_bytes(self) -> int:
-        return self.source.n_bytes
-
-    def has(self, name: str) -> bool:
-        return self._find(name) is not None
-
-    def read(self, name: str) -> np.ndarray:
-        found = self._find(name)
-        assert found is not None, "has() knew the name"
-        return self.source.read(found)
-
-    def _find(self, name: str) -> str | None:
-        candidates = [new + name.removeprefix(old) for old, new in self._STEMS if name.startswith(old)]
-        return next((c for c in candidates if self.source.has(c)), None)
+def _inside(name: str, kind: str) -> str:
+    """What BLIP-2 calls a tensor of the language model. Old files of OPT leave out the outermost module."""
+    return ("language_model.model." if kind == "opt" and name.startswith("decoder.") else "language_model.") + name

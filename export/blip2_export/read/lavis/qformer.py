@@ -16,17 +16,21 @@ _LEFTOVERS = re.compile(
     r"|t5_model\.(encoder|decoder)\.embed_tokens\.weight|Qformer\.cls\.predictions\.decoder\.(weight|bias)"
 )
 
+_TIED = {
+    "Qformer.cls.predictions.decoder.weight": "Qformer.bert.embeddings.word_embeddings.weight",
+    "Qformer.cls.predictions.decoder.bias": "Qformer.cls.predictions.bias",
+}
+
 
 def qformer_source(file: Path, state: State) -> Reader:
     tensors, unknown = _renamed(state)
     if unknown:
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise CheckpointError(f"{file}: it holds `{unknown[0]}`{more}, which no BLIP-2 model has")
-    head, words = (
-        state.get(f"Qformer.{n}.weight") for n in ("cls.predictions.decoder", "bert.embeddings.word_embeddings")
-    )
-    if head is not None and (words is None or head.shape != words.shape or not bool((head == words).all())):
-        raise CheckpointError(f"{file}: the head of the Q-Former is not tied to its word embeddings")
+    for name, source in _TIED.items():
+        copy, value = state.get(name), state.get(source)
+        if copy is not None and (value is None or copy.shape != value.shape or not bool((copy == value).all())):
+            raise CheckpointError(f"{file}: `{name}` is not the same as `{source}`, to which it is tied")
     return Reader(file, tensors)
 
 

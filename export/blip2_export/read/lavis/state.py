@@ -4,27 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
 
-from blip2_export.read import pickled
-from blip2_export.read.checkpoint import CheckpointError
+from blip2_export.read import foreign, pickled
+from blip2_export.read.checkpoint import CheckpointError, Source
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 State = dict[str, "Tensor"]
-
-
-class Source(Protocol):
-    """Tensors by name."""
-
-    @property
-    def n_bytes(self) -> int: ...
-    def has(self, name: str) -> bool: ...
-    def read(self, name: str) -> np.ndarray: ...
 
 
 class Reader:
@@ -38,6 +29,9 @@ class Reader:
     def n_bytes(self) -> int:
         return sum(value.numel() * value.element_size() for value in self.state.values())
 
+    def names(self) -> list[str]:
+        return list(self.state)
+
     def has(self, name: str) -> bool:
         return name in self.state
 
@@ -50,7 +44,7 @@ class Reader:
         return self.state[name]
 
     def read(self, name: str) -> np.ndarray:
-        return _checked(self.where, name, self.take(name))
+        return numbers(self.where, name, self.take(name))
 
     def pair(self, old: str, new: str) -> State:
         return {f"{new}.{kind}": self.take(f"{old}.{kind}") for kind in ("weight", "bias")}
@@ -70,11 +64,33 @@ class Reader:
         return [name for name in self.state if name not in self.taken]
 
 
+class Renamed:
+    """What `names` lists of a source: new names with those it has there."""
+
+    def __init__(self, source: Source, names: dict[str, str]) -> None:
+        self._source, self._names = source, names
+
+    @property
+    def n_bytes(self) -> int:
+        return self._source.n_bytes
+
+    def names(self) -> list[str]:
+        return list(self._names)
+
+    def has(self, name: str) -> bool:
+        return name in self._names
+
+    def read(self, name: str) -> np.ndarray:
+        return self._source.read(self._names[name])
+
+
 def read_state(file: Path) -> State:
     """The tensors of a `.pth` file, under `model` where training state lies beside them."""
     if not file.is_file():
         raise CheckpointError(f"{file}: not a file")
     content = _load(file)
+    if said := foreign.no_model(content):
+        raise CheckpointError(f"{file}: {said}")
     state = content.get("model", content)
     if not isinstance(state, dict) or not state:
         raise CheckpointError(f"{file}: no named tensors are in it")
@@ -96,7 +112,7 @@ def _load(file: Path) -> dict[str, Any]:
     return content
 
 
-def _checked(where: Path, name: str, value: Tensor) -> np.ndarray:
+def numbers(where: Path, name: str, value: Tensor) -> np.ndarray:
     import torch
 
     convert: dict[torch.dtype, Callable[[Tensor], np.ndarray]] = {

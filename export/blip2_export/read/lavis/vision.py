@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import Blip2VisionConfig
 
-from blip2_export.read.checkpoint import CheckpointError, TensorFiles, read_json
-from blip2_export.read.lavis.state import Reader, Source, State, heads, read_state
+from blip2_export.read.checkpoint import CheckpointError, Source, TensorFiles, read_json
+from blip2_export.read.lavis.state import Reader, Renamed, State, heads, read_state
 
 _HEAD_SIZES = {"eva": 88, "clip": 64}
 _LN_VISION_EPSILON = 1e-5  # PyTorch's default, whatever the blocks have
@@ -43,9 +43,10 @@ def _vision_folder(folder: Path) -> tuple[Source, dict[str, Any]]:
         raise CheckpointError(f"{folder}: config.json is missing; expected a Hugging Face BLIP-2 folder")
     said = read_json(folder / "config.json").get("vision_config") or {}
     files = TensorFiles(folder)
-    if not any(name.startswith("vision_model.") for name in files.names()):
+    own = {name: name for name in files.names() if name.startswith("vision_model.")}
+    if not own:
         raise CheckpointError(f"{folder}: no tensor `vision_model.…` is there")
-    return files, {**Blip2VisionConfig(**said).to_dict(), "post_layernorm_eps": _LN_VISION_EPSILON}
+    return Renamed(files, own), {**Blip2VisionConfig(**said).to_dict(), "post_layernorm_eps": _LN_VISION_EPSILON}
 
 
 _EVA_BLOCK = {
