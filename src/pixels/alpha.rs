@@ -20,18 +20,24 @@ pub enum Alpha {
 impl Picture {
     /// The same picture without transparency; it looks alike to every bundle.
     pub fn without_alpha(mut self, how: Alpha) -> Self {
-        if let Cow::Owned(rgb) = self.opaque(how) {
-            self.rgb = rgb;
+        if let Some(alpha) = self.alpha.take().filter(|_| how == Alpha::White) {
+            lay_over_white(&mut self.rgb, &alpha);
         }
-        self.alpha = None;
         self
     }
 
     /// Colours once transparency is gone.
     pub(super) fn opaque(&self, how: Alpha) -> Cow<'_, [u8]> {
         let Some(alpha) = self.alpha.as_ref().filter(|_| how == Alpha::White) else { return Cow::Borrowed(&self.rgb) };
-        let over = |(pixel, alpha): (&[u8], &u8)| [0, 1, 2].map(|channel| over_white(pixel[channel], *alpha));
-        Cow::Owned(self.rgb.chunks_exact(3).zip(alpha).flat_map(over).collect())
+        let mut rgb = self.rgb.clone();
+        lay_over_white(&mut rgb, alpha);
+        Cow::Owned(rgb)
+    }
+}
+
+fn lay_over_white(rgb: &mut [u8], alpha: &[u8]) {
+    for (pixel, alpha) in rgb.as_chunks_mut::<3>().0.iter_mut().zip(alpha) {
+        *pixel = pixel.map(|value| over_white(value, *alpha));
     }
 }
 

@@ -28,26 +28,43 @@ fn decode_rgb(bytes: &[u8], limits: &Limits) -> Result<Picture, PixelsError> {
     let decompress = Decompress::new_reader(Source { rest: bytes, asked_for_more: &asked_for_more }).map_err(broken)?;
     let (width, height) = (decompress.width() as u32, decompress.height() as u32);
     limits.check(width, height)?;
-    let wanted = match decompress.color_space() {
-        ColorSpace::JCS_CMYK | ColorSpace::JCS_YCCK => ColorSpace::JCS_CMYK,
-        ColorSpace::JCS_GRAYSCALE => ColorSpace::JCS_GRAYSCALE,
-        _ => ColorSpace::JCS_RGB,
+    check_scans(bytes, width, height)?;
+    let (wanted, n_channels) = match decompress.color_space() {
+        ColorSpace::JCS_CMYK | ColorSpace::JCS_YCCK => (ColorSpace::JCS_CMYK, 4),
+        ColorSpace::JCS_GRAYSCALE => (ColorSpace::JCS_GRAYSCALE, 1),
+        _ => (ColorSpace::JCS_RGB, 3),
     };
     let mut started = decompress.to_colorspace(wanted).map_err(broken)?;
-    let rows: Vec<u8> = started.read_scanlines().map_err(broken)?;
-    if asked_for_more.get() {
-        return Err(damaged("the data ends before the picture does"));
+    // The coefficients of a progressive picture take up to eight bytes a pixel, so inks become colours row by row.
+    let mut rgb = Vec::with_capacity(width as usize * height as usize * 3);
+    let mut row = vec![0; width as usize * n_channels];
+    for _ in 0..height {
+        started.read_scanlines_into(&mut row).map_err(broken)?;
+        if asked_for_more.get() {
+            return Err(damaged("the data ends before the picture does"));
+        }
+        match n_channels {
+            4 => rgb.extend(row.as_chunks().0.iter().flat_map(|inks| rgb_of_inverted_cmyk(*inks))),
+            1 => rgb.extend(row.iter().flat_map(|grey| [*grey; 3])),
+            _ => rgb.extend_from_slice(&row),
+        }
     }
     started.finish().map_err(broken)?;
-    let rgb = match wanted {
-        ColorSpace::JCS_CMYK => rows.as_chunks().0.iter().flat_map(|inks| rgb_of_inverted_cmyk(*inks)).collect(),
-        ColorSpace::JCS_GRAYSCALE => rows.into_iter().flat_map(|grey| [grey; 3]).collect(),
-        _ => rows,
-    };
     let mut picture = Picture::from_rgb(width, height, rgb);
     picture.warnings.extend(asked_for_more.get().then_some(PictureWarning::NoEnd));
     Ok(picture)
 }
+
+/// Every scan goes through the whole picture, even where it holds a few bytes only. The progression of libjpeg has 18 for four inks.
+pub(super) fn check_scans(bytes: &[u8], width: u32, height: u32) -> Result<(), PixelsError> {
+    let n_scans = segments(bytes).take_while(|(marker, _)| *marker != END).filter(|(marker, _)| *marker == START_OF_SCAN).count();
+    if n_scans as u64 * u64::from(width) * u64::from(height) > MAX_SCANNED {
+        return Err(damaged(&format!("{n_scans} scans of {width}×{height} pixels are too many")));
+    }
+    Ok(())
+}
+
+const MAX_SCANNED: u64 = 18 * 89_478_485;
 
 /// Knows whether more was asked for than there is.
 struct Source<'a> {
@@ -74,28 +91,35 @@ impl BufRead for Source<'_> {
 
 /// What the segments before the first scan say. EXIF that is spread over several of them is one.
 fn metadata(bytes: &[u8]) -> Metadata {
-    let (mut found, mut rest) = (Metadata::default(), bytes.get(2..).unwrap_or_default());
-    while let Some(at) = rest.windows(2).position(is_marker) {
-        let marker = rest[at + 1];
-        rest = &rest[at + 2..];
-        if marker == START_OF_SCAN {
-            break;
-        }
-        if matches!(marker, 0xC8 | 0xD8..=0xD9 | 0xF0..=0xFD) {
-            continue;
-        }
-        let length = rest.first_chunk().map_or(0, |length| usize::from(u16::from_be_bytes(*length)));
-        let Some((segment, behind)) = rest.split_at_checked(length.max(2)) else { break };
-        if let (APP1, Some(exif)) = (marker, segment[2..].strip_prefix(b"Exif\0\0")) {
+    let mut found = Metadata::default();
+    for (marker, segment) in segments(bytes).take_while(|(marker, _)| *marker != START_OF_SCAN) {
+        if let (APP1, Some(exif)) = (marker, segment.strip_prefix(b"Exif\0\0")) {
             found.exif.get_or_insert_default().extend(exif);
-        } else if let (APP1, Some(xmp)) = (marker, segment[2..].strip_prefix(b"http://ns.adobe.com/xap/1.0/\0")) {
+        } else if let (APP1, Some(xmp)) = (marker, segment.strip_prefix(b"http://ns.adobe.com/xap/1.0/\0")) {
             found.xmp = Some(xmp.to_vec());
         }
-        rest = behind;
     }
     found
 }
 
+/// Markers and what belongs to them, up to the first that is cut off.
+fn segments(bytes: &[u8]) -> impl Iterator<Item = (u8, &[u8])> {
+    let mut rest = bytes.get(2..).unwrap_or_default();
+    std::iter::from_fn(move || {
+        let marker = rest.windows(2).position(is_marker)?;
+        let (kind, behind) = (rest[marker + 1], &rest[marker + 2..]);
+        if matches!(kind, 0xC8 | 0xD8..=END | 0xF0..=0xFD) {
+            rest = behind;
+            return Some((kind, &[][..]));
+        }
+        let length = behind.first_chunk().map_or(0, |length| usize::from(u16::from_be_bytes(*length)));
+        let (segment, behind) = behind.split_at_checked(length.max(2))?;
+        rest = behind;
+        Some((kind, &segment[2..]))
+    })
+}
+
+const END: u8 = 0xD9;
 const START_OF_SCAN: u8 = 0xDA;
 const APP1: u8 = 0xE1;
 

@@ -196,7 +196,7 @@ fn rgb(decoded: DynamicImage) -> Picture {
     };
     let rgb = match decoded {
         DynamicImage::ImageRgb8(p) => p.into_raw(),
-        DynamicImage::ImageRgba8(p) => p.pixels().flat_map(|p| [p[0], p[1], p[2]]).collect(),
+        DynamicImage::ImageRgba8(p) => without_fourth(p.into_raw()),
         DynamicImage::ImageLuma8(p) => p.pixels().flat_map(|p| [p[0]; 3]).collect(),
         DynamicImage::ImageLumaA8(p) => p.pixels().flat_map(|p| [p[0]; 3]).collect(),
         DynamicImage::ImageRgb16(p) => high(p.as_raw()),
@@ -207,4 +207,13 @@ fn rgb(decoded: DynamicImage) -> Picture {
         other => other.into_rgb8().into_raw(),
     };
     Picture { alpha, ..Picture::from_rgb(width, height, rgb) }
+}
+
+/// Within the same memory, which takes half the time where pictures are large.
+fn without_fourth(mut samples: Vec<u8>) -> Vec<u8> {
+    let n_pixels = samples.len() / 4;
+    (1..n_pixels).for_each(|pixel| samples.copy_within(pixel * 4..pixel * 4 + 3, pixel * 3));
+    samples.truncate(n_pixels * 3);
+    samples.shrink_to_fit();
+    samples
 }

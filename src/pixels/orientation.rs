@@ -132,17 +132,33 @@ impl Picture {
     }
 }
 
-fn turned<T: Copy>(pixels: &[T], width: usize, height: usize, orientation: u8) -> Vec<T> {
-    let (columns, rows) = if orientation >= 5 { (height, width) } else { (width, height) };
-    let source = |x: usize, y: usize| match orientation {
-        2 => (width - 1 - x, y),
-        3 => (width - 1 - x, height - 1 - y),
-        4 => (x, height - 1 - y),
-        5 => (y, x),
-        6 => (y, height - 1 - x),
-        7 => (width - 1 - y, height - 1 - x),
-        _ => (width - 1 - y, x),
-    };
-    let places = (0..rows).flat_map(|y| (0..columns).map(move |x| (x, y)));
-    places.map(|(x, y)| source(x, y)).map(|(x, y)| pixels[y * width + x]).collect()
+fn turned<T: Copy + Default>(pixels: &[T], width: usize, height: usize, orientation: u8) -> Vec<T> {
+    let (rightmost_first, lowest_first) = (matches!(orientation, 2 | 3 | 7 | 8), matches!(orientation, 3 | 4 | 6 | 7));
+    let place = |at: usize, length: usize, from_the_end: bool| if from_the_end { length - 1 - at } else { at };
+    let mut turned = vec![T::default(); pixels.len()];
+    if orientation < 5 {
+        for (y, row) in pixels.chunks_exact(width).enumerate() {
+            let into = &mut turned[place(y, height, lowest_first) * width..][..width];
+            into.copy_from_slice(row);
+            if rightmost_first {
+                into.reverse();
+            }
+        }
+        return turned;
+    }
+    // Column by column through a few rows, which stay in the cache: one row at a time takes five times as long.
+    for (n, rows) in pixels.chunks(STRIP * width).enumerate() {
+        for x in 0..width {
+            let into = &mut turned[place(x, width, rightmost_first) * height..][..height];
+            let column = rows[x..].iter().step_by(width);
+            if lowest_first {
+                into[..height - n * STRIP].iter_mut().rev().zip(column).for_each(|(into, pixel)| *into = *pixel);
+            } else {
+                into[n * STRIP..].iter_mut().zip(column).for_each(|(into, pixel)| *into = *pixel);
+            }
+        }
+    }
+    turned
 }
+
+const STRIP: usize = 32;

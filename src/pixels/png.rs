@@ -253,20 +253,37 @@ impl Rows {
 
 /// Whether there is such a filter.
 fn unfilter(row: &mut [u8], last: &[u8], bytes_a_pixel: usize) -> bool {
-    let (filter, n) = (row[0], bytes_a_pixel);
-    for at in 1..row.len() {
-        let (left, above_left) = if at > n { (row[at - n], last[at - n]) } else { (0, 0) };
-        let predicted = match filter {
-            0 => return true,
-            1 => left,
-            2 => last[at],
-            3 => u8::midpoint(left, last[at]),
-            4 => paeth(left, last[at], above_left),
-            _ => return false,
-        };
-        row[at] = row[at].wrapping_add(predicted);
+    match bytes_a_pixel {
+        1 => unfilter_pixels::<1>(row, last),
+        2 => unfilter_pixels::<2>(row, last),
+        3 => unfilter_pixels::<3>(row, last),
+        4 => unfilter_pixels::<4>(row, last),
+        6 => unfilter_pixels::<6>(row, last),
+        _ => unfilter_pixels::<8>(row, last),
+    }
+}
+
+fn unfilter_pixels<const N: usize>(row: &mut [u8], last: &[u8]) -> bool {
+    let ([filter, row @ ..], [_, last @ ..]) = (row, last) else { return false };
+    match filter {
+        0 => {}
+        1 => add::<N>(row, last, |left, _, _| left),
+        2 => add::<N>(row, last, |_, above, _| above),
+        3 => add::<N>(row, last, |left, above, _| u8::midpoint(left, above)),
+        4 => add::<N>(row, last, paeth),
+        _ => return false,
     }
     true
+}
+
+fn add<const N: usize>(row: &mut [u8], last: &[u8], predicted: impl Fn(u8, u8, u8) -> u8) {
+    let (mut left, mut above_left) = ([0; N], [0; N]);
+    for (pixel, above) in row.as_chunks_mut::<N>().0.iter_mut().zip(last.as_chunks::<N>().0) {
+        for at in 0..N {
+            pixel[at] = pixel[at].wrapping_add(predicted(left[at], above[at], above_left[at]));
+        }
+        (left, above_left) = (*pixel, *above);
+    }
 }
 
 fn paeth(left: u8, above: u8, above_left: u8) -> u8 {

@@ -88,10 +88,8 @@ fn horizontal(source: &Rgb, windows: &[Window], rows: Range<usize>) -> Rgb<'stat
     for row in source.rgb[rows.start * stride..rows.end * stride].chunks_exact(stride) {
         for window in windows {
             let mut sum = [1 << (FRACTION_BITS - 1); 3];
-            for (pixel, weight) in row[window.start * 3..].chunks_exact(3).zip(&window.weights) {
-                for channel in 0..3 {
-                    sum[channel] += i32::from(pixel[channel]) * weight;
-                }
+            for (pixel, weight) in row.as_chunks::<3>().0[window.start..].iter().zip(&window.weights) {
+                sum = [0, 1, 2].map(|channel| sum[channel] + i32::from(pixel[channel]) * weight);
             }
             rgb.extend(sum.map(rounded));
         }

@@ -1,5 +1,7 @@
 //! Pictures with something wrong: bytes, numbers, pieces, and the sizes in their headers.
 
+pub mod hostile;
+
 use std::path::Path;
 
 /// A format and the endings of its files.

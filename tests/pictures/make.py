@@ -153,7 +153,7 @@ def main() -> None:
     small.convert("CMYK").save(HERE / "tiff_cmyk.tiff")
     with_alpha(small).save(HERE / "tiff_rgba.tiff")
     sixteen_bit(small).save(HERE / "tiff_grey16.tiff")
-    tiffs.draw(HERE, small, other)
+    tiffs.draw(HERE, photo(21, 18, 1), photo(21, 18, 2))
     small.save(HERE / "pnm_rgb.ppm")
     small.convert("L").save(HERE / "pnm_grey.pgm")
     small.convert("1").save(HERE / "pnm_1bit.pbm")

@@ -49,7 +49,7 @@ def by_pillow(folder: Path, small: Image.Image, other: Image.Image) -> None:
     save("lab_deflate", small.convert("LAB"), compression="tiff_deflate")
     save("bigtiff", small, big_tiff=True)
     save("pages", small, save_all=True, append_images=[other])
-    save("strips", small, compression="tiff_lzw", strip_size=1000)
+    save("strips", small, compression="tiff_lzw", strip_size=200)
     save("predictor", small, compression="tiff_lzw", tiffinfo={PREDICTOR: 2})
 
 
@@ -57,7 +57,13 @@ def greys(folder: Path, small: Image.Image) -> None:
     grey = np.asarray(small.convert("L"))
     height, width = grey.shape
     deep = np.random.default_rng(7).integers(-400, 700, grey.shape)
-    kinds = [("<i2", 2, "int16"), (">i2", 2, "int16_big"), (">u2", 1, "uint16_big"), ("<u4", 1, "uint32"), (">i4", 2, "int32_big")]
+    kinds = [
+        ("<i2", 2, "int16"),
+        (">i2", 2, "int16_big"),
+        (">u2", 1, "uint16_big"),
+        ("<u4", 1, "uint32"),
+        (">i4", 2, "int32_big"),
+    ]
     for dtype, sample_format, name in kinds:
         values = deep.astype(dtype) if sample_format == 2 else np.abs(deep).astype(dtype)
         tags: Tags = {BITS: ("H", [values.itemsize * 8]), PHOTOMETRIC: ("H", [1]), FORMAT: ("H", [sample_format])}
@@ -75,12 +81,17 @@ def greys(folder: Path, small: Image.Image) -> None:
         values = np.abs(deep).astype(dtype)
         differences = np.diff(values, axis=1, prepend=0).astype(dtype)
         tags = {BITS: ("H", [16]), PHOTOMETRIC: ("H", [1]), COMPRESSION: ("H", [8]), PREDICTOR: ("H", [2])}
-        write(folder / f"tiff_predictor16_{'big' if dtype[0] == '>' else 'little'}.tiff", (width, height), tags,
-              [zlib.compress(differences.tobytes())], order=dtype[0])
+        write(
+            folder / f"tiff_predictor16_{'big' if dtype[0] == '>' else 'little'}.tiff",
+            (width, height),
+            tags,
+            [zlib.compress(differences.tobytes())],
+            order=dtype[0],
+        )
     for bits in (1, 2, 4, 8):
         for photometric in (0, 1, 3):
             for fill_order in (1, 2):
-                if fill_order == 2 and (photometric == 3 and bits < 8 or (photometric, bits) == (0, 8)):
+                if fill_order == 2 and ((photometric == 3 and bits < 8) or (photometric, bits) == (0, 8)):
                     continue  # Pillow has names for these, but no unpacker
                 packed = pack(grey >> (8 - bits), bits)
                 tags = {BITS: ("H", [bits]), PHOTOMETRIC: ("H", [photometric]), FILL_ORDER: ("H", [fill_order])}
@@ -91,8 +102,15 @@ def greys(folder: Path, small: Image.Image) -> None:
     twelve = pack(grey.astype(np.uint16) * 2, 12)
     write(folder / "tiff_12bit.tiff", (width, height), {BITS: ("H", [12]), PHOTOMETRIC: ("H", [1])}, [twelve])
     white_first = (np.abs(deep)).astype("<u2").tobytes()
-    write(folder / "tiff_uint16_white.tiff", (width, height), {BITS: ("H", [16]), PHOTOMETRIC: ("H", [0])}, [white_first])
-    write(folder / "tiff_int8.tiff", (width, height), {BITS: ("H", [8]), PHOTOMETRIC: ("H", [1]), FORMAT: ("H", [2])}, [grey.tobytes()])
+    write(
+        folder / "tiff_uint16_white.tiff", (width, height), {BITS: ("H", [16]), PHOTOMETRIC: ("H", [0])}, [white_first]
+    )
+    write(
+        folder / "tiff_int8.tiff",
+        (width, height),
+        {BITS: ("H", [8]), PHOTOMETRIC: ("H", [1]), FORMAT: ("H", [2])},
+        [grey.tobytes()],
+    )
 
 
 def colours(folder: Path, small: Image.Image) -> None:
@@ -105,10 +123,18 @@ def colours(folder: Path, small: Image.Image) -> None:
             end = "big" if order == ">" else "little"
             write(folder / f"tiff_{name}16_{end}.tiff", size, tags, [values.tobytes()], order=order)
             tags[COMPRESSION] = ("H", [8])
-            write(folder / f"tiff_{name}16_{end}_deflate.tiff", size, tags, [zlib.compress(values.tobytes())], order=order)
+            write(
+                folder / f"tiff_{name}16_{end}_deflate.tiff", size, tags, [zlib.compress(values.tobytes())], order=order
+            )
     ycbcr = np.asarray(small.convert("YCbCr"))
     for across, down in ((1, 1), (2, 1), (2, 2), (4, 1), (1, 2), (4, 4)):
-        tags = {BITS: ("H", [8] * 3), PHOTOMETRIC: ("H", [6]), SAMPLES: ("H", [3]), COMPRESSION: ("H", [8]), SUBSAMPLING: ("H", [across, down])}
+        tags = {
+            BITS: ("H", [8] * 3),
+            PHOTOMETRIC: ("H", [6]),
+            SAMPLES: ("H", [3]),
+            COMPRESSION: ("H", [8]),
+            SUBSAMPLING: ("H", [across, down]),
+        }
         data = zlib.compress(blocks(ycbcr, across, down))
         write(folder / f"tiff_ycbcr_{across}{down}.tiff", size, tags, [data])
     tags |= {RANGE: ("f", [16, 235, 128, 240, 128, 240]), COEFFICIENTS: ("f", [0.2126, 0.7152, 0.0722])}
@@ -118,8 +144,22 @@ def colours(folder: Path, small: Image.Image) -> None:
 def alphas(folder: Path, small: Image.Image) -> None:
     noise = np.random.default_rng(9)
     size = (small.width, small.height)
-    cases = [(2, 3, [0]), (2, 3, [1]), (2, 3, [2]), (2, 3, None), (2, 3, [999]), (2, 3, [0, 0]), (2, 3, [1, 0]), (2, 3, [2, 0, 0]),
-             (1, 1, [0]), (1, 1, [2]), (3, 1, [0]), (3, 1, [2]), (5, 4, [0]), (5, 4, [0, 0])]
+    cases = [
+        (2, 3, [0]),
+        (2, 3, [1]),
+        (2, 3, [2]),
+        (2, 3, None),
+        (2, 3, [999]),
+        (2, 3, [0, 0]),
+        (2, 3, [1, 0]),
+        (2, 3, [2, 0, 0]),
+        (1, 1, [0]),
+        (1, 1, [2]),
+        (3, 1, [0]),
+        (3, 1, [2]),
+        (5, 4, [0]),
+        (5, 4, [0, 0]),
+    ]
     for photometric, n_colours, extra in cases:
         n_samples = n_colours + (len(extra) if extra else 1)
         values = noise.integers(0, 256, (small.height, small.width, n_samples)).astype(np.uint8)
@@ -134,7 +174,9 @@ def alphas(folder: Path, small: Image.Image) -> None:
         write(folder / f"tiff_extra_{photometric}_{name}.tiff", size, tags, [values.tobytes()])
         if photometric == 2 and extra in ([1], [2], [0]):
             deep = values.astype(">u2") * 256 + 3
-            write(folder / f"tiff_extra16_{name}.tiff", size, tags | {BITS: ("H", [16] * 4)}, [deep.tobytes()], order=">")
+            write(
+                folder / f"tiff_extra16_{name}.tiff", size, tags | {BITS: ("H", [16] * 4)}, [deep.tobytes()], order=">"
+            )
             planes = [zlib.compress(values[..., plane].tobytes()) for plane in range(n_samples)]
             tags |= {PLANAR: ("H", [2]), COMPRESSION: ("H", [8])}
             write(folder / f"tiff_extra_planes_{name}.tiff", size, tags, planes)
@@ -145,17 +187,36 @@ def arrangements(folder: Path, small: Image.Image) -> None:
     size = (small.width, small.height)
     tags: Tags = {BITS: ("H", [8] * 3), PHOTOMETRIC: ("H", [2]), SAMPLES: ("H", [3])}
     codecs: list[tuple[str, int, Callable[[bytes], bytes]]] = [
-        ("raw", 1, bytes), ("deflate", 8, zlib.compress), ("lzma", 34925, lambda data: lzma.compress(data, format=lzma.FORMAT_XZ))]
+        ("raw", 1, bytes),
+        ("deflate", 8, zlib.compress),
+        ("lzma", 34925, lambda data: lzma.compress(data, format=lzma.FORMAT_XZ)),
+    ]
     for name, compression, squeeze in codecs:
         for order, big in (("<", True), (">", False)):  # Pillow knows BigTIFF in one order
             end = "big" if order == ">" else "little"
             packed = tags | {COMPRESSION: ("H", [compression])}
             tiles = [squeeze(tile.tobytes()) for tile in cut(rgb, 16)]
-            write(folder / f"tiff_tiles_{name}_{end}.tiff", size, packed | {TILE_WIDTH: ("I", [16]), TILE_LENGTH: ("I", [16])}, tiles,
-                  order=order, big=big)
-            planes = [squeeze(np.ascontiguousarray(rgb[top : top + 10, :, plane]).tobytes()) for plane in range(3)
-                      for top in range(0, small.height, 10)]
-            write(folder / f"tiff_planes_{name}_{end}.tiff", size, packed | {PLANAR: ("H", [2]), ROWS: ("I", [10])}, planes, order=order, big=big)
+            write(
+                folder / f"tiff_tiles_{name}_{end}.tiff",
+                size,
+                packed | {TILE_WIDTH: ("I", [16]), TILE_LENGTH: ("I", [16])},
+                tiles,
+                order=order,
+                big=big,
+            )
+            planes = [
+                squeeze(np.ascontiguousarray(rgb[top : top + 5, :, plane]).tobytes())
+                for plane in range(3)
+                for top in range(0, small.height, 5)
+            ]
+            write(
+                folder / f"tiff_planes_{name}_{end}.tiff",
+                size,
+                packed | {PLANAR: ("H", [2]), ROWS: ("I", [5])},
+                planes,
+                order=order,
+                big=big,
+            )
     strips = [rgb[top : top + 7].tobytes() for top in range(0, small.height, 7)]
     write(folder / "tiff_strips_raw.tiff", size, tags | {ROWS: ("H", [7])}, strips)
     for turn in (5, 6, 7, 8):
@@ -171,12 +232,23 @@ def arrangements(folder: Path, small: Image.Image) -> None:
 def jpegs(folder: Path, small: Image.Image) -> None:
     """Tiles and strips with tables of their own, and a whole file inside, as before the revision of 1995."""
     size = (small.width, small.height)
-    tags: Tags = {BITS: ("H", [8] * 3), PHOTOMETRIC: ("H", [6]), SAMPLES: ("H", [3]), COMPRESSION: ("H", [7]), SUBSAMPLING: ("H", [2, 2])}
+    tags: Tags = {
+        BITS: ("H", [8] * 3),
+        PHOTOMETRIC: ("H", [6]),
+        SAMPLES: ("H", [3]),
+        COMPRESSION: ("H", [7]),
+        SUBSAMPLING: ("H", [2, 2]),
+    }
     tiles = [jpeg(Image.fromarray(tile), subsampling=2) for tile in cut(np.asarray(small), 16)]
     write(folder / "tiff_jpeg_tiles.tiff", size, tags | {TILE_WIDTH: ("I", [16]), TILE_LENGTH: ("I", [16])}, tiles)
     for subsampling, (across, down) in ((0, (1, 1)), (1, (2, 1)), (2, (2, 2))):
         stream = jpeg(small, subsampling=subsampling)
-        old = tags | {COMPRESSION: ("H", [6]), SUBSAMPLING: ("H", [across, down]), JPEG_STREAM: ("I", [8]), 514: ("I", [len(stream)])}
+        old = tags | {
+            COMPRESSION: ("H", [6]),
+            SUBSAMPLING: ("H", [across, down]),
+            JPEG_STREAM: ("I", [8]),
+            514: ("I", [len(stream)]),
+        }
         write(folder / f"tiff_old_jpeg_{across}{down}.tiff", size, old, [stream])
 
 
@@ -189,7 +261,11 @@ def jpeg(picture: Image.Image, subsampling: int) -> bytes:
 def cut(pixels: np.ndarray, side: int) -> list[np.ndarray]:
     height, width = pixels.shape[:2]
     padded = np.pad(pixels, ((0, -height % side), (0, -width % side), (0, 0)), mode="edge")
-    return [np.ascontiguousarray(padded[y : y + side, x : x + side]) for y in range(0, height, side) for x in range(0, width, side)]
+    return [
+        np.ascontiguousarray(padded[y : y + side, x : x + side])
+        for y in range(0, height, side)
+        for x in range(0, width, side)
+    ]
 
 
 def blocks(ycbcr: np.ndarray, across: int, down: int) -> bytes:
@@ -218,7 +294,9 @@ def float_differences(row: np.ndarray) -> bytes:
     return np.diff(planes, prepend=np.uint8(0)).astype(np.uint8).tobytes()
 
 
-def write(path: Path, size: tuple[int, int], tags: Tags, chunks: list[bytes], order: str = "<", big: bool = False) -> None:
+def write(
+    path: Path, size: tuple[int, int], tags: Tags, chunks: list[bytes], order: str = "<", big: bool = False
+) -> None:
     """A file with its chunks first, then what does not fit into the directory, then the directory."""
     head = 16 if big else 8
     places = [head + sum(map(len, chunks[:index])) for index in range(len(chunks))]

@@ -43,18 +43,15 @@ pub fn read(directory: &Directory<'_>, layout: &Layout) -> Result<Canvas, TiffEr
     let codec = Codec::read(directory, layout)?;
     let n_channels = layout.n_kept();
     let row_samples = layout.width as usize * n_channels;
-    let mut canvas = Canvas { samples: vec![0; row_samples * layout.height as usize], n_channels, row_samples };
     if layout.compression == OLD_JPEG {
-        let place = Place { x: 0, y: 0, width: layout.width, height: layout.height, channel: 0, n_samples: 3 };
-        canvas.put_all(&jpeg::old(directory, layout)?, place, layout);
-        return Ok(canvas);
+        return Ok(Canvas { samples: jpeg::old(directory, layout)?, n_channels, row_samples });
     }
+    let mut canvas = Canvas { samples: vec![0; row_samples * layout.height as usize], n_channels, row_samples };
     let grid = Grid::read(directory, layout)?;
     for plane in 0..if layout.is_planar { n_channels } else { 1 } {
         grid.each(layout, plane, |place, data| {
             if layout.compression == codec::JPEG {
-                canvas.put_all(&codec.jpeg(data, layout, place)?, place, layout);
-                return Ok(());
+                return canvas.put_jpeg(codec.jpeg(data, layout, place)?, place, layout);
             }
             if layout.colour == Colour::YCbCr && !layout.is_planar && codec.subsampling != (1, 1) {
                 return canvas.put_blocks(codec.open(data, place)?, place, codec.subsampling, layout);
@@ -79,11 +76,23 @@ impl<'a> Grid<'a> {
         if chunk_width == 0 || chunk_height == 0 {
             return Err(TiffError::Damaged("its strips or tiles are empty"));
         }
-        // Decoding a tile costs at least its own size, so that tiny tiles or one far beyond the picture would make work out of nothing.
-        if is_tiled && u64::from(chunk_width) * u64::from(chunk_height) > MAX_TILE {
-            return Err(TiffError::unsupported("tiles of more than 64 megapixels"));
+        let chunks = Self { offsets, lengths: directory.get(lengths), chunk_width, chunk_height, is_tiled };
+        chunks.check_work(layout)?;
+        Ok(chunks)
+    }
+
+    /// Decoding a tile costs at least its own size and what it takes to begin, so that tiles far beyond the picture's edges or millions of
+    /// tiny ones would make work out of nothing.
+    fn check_work(&self, layout: &Layout) -> Result<(), TiffError> {
+        let (across, down) = (layout.width.div_ceil(self.chunk_width), layout.height.div_ceil(self.chunk_height));
+        let n_chunks = u64::from(across) * u64::from(down);
+        if n_chunks > MAX_CHUNKS {
+            return Err(TiffError::Unsupported(format!("{n_chunks} strips or tiles")));
         }
-        Ok(Self { offsets, lengths: directory.get(lengths), chunk_width, chunk_height, is_tiled })
+        if self.is_tiled && n_chunks * u64::from(self.chunk_width) * u64::from(self.chunk_height) > MAX_TILED {
+            return Err(TiffError::unsupported("tiles of more than 128 megapixels, most of them beyond the picture's edges"));
+        }
+        Ok(())
     }
 
     /// Goes through one plane from left to right and from top to bottom.
@@ -131,11 +140,13 @@ impl Canvas {
         Ok(())
     }
 
-    fn put_all(&mut self, samples: &[u8], place: Place, layout: &Layout) {
-        let rows = samples.chunks_exact(place.width as usize * place.n_samples);
-        for (row, samples) in rows.take((layout.height - place.y) as usize).enumerate() {
-            self.put(samples, place, row as u32, layout);
+    fn put_jpeg(&mut self, mut picture: jpeg::Chunk<'_>, place: Place, layout: &Layout) -> Result<(), TiffError> {
+        let mut samples = vec![0; place.width as usize * place.n_samples];
+        for row in 0..(picture.height() as u32).min(layout.height - place.y) {
+            picture.read_scanlines_into(&mut samples)?;
+            self.put(&samples, place, row, layout);
         }
+        Ok(())
     }
 
     /// Writes one row of a chunk, as far as the picture reaches; samples beyond those that are looked at are left out.
@@ -183,7 +194,8 @@ impl Canvas {
     }
 }
 
-const MAX_TILE: u64 = 64 << 20;
+const MAX_CHUNKS: u64 = 1 << 17;
+const MAX_TILED: u64 = 128 << 20;
 
 const STRIP_OFFSETS: u16 = 273;
 const ROWS_PER_STRIP: u16 = 278;

@@ -83,7 +83,7 @@ impl<'a> Codec<'a> {
     }
 
     /// A chunk that is a JPEG picture.
-    pub fn jpeg(&self, data: &[u8], layout: &Layout, place: Place) -> Result<Vec<u8>, TiffError> {
+    pub fn jpeg(&self, data: &'a [u8], layout: &Layout, place: Place) -> Result<jpeg::Chunk<'a>, TiffError> {
         jpeg::chunk(self.jpeg_tables, data, layout, place)
     }
 }

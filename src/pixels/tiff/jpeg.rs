@@ -1,24 +1,32 @@
 //! JPEG pictures inside TIFF files: strips and tiles whose tables may stand elsewhere, and the whole picture of before TIFF 6.0's revision.
 
-use std::io::{BufRead, Read};
+use std::io::{BufRead, Chain, Read};
 
+use mozjpeg::decompress::DecompressStarted;
 use mozjpeg::{ColorSpace, CompInfoExt, Decompress};
 
 use super::TiffError;
 use super::chunks::Place;
 use super::directory::Directory;
 use super::layout::{Colour, Layout};
+use crate::pixels::jpeg::check_scans;
+
+/// A strip or tile that is about to be read row by row.
+pub type Chunk<'a> = DecompressStarted<Chain<&'a [u8], &'a [u8]>>;
 
 /// One strip or tile. Chroma that is not in planes becomes RGB on the way, everything else stays as it is stored.
-pub fn chunk(tables: &[u8], data: &[u8], layout: &Layout, place: Place) -> Result<Vec<u8>, TiffError> {
+pub fn chunk<'a>(tables: &'a [u8], data: &'a [u8], layout: &Layout, place: Place) -> Result<Chunk<'a>, TiffError> {
     let begin = if tables.is_empty() { &[0xFF, 0xD8] } else { tables.strip_suffix(&[0xFF, 0xD9]).unwrap_or(tables) };
     let picture = Decompress::new_reader(begin.chain(data.get(2..).unwrap_or_default()))?;
-    check_size(&picture, place.width, layout.height)?;
+    let is_last = place.y + place.height >= layout.height;
+    check_size(&picture, place.width, if is_last { layout.height } else { place.height })?;
     if picture.components().len() != place.n_samples {
         return Err(TiffError::Damaged("a JPEG strip has other colours than the picture"));
     }
     let colours = if layout.colour == Colour::YCbCr && !layout.is_planar { ColorSpace::JCS_RGB } else { picture.color_space() };
-    Ok(picture.to_colorspace(colours)?.read_scanlines::<u8>()?)
+    check_scans(data, place.width, picture.height() as u32)
+        .map_err(|_| TiffError::Damaged("a JPEG picture inside has too many scans"))?;
+    Ok(picture.to_colorspace(colours)?)
 }
 
 /// Brightness and chroma of a picture that is one JPEG file inside the TIFF file. Chroma is not smoothed.
@@ -28,6 +36,7 @@ pub fn old(directory: &Directory<'_>, layout: &Layout) -> Result<Vec<u8>, TiffEr
     let stream = stream.ok_or_else(|| TiffError::unsupported("old JPEG compression without a JPEG file in it"))?;
     let picture = Decompress::new_mem(stream)?;
     check_size(&picture, layout.width, layout.height)?;
+    check_scans(stream, layout.width, layout.height).map_err(|_| TiffError::Damaged("a JPEG picture inside has too many scans"))?;
     let shape: Vec<_> = picture
         .components()
         .iter()
