@@ -24,8 +24,9 @@
 //! # Doors
 //!
 //! Each outside library is used in one place: `ort` and `half` in [`runtime`], what decodes pictures in [`pixels`], `tokenizers` in [`text`],
-//! `prost` in [`bundle`], `clap` and `ndarray-npy` in [`cli`]. Dependencies point down: `cli → verify → engine → prompt, language, stage1, qformer, vision → runtime, text →
-//! bundle → pixels`; [`decode`] knows nothing of tensors and defines the small trait that [`language`] implements. `tests/layers.rs` holds this.
+//! `prost` in [`bundle`], `clap` and `ndarray-npy` in [`cli`]. Dependencies point down: `cli → verify → engine → prompt, language, stage1,
+//! qformer, vision → runtime, text → bundle → pixels`; [`decode`] knows nothing of tensors and defines the small trait that [`language`]
+//! implements. `tests/layers.rs` holds this.
 //!
 //! # Invariants
 //!
