@@ -30,7 +30,7 @@ class Engine:
         """What `embed` writes: [pictures, queries, width], or [texts, width]."""
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "vectors.npy"
-            options = ["--model", str(self.bundle), "--per-query", "--npy", str(file)]
+            options = ["--model", str(self.bundle), *(["--per-query"] if kind == "image" else []), "--npy", str(file)]
             run_engine(self.binary, "embed", *options, kind, *items)
             return np.load(file)
 
