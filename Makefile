@@ -71,7 +71,7 @@ parity: setup-export setup build ## GENERATIONS texts of random checkpoints of e
 	PYTHONPATH=export $(MODEL_PYTHON) -m blip2_export parity --all --generations $(GENERATIONS)
 
 fuzz: ## FUZZ_COUNT damaged pictures of all formats: none panics, takes 2 seconds or 1 GB
-	FUZZ_COUNT=$(FUZZ_COUNT) cargo test --release --locked --test fuzz -- --ignored --nocapture
+	FUZZ_COUNT=$(FUZZ_COUNT) cargo test --release --locked --test fuzz -- --ignored --nocapture --test-threads=1
 
 clean: ## remove what the build made, keep the environments
 	cargo clean

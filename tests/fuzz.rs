@@ -8,7 +8,7 @@ mod mutate;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Once};
 use std::time::{Duration, Instant};
 
 use blip2::pixels::{Limits, Picture, Preprocess};
@@ -90,15 +90,23 @@ fn work_out_of_nothing_is_refused() {
     }
 }
 
+/// Hears of panics that nothing contains: set before the first picture, so that the decoders' own silence lies over it.
+fn watch_panics() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        std::panic::set_hook(Box::new(|panic| {
+            let is_decoder = std::thread::current().name() == Some(DECODER);
+            PANICKED.store(is_decoder || PANICKED.load(Ordering::SeqCst), Ordering::SeqCst);
+            eprintln!("{panic}");
+        }));
+    });
+}
+
 /// What is decoded at the moment, and since when.
 type Current = Arc<Mutex<Option<(Vec<u8>, Instant)>>>;
 
 fn run(format: Format, count: usize, limits: Limits, longest: Duration) {
-    std::panic::set_hook(Box::new(|panic| {
-        let is_decoder = std::thread::current().name() == Some(DECODER);
-        PANICKED.store(is_decoder || PANICKED.load(Ordering::SeqCst), Ordering::SeqCst);
-        eprintln!("{panic}");
-    }));
+    watch_panics();
     let current = Current::default();
     let watched = Arc::clone(&current);
     let work = move || work(format, count, &limits, longest, &watched);

@@ -16,7 +16,8 @@ const HAS_XMP: u8 = 0x04;
 pub fn decode(bytes: &[u8], limits: &Limits) -> Result<Picture, PixelsError> {
     let declared = bytes.get(4..).and_then(|rest| rest.first_chunk()).map(|size| u32::from_le_bytes(*size) as usize + 8);
     let whole = declared.and_then(|size| bytes.get(..size)).ok_or_else(|| damaged("the file is shorter than it says"))?;
-    let Some(extended) = Extended::read(&whole[12..]) else { return still(whole, limits) };
+    let chunks = whole.get(12..).ok_or_else(|| damaged("there is no picture in it"))?;
+    let Some(extended) = Extended::read(chunks) else { return still(whole, limits) };
     let picture = match extended.first_frame {
         Some(frame) => extended.with(frame, limits)?,
         None => still(whole, limits)?,
