@@ -20,7 +20,7 @@ from blip2_export.read import adapter, configuration, lavis, leftovers, processo
 from blip2_export.read.checkpoint import Checkpoint, CheckpointError
 from blip2_export.reference import golden
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _ONNXRUNTIME = "1.31"
 _MOST_BEAMS = 64
 _BEAMS, _STAGE_1_BEAMS = 5, 3  # of the paper's evaluations (section 4) and of LAVIS' `blip2_qformer.py`

@@ -119,9 +119,9 @@ class Graph:
         self.weights.append(tensor)
         return tensor.name
 
-    def stored(self, array: np.ndarray, offset: int) -> str:
-        """What lies at `offset` of the data file, as float32 value."""
-        return self._lifted(self._external(array, offset), array)
+    def stored(self, array: np.ndarray) -> str:
+        """A weight in its own dtype as float32 value; bytes that the data file has already are not written again."""
+        return self._lifted(self.raw(array), array)
 
     def _lifted(self, name: str, array: np.ndarray) -> str:
         return name if array.dtype == np.float32 else self.op("Cast", [name], to=TensorProto.FLOAT)

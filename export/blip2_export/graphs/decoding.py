@@ -1,4 +1,8 @@
-"""What all decoder graphs share: their inputs, attention over the cache in place, the embedding table and the head."""
+"""What all decoder graphs share: their inputs, attention over the cache in place, the embedding table and the head.
+
+Rows are computed, slots hold keys and values. Every layer works on the rows alone; only attention sees all slots of the cache, where a
+slot without a row costs one position. So texts come and go without moving a slot, and as many rows are computed as are live.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,6 @@ class Decoder:
     """The built graph with what `bundle.json` says of it."""
 
     graph: Graph
-    embedding: dict[str, Any]
     kv_cache: dict[str, Any]
 
 
@@ -39,6 +42,10 @@ class Heads:
         """A projection to `n` heads (or its bias) with zero rows behind each head."""
         return pad_groups(weight, n, self.padded)
 
+    def packed_qkv(self, parts: list[np.ndarray]) -> np.ndarray:
+        """The projections to queries, keys and values (or their biases) as one."""
+        return np.concatenate([self.rows(part, n) for part, n in zip(parts, (self.n, self.n_kv, self.n_kv), strict=True)])
+
     def columns(self, weight: np.ndarray) -> np.ndarray:
         """The projection of all query heads' outputs, with zero columns where the padding is."""
         return pad_groups(weight.T, self.n, self.padded).T
@@ -46,7 +53,7 @@ class Heads:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Names of the inputs that every decoder has; those of attention are known by name."""
+    """What every decoder starts from; the inputs of attention are known by name."""
 
     embeds: str
     positions: str
@@ -66,24 +73,48 @@ def pad_groups(weight: np.ndarray, n_groups: int, width: int) -> np.ndarray:
     return np.pad(groups, more).reshape(n_groups * width, *weight.shape[1:])
 
 
-def declare_inputs(g: Graph, width: int) -> Inputs:
-    embeds = g.input("inputs_embeds", "float32", ["batch", "sequence", width])
-    positions = g.input("position_ids", "int64", ["batch", "sequence"])
-    g.input("seqlens_k", "int32", ["batch"])
+def declare_inputs(g: Graph, table: np.ndarray, reads_queries: bool) -> Inputs:
+    """`reads_queries`: query tokens, none in a step, stand in front of the embedded tokens."""
+    embeds = embed(g, table, "rows", reads_queries)
+    positions = g.input("position_ids", "int64", ["rows", "sequence"])
+    g.input("seqlens_k", "int32", ["slots"])
     g.input("total_sequence_length", "int32", [])
-    return Inputs(embeds, positions, g.input("logits_at", "int64", ["batch", "n_logits"]))
+    g.input("slot_rows", "int64", ["slots"])
+    g.input("row_slots", "int64", ["rows"])
+    return Inputs(embeds, positions, g.input("logits_at", "int64", ["rows", "n_logits"]))
+
+
+def embed(g: Graph, table: np.ndarray, batch: str, reads_queries: bool) -> str:
+    """The embeddings of `input_ids`, behind `queries` where there are any."""
+    x = g.rows(table, g.input("input_ids", "int64", [batch, "n_tokens"]))
+    if not reads_queries:
+        return x
+    queries = g.input("queries", "float32", [batch, "n_queries", table.shape[1]])
+    return str(g.op("Concat", [queries, x], axis=1))
+
+
+def to_slots(g: Graph, x: str) -> str:
+    """Of every slot what belongs to its row; slots without a row get any."""
+    return str(g.op("Gather", [x, "slot_rows"], axis=0))
+
+
+def to_rows(g: Graph, x: str) -> str:
+    """Of every row what its slot holds."""
+    return str(g.op("Gather", [x, "row_slots"], axis=0))
 
 
 def attend(
-    g: Graph, layer: int, heads: Heads, qkv: list[str], scale: float, more: tuple[str, ...] = (), **attributes: Any
+    g: Graph, layer: int, heads: Heads, qkv: str, scale: float, more: tuple[str, ...] = (), **attributes: Any
 ) -> str:
-    """Causal attention over cache and new positions, which it writes to the cache. `more`: inputs behind the lengths."""
-    shape = ["batch", heads.n_kv, "capacity", heads.padded]
+    """Causal attention of rows over cache and new positions, which it writes to the cache.
+
+    `qkv`: the packed projections; `more`: inputs behind the lengths, for slots."""
+    shape = ["slots", heads.n_kv, "capacity", heads.padded]
     past = [g.input(f"past_key_values.{layer}.{p}", "float32", shape) for p in _PARTS]
     present = [f"present.{layer}.{p}" for p in _PARTS]
     y, *_ = g.op(
         "GroupQueryAttention",
-        [*qkv, *past, "seqlens_k", "total_sequence_length", *more],
+        [to_slots(g, qkv), "", "", *past, "seqlens_k", "total_sequence_length", *more],
         [g.fresh("attention"), *present],
         domain=MICROSOFT,
         num_heads=heads.n,
@@ -93,13 +124,7 @@ def attend(
     )
     for value in present:
         g.output(value, value, "float32", shape)
-    return str(y)
-
-
-def store_embedding(g: Graph, table: np.ndarray) -> dict[str, Any]:
-    """Where the data file holds the token embeddings; the engine reads their rows straight from it."""
-    dtype = str(table.dtype)
-    return {"file": g.data.name, "offset": g.data.append(table), "dtype": dtype, "shape": list(table.shape)}
+    return to_rows(g, y)
 
 
 def select(g: Graph, x: str, logits_at: str) -> str:
@@ -124,18 +149,17 @@ def finish(
     x: str,
     head: np.ndarray | None,
     table: np.ndarray,
-    embedding: dict[str, Any],
     heads: Heads,
     n_layers: int,
     bias: np.ndarray | None = None,
 ) -> Decoder:
     """The head behind the last states, tied to the embedding table where it has no weights of its own."""
-    weight = g.stored(table, embedding["offset"]) if head is None else g.weight(head)
+    weight = g.stored(table) if head is None else g.weight(head)
     logits = g.op("FusedMatMul", [x, weight], domain=MICROSOFT, transB=1)
-    g.outputs.insert(0, {"name": "logits", "dtype": "float32", "shape": ["batch", "n_logits", len(table)]})
+    g.outputs.insert(0, {"name": "logits", "dtype": "float32", "shape": ["rows", "n_logits", len(table)]})
     g.op("Identity", [logits if bias is None else g.op("Add", [logits, g.weight(bias)])], ["logits"])
     g.save()
-    return Decoder(g, embedding, _cache_facts(heads, n_layers))
+    return Decoder(g, _cache_facts(heads, n_layers))
 
 
 def _cache_facts(heads: Heads, n_layers: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from transformers import Blip2QFormerConfig
 
 from blip2_export.graphs.bert import TEXT, Layers
 from blip2_export.graphs.builder import Data, Graph, UnsupportedError
-from blip2_export.graphs.decoding import Decoder, attend, declare_inputs, finish, own_head, select, store_embedding
+from blip2_export.graphs.decoding import Decoder, attend, declare_inputs, finish, own_head, select
 from blip2_export.read.checkpoint import Checkpoint
 
 _HEAD = "cls.predictions."
@@ -21,13 +21,12 @@ HEAD_BIAS = _HEAD + "decoder.bias"
 
 
 def build(folder: Path, checkpoint: Checkpoint, cfg: Blip2QFormerConfig, data: Data) -> Decoder:
-    """Inputs and outputs as those of the language models' decoders. `inputs_embeds` are plain word embeddings."""
+    """Inputs and outputs as those of the language models' decoders. Its queries stand in the cache."""
     g = Graph(folder, "decoder", data)
     layers = Layers(g, checkpoint, cfg)
     width, vocab = cfg.hidden_size, cfg.vocab_size
-    inputs = declare_inputs(g, width)
     words = layers.read(WORDS, vocab, width)
-    embedding = store_embedding(g, words)
+    inputs = declare_inputs(g, words, reads_queries=False)
     learned = layers.read("embeddings.position_embeddings.weight", cfg.max_position_embeddings, width)
     x = g.op("Add", [inputs.embeds, g.op("Gather", [g.weight(learned), inputs.positions], axis=0)])
     x = layers.embedding_norm(x)
@@ -40,21 +39,16 @@ def build(folder: Path, checkpoint: Checkpoint, cfg: Blip2QFormerConfig, data: D
     if HEAD_BIAS not in checkpoint.tied(BIAS):
         raise UnsupportedError(f"`{HEAD_BIAS}` is not equal to `{BIAS}`; which of them holds cannot be told")
     head = own_head(checkpoint, WORDS, HEAD, words.shape)
-    return finish(g, x, head, words, embedding, layers.heads, cfg.num_hidden_layers, bias)
+    return finish(g, x, head, words, layers.heads, cfg.num_hidden_layers, bias)
 
 
 def _attention(layers: Layers, i: int, x: str) -> str:
     g, heads, width = layers.g, layers.heads, layers.width
     name = f"qformer.encoder.layer.{i}.attention."
-    qkv = [
-        g.linear(
-            x,
-            heads.rows(layers.read(f"{name}attention.{part}.weight", width, width), heads.n),
-            heads.rows(layers.read(f"{name}attention.{part}.bias", width), heads.n),
-        )
-        for part in ("query", "key", "value")
-    ]
-    y = attend(g, i, heads, qkv, heads.width**-0.5)
+    names = [f"{name}attention.{part}" for part in ("query", "key", "value")]
+    weight = heads.packed_qkv([layers.read(n + ".weight", width, width) for n in names])
+    bias = heads.packed_qkv([layers.read(n + ".bias", width) for n in names])
+    y = attend(g, i, heads, g.linear(x, weight, bias), heads.width**-0.5)
     weight = heads.columns(layers.read(name + "output.dense.weight", width, width))
     y = g.linear(y, weight, layers.read(name + "output.dense.bias", width))
     return layers.norm(name + "output.LayerNorm", g.op("Add", [y, x]))

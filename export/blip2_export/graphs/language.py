@@ -49,7 +49,6 @@ def _facts(text: Any, max_positions: int, made: Decoder, ids: dict[str, Any]) ->
         "hidden": width(text),
         "vocab_size": text.vocab_size,
         "max_positions": max_positions,
-        "embedding": made.embedding,
         "token_ids": ids,
         "kv_cache": made.kv_cache,
     }

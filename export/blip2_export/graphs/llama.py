@@ -17,7 +17,7 @@ from blip2_export.graphs.decoding import (
     own_head,
     pad_groups,
     select,
-    store_embedding,
+    to_slots,
 )
 from blip2_export.read.checkpoint import Checkpoint
 
@@ -44,24 +44,21 @@ class _Builder:
 
     def attention(self, name: str, x: str, layer: int, positions: str) -> str:
         heads, biased = self.heads, self.cfg.attention_bias
-        counts = {"q": heads.n, "k": heads.n_kv, "v": heads.n_kv}
-        qkv = [self._to_heads(f"{name}{p}_proj", x, n, rotated=p != "v") for p, n in counts.items()]
+        bias = self._packed_qkv(name, ".bias") if biased else None
+        qkv = self.g.linear(x, self._packed_qkv(name, ".weight", self.width), bias)
         more = (*self.rotary, positions)
         y = attend(self.g, layer, heads, qkv, heads.width**-0.5, more, do_rotary=1)
         weight = self.read(name + "o_proj.weight", self.width, heads.n * heads.width)
         bias = self.read(name + "o_proj.bias", self.width) if biased else None
         return self.g.linear(y, heads.columns(weight), bias)
 
-    def _to_heads(self, name: str, x: str, n: int, rotated: bool) -> str:
-        weight = self.read(name + ".weight", n * self.heads.width, self.width)
-        bias = self.read(name + ".bias", n * self.heads.width) if self.cfg.attention_bias else None
-        weight, bias = (None if t is None else self._padded(t, n, rotated) for t in (weight, bias))
-        assert weight is not None
-        return self.g.linear(x, weight, bias)
-
-    def _padded(self, weight: np.ndarray, n: int, rotated: bool) -> np.ndarray:
-        """Rotation pairs the two halves of a head, so each half is padded on its own there."""
-        return pad_groups(weight, 2 * n, self.heads.padded // 2) if rotated else self.heads.rows(weight, n)
+    def _packed_qkv(self, name: str, kind: str, *n_in: int) -> np.ndarray:
+        """Rotation pairs the two halves of a head, so in queries and keys each half is padded on its own."""
+        heads, parts = self.heads, []
+        for p, n in (("q", heads.n), ("k", heads.n_kv), ("v", heads.n_kv)):
+            part = self.read(f"{name}{p}_proj{kind}", n * heads.width, *n_in)
+            parts.append(heads.rows(part, n) if p == "v" else pad_groups(part, 2 * n, heads.padded // 2))
+        return np.concatenate(parts)
 
     def layer(self, i: int, x: str, positions: str) -> str:
         g, cfg, name = self.g, self.cfg, f"layers.{i}."
@@ -77,16 +74,15 @@ class _Builder:
 def build(folder: Path, checkpoint: Checkpoint, cfg: LlamaConfig) -> Decoder:
     """Inputs and outputs as those of the OPT decoder. The cache holds `num_key_value_heads` heads."""
     g = Graph(folder, "decoder")
-    inputs = declare_inputs(g, cfg.hidden_size)
     table = checkpoint.tensor(_PREFIX + "embed_tokens.weight", (cfg.vocab_size, cfg.hidden_size))
-    embedding = store_embedding(g, table)
+    inputs = declare_inputs(g, table, reads_queries=True)
     b = _Builder(g, checkpoint, cfg)
-    x = inputs.embeds
+    x, positions = inputs.embeds, to_slots(g, inputs.positions)
     for i in range(cfg.num_hidden_layers):
-        x = b.layer(i, x, inputs.positions)
+        x = b.layer(i, x, positions)
     x = b.norm("norm", select(g, x, inputs.logits_at))
     head = own_head(checkpoint, _PREFIX + "embed_tokens.weight", "language_model.lm_head.weight", table.shape)
-    return finish(g, x, head, table, embedding, b.heads, cfg.num_hidden_layers)
+    return finish(g, x, head, table, b.heads, cfg.num_hidden_layers)
 
 
 def _rotary_tables(cfg: LlamaConfig, half: int) -> tuple[np.ndarray, np.ndarray]:

@@ -16,7 +16,6 @@ from blip2_export.graphs.decoding import (
     finish,
     own_head,
     select,
-    store_embedding,
 )
 from blip2_export.read.checkpoint import Checkpoint
 
@@ -48,15 +47,12 @@ class _Builder:
 
     def attention(self, name: str, x: str, layer: int) -> str:
         heads, width = self.heads, self.width
-        qkv = [self._to_heads(f"{name}self_attn.{p}_proj", x) for p in "qkv"]
-        y = attend(self.g, layer, heads, qkv, heads.width**-0.5)
+        names = [f"{name}self_attn.{p}_proj" for p in "qkv"]
+        weight = heads.packed_qkv([self.read(n + ".weight", width, width) for n in names])
+        bias = heads.packed_qkv([self.read(n + ".bias", width) for n in names]) if self.cfg.enable_bias else None
+        y = attend(self.g, layer, heads, self.g.linear(x, weight, bias), heads.width**-0.5)
         weight = self.read(name + "self_attn.out_proj.weight", width, width)
         return self.g.linear(y, heads.columns(weight), self.bias(name + "self_attn.out_proj", width))
-
-    def _to_heads(self, name: str, x: str) -> str:
-        weight, bias = self.read(name + ".weight", self.width, self.width), self.bias(name, self.width)
-        n = self.heads.n
-        return self.g.linear(x, self.heads.rows(weight, n), None if bias is None else self.heads.rows(bias, n))
 
     def layer(self, i: int, x: str) -> str:
         cfg, g, name = self.cfg, self.g, f"layers.{i}."
@@ -75,9 +71,8 @@ def build(folder: Path, checkpoint: Checkpoint, cfg: OPTConfig) -> Decoder:
     g = Graph(folder, "decoder")
     b = _Builder(g, checkpoint, cfg)
     width, narrow, vocab = cfg.hidden_size, cfg.word_embed_proj_dim, cfg.vocab_size
-    inputs = declare_inputs(g, narrow)
     table = b.read("embed_tokens.weight", vocab, narrow)
-    embedding = store_embedding(g, table)
+    inputs = declare_inputs(g, table, reads_queries=True)
     x = inputs.embeds
     if narrow != width:
         x = g.linear(x, b.read("project_in.weight", width, narrow), None)
@@ -91,4 +86,4 @@ def build(folder: Path, checkpoint: Checkpoint, cfg: OPTConfig) -> Decoder:
     if narrow != width:
         x = g.linear(x, b.read("project_out.weight", narrow, width), None)
     head = own_head(checkpoint, _PREFIX + "embed_tokens.weight", _HEAD, table.shape)
-    return finish(g, x, head, table, embedding, b.heads, cfg.num_hidden_layers)
+    return finish(g, x, head, table, b.heads, cfg.num_hidden_layers)

@@ -56,7 +56,6 @@ def build(out: Path, stage: Stage1) -> tuple[list[Graph], dict[str, Any]]:
             "hidden": cfg.hidden_size,
             "vocab_size": cfg.vocab_size,
             "max_positions": stage.cfg.num_query_tokens + cfg.max_position_embeddings,
-            "embedding": writer.embedding,
             "token_ids": {"bos": _id(tokenizer, _START), "eos": [_id(tokenizer, _END)], "pad": _id(tokenizer, _PAD)},
             "kv_cache": writer.kv_cache,
         }

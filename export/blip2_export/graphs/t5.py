@@ -15,16 +15,18 @@ import numpy as np
 from onnx import TensorProto
 from transformers import T5Config
 
-from blip2_export.graphs.builder import MICROSOFT, Graph, UnsupportedError
+from blip2_export.graphs.builder import MICROSOFT, Data, Graph, UnsupportedError
 from blip2_export.graphs.decoding import (
     Decoder,
     Heads,
     attend,
     declare_inputs,
+    embed,
     finish,
     own_head,
     select,
-    store_embedding,
+    to_rows,
+    to_slots,
 )
 from blip2_export.read.checkpoint import Checkpoint
 
@@ -63,6 +65,11 @@ class _Stack:
         weight = self.read(name + ".weight", self.heads.n * self.heads.width, self.cfg.d_model)
         return self.g.linear(x, self.heads.rows(weight, self.heads.n), None)
 
+    def packed_qkv(self, name: str, x: str) -> str:
+        heads, width = self.heads, self.heads.n * self.heads.width
+        parts = [self.read(f"{name}{p}.weight", width, self.cfg.d_model) for p in "qkv"]
+        return self.g.linear(x, heads.packed_qkv(parts), None)
+
     def from_heads(self, name: str, x: str) -> str:
         weight = self.read(name + ".weight", self.cfg.d_model, self.heads.n * self.heads.width)
         return self.g.linear(x, self.heads.columns(weight), None)
@@ -100,13 +107,22 @@ def build(folder: Path, checkpoint: Checkpoint, cfg: T5Config) -> EncoderDecoder
     n_layers, head = cfg.num_decoder_layers, Heads(cfg.num_heads, cfg.num_heads, cfg.d_kv).padded
     cross = {"n_layers": n_layers, "n_heads": cfg.num_heads, "head_dim": head, "dtype": "float32"}
     cross |= {part: f"cross.{{}}.{part}" for part in _PARTS.values()}
-    return EncoderDecoder(_encoder(folder, checkpoint, cfg), _decoder(folder, checkpoint, cfg), cross)
+    data = Data(folder, "language")  # both embed tokens with one table
+    encoder = _encoder(Graph(folder, "encoder", data), checkpoint, cfg)
+    return EncoderDecoder(encoder, _decoder(Graph(folder, "decoder", data), checkpoint, cfg), cross)
 
 
-def _encoder(folder: Path, checkpoint: Checkpoint, cfg: T5Config) -> Graph:
-    g = Graph(folder, "encoder")
+def _table(checkpoint: Checkpoint, cfg: T5Config) -> np.ndarray:
+    if _TABLE not in checkpoint.tied(_PREFIX + "shared.weight"):
+        raise UnsupportedError(
+            f"`{_TABLE}` is another table than the encoder's `shared.weight`; one for both is supported"
+        )
+    return checkpoint.tensor(_PREFIX + "shared.weight", (cfg.vocab_size, cfg.d_model))
+
+
+def _encoder(g: Graph, checkpoint: Checkpoint, cfg: T5Config) -> Graph:
     s = _Stack(g, checkpoint, cfg, "encoder")
-    x = g.input("inputs_embeds", "float32", ["batch", "sequence", cfg.d_model])
+    x = embed(g, _table(checkpoint, cfg), "batch", reads_queries=True)
     lengths = g.input("lengths", "int32", ["batch"])
     positions = _count(g, g.op("Squeeze", [g.op("Shape", [x], start=1, end=2)]))
     distances = g.op("Sub", [positions, g.op("Unsqueeze", [positions, g.constant([1])])])
@@ -134,37 +150,31 @@ def _cross_outputs(g: Graph, checkpoint: Checkpoint, cfg: T5Config, x: str) -> N
             g.output(y, f"cross.{i}.{part}", "float32", ["batch", n, "sequence", width])
 
 
-def _decoder(folder: Path, checkpoint: Checkpoint, cfg: T5Config) -> Decoder:
-    g = Graph(folder, "decoder")
+def _decoder(g: Graph, checkpoint: Checkpoint, cfg: T5Config) -> Decoder:
     s = _Stack(g, checkpoint, cfg, "decoder")
-    inputs = declare_inputs(g, cfg.d_model)
-    table = checkpoint.tensor(_PREFIX + "shared.weight", (cfg.vocab_size, cfg.d_model))
-    if _TABLE not in checkpoint.tied(_PREFIX + "shared.weight"):
-        raise UnsupportedError(
-            f"`{_TABLE}` is another table than the encoder's `shared.weight`; one for both is supported"
-        )
-    embedding = store_embedding(g, table)
-    lengths = g.input("encoder_lengths", "int32", ["batch"])
+    table = _table(checkpoint, cfg)
+    inputs = declare_inputs(g, table, reads_queries=False)
+    lengths = g.input("encoder_lengths", "int32", ["slots"])
     keys = _count(g, g.op("Cast", ["total_sequence_length"], to=TensorProto.INT64))
     distances = g.op("Sub", [keys, g.op("Unsqueeze", [inputs.positions, g.constant([-1])])])
     bias = g.op("Transpose", [s.relative_bias(distances, bidirectional=False)], perm=[0, 3, 1, 2])
+    bias = to_slots(g, bias)
     x = inputs.embeds
     for i in range(cfg.num_decoder_layers):
         name = f"block.{i}.layer."
         y = s.norm(name + "0.layer_norm", x)
-        qkv = [s.to_heads(f"{name}0.SelfAttention.{p}", y) for p in "qkv"]
-        y = attend(g, i, s.heads, qkv, 1.0, ("", "", "", bias))
+        y = attend(g, i, s.heads, s.packed_qkv(name + "0.SelfAttention.", y), 1.0, ("", "", "", bias))
         x = g.op("Add", [x, s.from_heads(name + "0.SelfAttention.o", y)])
-        q = s.to_heads(name + "1.EncDecAttention.q", s.norm(name + "1.layer_norm", x))
-        shape = ["batch", s.heads.n, "n_encoder", s.heads.padded]
+        q = to_slots(g, s.to_heads(name + "1.EncDecAttention.q", s.norm(name + "1.layer_norm", x)))
+        shape = ["slots", s.heads.n, "n_encoder", s.heads.padded]
         seen = [g.input(f"cross.{i}.{part}", "float32", shape) for part in _PARTS.values()]
-        y = s.from_heads(name + "1.EncDecAttention.o", s.attention(q, *seen, lengths))
+        y = s.from_heads(name + "1.EncDecAttention.o", to_rows(g, s.attention(q, *seen, lengths)))
         x = s.feed_forward(name + "2.", g.op("Add", [x, y]))
     x = s.norm("final_layer_norm", select(g, x, inputs.logits_at))
     if cfg.scale_decoder_outputs:
         x = g.op("Mul", [x, g.constant(cfg.d_model**-0.5, np.float32)])
     head = own_head(checkpoint, _PREFIX + "shared.weight", _PREFIX + "lm_head.weight", table.shape)
-    return finish(g, x, head, table, embedding, s.heads, cfg.num_decoder_layers)
+    return finish(g, x, head, table, s.heads, cfg.num_decoder_layers)
 
 
 def _count(g: Graph, n: str) -> str:
