@@ -44,7 +44,9 @@ class Heads:
 
     def packed_qkv(self, parts: list[np.ndarray]) -> np.ndarray:
         """The projections to queries, keys and values (or their biases) as one."""
-        return np.concatenate([self.rows(part, n) for part, n in zip(parts, (self.n, self.n_kv, self.n_kv), strict=True)])
+        return np.concatenate(
+            [self.rows(part, n) for part, n in zip(parts, (self.n, self.n_kv, self.n_kv), strict=True)]
+        )
 
     def columns(self, weight: np.ndarray) -> np.ndarray:
         """The projection of all query heads' outputs, with zero columns where the padding is."""
