@@ -1,7 +1,7 @@
 """What all decoder graphs share: their inputs, attention over the cache in place, the embedding table and the head.
 
-Rows are computed, slots hold keys and values. Every layer works on the rows alone; only attention sees all slots of the cache, where a
-slot without a row costs one position. So texts come and go without moving a slot, and as many rows are computed as are live.
+Rows are computed, slots hold keys and values. Every layer works on the rows alone; only attention sees all slots of the
+cache, where one without a row costs a position. So texts come and go without moving a slot, and only live ones are computed.
 """
 
 from __future__ import annotations
