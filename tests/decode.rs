@@ -133,7 +133,7 @@ fn beam_search_gives_the_texts_and_scores_of_the_reference() {
             rows.map(|(row, score)| (row, score.as_f64().unwrap() as f32)).filter(|(_, score)| *score > -1e8).collect();
         let found = &search.hypotheses()[..wanted.len().min(search.hypotheses().len())];
         let same = found.len() == wanted.len()
-            && found.iter().zip(&wanted).all(|(found, (row, score))| found.tokens == *row && (found.score - score).abs() < 1e-4);
+            && found.iter().zip(&wanted).all(|(found, (row, score))| found.tokens == *row && (found.score.unwrap() - score).abs() < 1e-4);
         if !same {
             wrong.push(format!("{options}\n  found {found:?}\n wanted {wanted:?}"));
         }

@@ -10,7 +10,7 @@
 use super::processors::{Past, Processors};
 use super::random::Random;
 use super::warpers::Warpers;
-use super::{Ends, Finish, Pick, Scores, Search, TokenId};
+use super::{Ends, Finish, Hypothesis, Pick, Scores, Search, TokenId};
 
 /// When beam search ends although rows could run on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -61,15 +61,6 @@ pub struct BeamSample {
     pub warpers: Warpers,
     /// The same seed draws the same continuations.
     pub seed: u64,
-}
-
-/// A finished text with its score.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Hypothesis {
-    /// New tokens, the end token included.
-    pub tokens: Vec<TokenId>,
-    /// Sum of log-probabilities / length ^ penalty.
-    pub score: f32,
 }
 
 #[derive(Clone, Debug)]
@@ -159,11 +150,15 @@ impl Beam {
 
     fn take_finished(&mut self, found: &[Continuation]) {
         let length = self.n_new() + 1;
-        let ended = |next: &Continuation| Hypothesis { tokens: self.written(next), score: self.penalised(next.sum, length) };
+        let ended = |next: &Continuation| {
+            let tokens = self.written(next);
+            let finish = self.options.ends.finish(&tokens).unwrap_or_default();
+            Hypothesis { tokens, score: Some(self.penalised(next.sum, length)), finish, log_probs: Vec::new() }
+        };
         let among_the_first = found.iter().take(self.options.beams);
         let new: Vec<Hypothesis> = among_the_first.filter(|next| self.ends(next)).map(ended).collect();
         self.finished.extend(new);
-        self.finished.sort_by(|a, b| b.score.total_cmp(&a.score));
+        self.finished.sort_by(|a, b| score(b).total_cmp(&score(a)));
         self.finished.truncate(self.options.beams);
     }
 
@@ -175,7 +170,7 @@ impl Beam {
             EarlyStopping::Impossible if self.options.length_penalty > 0.0 => self.options.ends.max_new_tokens,
             _ => length,
         };
-        is_full && self.finished.last().is_some_and(|worst| self.penalised(best, reckoned) <= worst.score)
+        is_full && self.finished.last().is_some_and(|worst| self.penalised(best, reckoned) <= score(worst))
     }
 
     fn settle(&mut self) {
@@ -224,6 +219,10 @@ pub fn log_softmax(logits: &[f32]) -> impl Iterator<Item = f32> {
     let total: f32 = logits.iter().map(|logit| (logit - largest).exp()).sum();
     let shift = largest + total.ln();
     logits.iter().map(move |logit| logit - shift)
+}
+
+fn score(hypothesis: &Hypothesis) -> f32 {
+    hypothesis.score.unwrap_or(f32::NEG_INFINITY)
 }
 
 struct Ranked {

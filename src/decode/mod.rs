@@ -15,7 +15,7 @@ mod warpers;
 
 use std::sync::Arc;
 
-pub use beam::{Beam, BeamOptions, BeamSample, EarlyStopping, Hypothesis, log_softmax};
+pub use beam::{Beam, BeamOptions, BeamSample, EarlyStopping, log_softmax};
 pub use greedy::{Greedy, GreedyOptions};
 pub use processors::{Past, Processors};
 pub use random::Random;
@@ -126,19 +126,50 @@ pub trait Model {
 
 /// Chooses tokens for one request. It starts with one row.
 pub trait Search {
-    /// Looks at the scores of the request's rows and pushes its next rows; parents count within the request. No picks end the request.
+    /// Looks at the scores of the request's rows and pushes its next rows; parents count within the request, and several rows may have one
+    /// parent. No picks end the request.
     fn advance(&mut self, scores: Scores<'_>, picks: &mut Vec<Pick>);
 
-    /// All tokens that later steps cannot change: greedy settles one a step, beam search all at the end.
+    /// All tokens that later steps cannot change: greedy settles one a step, beam search all at the end. Of several texts the first.
     fn settled(&self) -> &[TokenId];
+
+    /// How probable the settled tokens are, one for each of them; empty where that was not asked for.
+    fn log_probs(&self) -> &[LogProb] {
+        &[]
+    }
 
     /// Why the request ended, once it has.
     fn finish(&self) -> Option<Finish>;
 
-    /// Finished texts with their scores, the best first; empty for searches that follow one text.
+    /// All texts of a search that writes several, once it has ended; empty for searches that follow one text. Beam search gives the best
+    /// first, samples come in the order of their seeds, forced texts in the order in which they were given.
     fn hypotheses(&self) -> &[Hypothesis] {
         &[]
     }
+}
+
+/// How probable the model finds a token: under the softmax of its plain logits, before anything changes them, whatever search chose it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LogProb {
+    /// The token.
+    pub token: TokenId,
+    /// Natural logarithm of its probability.
+    pub log_prob: f32,
+    /// The most probable tokens in its place, the best first, of equals the smaller id; none of probability 0.
+    pub alternatives: Vec<(TokenId, f32)>,
+}
+
+/// One of several texts.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Hypothesis {
+    /// New tokens, the end token included.
+    pub tokens: Vec<TokenId>,
+    /// What the search compares texts by: of beam search the sum of log-probabilities / length ^ penalty, of forced decoding the plain sum.
+    pub score: Option<f32>,
+    /// Why it ended.
+    pub finish: Finish,
+    /// Of each token, where they were asked for.
+    pub log_probs: Vec<LogProb>,
 }
 
 /// Why a text ended.

@@ -368,7 +368,7 @@ impl Writing {
         self.is_finished = true;
         self.candidates = match event.hypotheses.as_slice() {
             [] => vec![self.candidate(&self.tokens, None)],
-            several => several.iter().map(|hypothesis| self.candidate(&hypothesis.tokens, Some(hypothesis.score))).collect(),
+            several => several.iter().map(|hypothesis| self.candidate(&hypothesis.tokens, hypothesis.score)).collect(),
         };
         // What ends in the middle of a character, or could have become a stop string, was held back until now.
         let whole = self.candidates[0].text.clone();
