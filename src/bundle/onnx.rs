@@ -72,7 +72,6 @@ struct AttributeProto {
 struct TensorProto {
     #[prost(int64, repeated, tag = "1")]
     dims: Vec<i64>,
-    #[prost(int32, tag = "2")]
     #[prost(string, tag = "8")]
     name: String,
     #[prost(message, repeated, tag = "13")]

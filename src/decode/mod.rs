@@ -1,8 +1,8 @@
 //! The step loop over all live requests, and the searches that drive it. Pure Rust: no tensors, no files, no clock.
 //!
-//! Each request owns a [`Search`] over its own rows. At every step the loop collects the picks of all searches, the [`Model`] runs once
-//! over all rows, and each search sees the scores of its own. Requests join and leave between steps; the same request gives the same
-//! tokens alone and beside others.
+//! Each request owns a [`Search`] over its own rows. At every step the [`Model`] runs once over the picks of all searches, or reads the
+//! prompts of requests in line; then each search sees the scores of its own rows, and what it settles is handed out. Requests join and
+//! leave between steps; the same request gives the same tokens alone and beside others, and a failure ends the requests it belongs to.
 
 mod beam;
 mod greedy;
@@ -13,6 +13,7 @@ mod step_loop;
 mod strategy;
 mod warpers;
 
+use std::ops::Range;
 use std::sync::Arc;
 
 pub use beam::{Beam, BeamOptions, BeamSample, EarlyStopping, log_softmax};
@@ -20,7 +21,7 @@ pub use greedy::{Greedy, GreedyOptions};
 pub use processors::{Past, Processors};
 pub use random::Random;
 pub use sample::{Sample, SampleOptions};
-pub use step_loop::{Event, RequestId, StepLoop};
+pub use step_loop::{Ended, Event, RequestId, StepLoop};
 pub use strategy::{Strategy, StrategyError};
 pub use warpers::Warpers;
 
@@ -98,9 +99,25 @@ impl<'a> Scores<'a> {
     pub fn row(&self, row: usize) -> &'a [f32] {
         &self.values[row * self.vocabulary..(row + 1) * self.vocabulary]
     }
+}
 
-    fn rows(&self, from: usize, n_rows: usize) -> Self {
-        Self { values: &self.values[from * self.vocabulary..(from + n_rows) * self.vocabulary], vocabulary: self.vocabulary }
+/// What texts need of a model.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Room {
+    /// Rows side by side.
+    pub rows: usize,
+    /// Positions of a row: what it starts from and what is written behind.
+    pub positions: usize,
+    /// Positions that are read before the first token.
+    pub read: usize,
+}
+
+impl Room {
+    /// What both need together.
+    #[must_use]
+    pub fn beside(self, other: Self) -> Self {
+        let (positions, read) = (self.positions.max(other.positions), self.read.max(other.read));
+        Self { rows: self.rows.saturating_add(other.rows), positions, read }
     }
 }
 
@@ -108,17 +125,27 @@ impl<'a> Scores<'a> {
 pub trait Model {
     /// What a request starts from.
     type Prompt;
-    /// Why the model could not run.
-    type Error;
+    /// Why the model could not run; all requests of a run may get it.
+    type Error: Clone;
 
-    /// Size of a row of scores.
-    fn vocabulary(&self) -> usize;
+    /// What one row behind `prompt` needs.
+    fn room(&self, prompt: &Self::Prompt) -> Room;
 
-    /// Adds one row per prompt behind the live rows and appends the scores of the new rows to `scores`.
-    fn prefill(&mut self, prompts: &[Self::Prompt], scores: &mut Vec<f32>) -> Result<(), Self::Error>;
+    /// Makes room for all live rows and those to come; false if there is not as much.
+    fn reserve(&mut self, room: Room) -> Result<bool, Self::Error>;
 
-    /// Replaces the live rows by `picks`, each a continuation of an old row, and `scores` by theirs. Old rows that nobody continues are gone.
-    fn step(&mut self, picks: &[Pick], scores: &mut Vec<f32>) -> Result<(), Self::Error>;
+    /// What to say where [`reserve`](Self::reserve) fails although nothing else is live.
+    fn no_room(&self, room: Room) -> Self::Error;
+
+    /// Adds one row per prompt behind the live rows, and computes their scores. After an error the live rows are as before.
+    fn prefill(&mut self, prompts: &[Self::Prompt]) -> Result<(), Self::Error>;
+
+    /// Replaces the live rows by `picks`, each a continuation of an old row, and computes their scores. Old rows that nobody continues
+    /// are gone.
+    fn step(&mut self, picks: &[Pick]) -> Result<(), Self::Error>;
+
+    /// The scores of consecutive rows that the last run computed; an error if they are not numbers.
+    fn scores(&self, rows: Range<usize>) -> Result<Scores<'_>, Self::Error>;
 
     /// Forgets every row.
     fn clear(&mut self);
