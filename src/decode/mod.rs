@@ -5,21 +5,28 @@
 //! tokens alone and beside others.
 
 mod beam;
+mod best;
+mod forced;
 mod greedy;
 mod processors;
 mod random;
+mod ranking;
+mod row;
 mod sample;
+mod softmax;
 mod step_loop;
 mod strategy;
 mod warpers;
 
 use std::sync::Arc;
 
-pub use beam::{Beam, BeamOptions, BeamSample, EarlyStopping, log_softmax};
+pub use beam::{Beam, BeamOptions, BeamSample, EarlyStopping};
+pub use forced::Forced;
 pub use greedy::{Greedy, GreedyOptions};
 pub use processors::{Past, Processors};
 pub use random::Random;
 pub use sample::{Sample, SampleOptions};
+pub use softmax::log_softmax;
 pub use step_loop::{Event, RequestId, StepLoop};
 pub use strategy::{Strategy, StrategyError};
 pub use warpers::Warpers;
@@ -54,10 +61,20 @@ pub struct Ends {
 impl Ends {
     /// Why a text that has come to `new` is over, if it is.
     fn finish(&self, new: &[TokenId]) -> Option<Finish> {
-        let is_end = new.last().is_some_and(|last| self.end.contains(last));
-        if is_end || self.stop.as_ref().is_some_and(|stop| stop.0(new)) {
+        let stops = || self.stop.as_ref().is_some_and(|stop| stop.0(new));
+        self.finish_if(new.last(), stops, new.len())
+    }
+
+    /// The same of a text that `last` is put behind.
+    fn finish_behind(&self, before: &[TokenId], last: TokenId) -> Option<Finish> {
+        let stops = || self.stop.as_ref().is_some_and(|stop| stop.0(&[before, &[last]].concat()));
+        self.finish_if(Some(&last), stops, before.len() + 1)
+    }
+
+    fn finish_if(&self, last: Option<&TokenId>, stops: impl FnOnce() -> bool, length: usize) -> Option<Finish> {
+        if last.is_some_and(|last| self.end.contains(last)) || stops() {
             Some(Finish::Stop)
-        } else if new.len() >= self.max_new_tokens {
+        } else if length >= self.max_new_tokens {
             Some(Finish::Length)
         } else {
             None
