@@ -5,10 +5,15 @@
 //! leave between steps; the same request gives the same tokens alone and beside others, and a failure ends the requests it belongs to.
 
 mod beam;
+mod best;
+mod forced;
 mod greedy;
 mod processors;
 mod random;
+mod ranking;
+mod row;
 mod sample;
+mod softmax;
 mod step_loop;
 mod strategy;
 mod warpers;
@@ -16,11 +21,13 @@ mod warpers;
 use std::ops::Range;
 use std::sync::Arc;
 
-pub use beam::{Beam, BeamOptions, BeamSample, EarlyStopping, log_softmax};
+pub use beam::{Beam, BeamOptions, BeamSample, EarlyStopping};
+pub use forced::Forced;
 pub use greedy::{Greedy, GreedyOptions};
 pub use processors::{Past, Processors};
 pub use random::Random;
 pub use sample::{Sample, SampleOptions};
+pub use softmax::log_softmax;
 pub use step_loop::{Ended, Event, RequestId, StepLoop};
 pub use strategy::{Strategy, StrategyError};
 pub use warpers::Warpers;
@@ -55,10 +62,20 @@ pub struct Ends {
 impl Ends {
     /// Why a text that has come to `new` is over, if it is.
     fn finish(&self, new: &[TokenId]) -> Option<Finish> {
-        let is_end = new.last().is_some_and(|last| self.end.contains(last));
-        if is_end || self.stop.as_ref().is_some_and(|stop| stop.0(new)) {
+        let stops = || self.stop.as_ref().is_some_and(|stop| stop.0(new));
+        self.finish_if(new.last(), stops, new.len())
+    }
+
+    /// The same of a text that `last` is put behind.
+    fn finish_behind(&self, before: &[TokenId], last: TokenId) -> Option<Finish> {
+        let stops = || self.stop.as_ref().is_some_and(|stop| stop.0(&[before, &[last]].concat()));
+        self.finish_if(Some(&last), stops, before.len() + 1)
+    }
+
+    fn finish_if(&self, last: Option<&TokenId>, stops: impl FnOnce() -> bool, length: usize) -> Option<Finish> {
+        if last.is_some_and(|last| self.end.contains(last)) || stops() {
             Some(Finish::Stop)
-        } else if new.len() >= self.max_new_tokens {
+        } else if length >= self.max_new_tokens {
             Some(Finish::Length)
         } else {
             None
@@ -207,6 +224,8 @@ pub enum Finish {
     /// The limit of new tokens was reached.
     #[default]
     Length,
+    /// Whoever asked wanted no more.
+    Cancelled,
 }
 
 impl std::fmt::Display for Finish {
@@ -214,6 +233,7 @@ impl std::fmt::Display for Finish {
         f.write_str(match self {
             Self::Stop => "stop",
             Self::Length => "length",
+            Self::Cancelled => "cancelled",
         })
     }
 }

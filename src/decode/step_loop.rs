@@ -22,6 +22,8 @@ impl std::fmt::Display for RequestId {
 pub struct Event<E> {
     /// The request.
     pub id: RequestId,
+    /// Whether its prompt was read in this step.
+    pub is_first: bool,
     /// Tokens that became settled in this step.
     pub tokens: Vec<TokenId>,
     /// How probable they are, where that was asked for.
@@ -49,6 +51,7 @@ struct Request {
     /// What it goes on with; parents count within its rows.
     picks: Vec<Pick>,
     n_reported: usize,
+    has_begun: bool,
 }
 
 /// Drives every live request over one model.
@@ -80,7 +83,7 @@ impl<M: Model> StepLoop<M> {
         let id = RequestId(self.next_id);
         self.next_id += 1;
         let room = Room { rows: n_rows.max(1), ..self.model.room(&prompt) };
-        let request = Request { id, search, room, first_row: 0, n_rows: 1, picks: Vec::new(), n_reported: 0 };
+        let request = Request { id, search, room, first_row: 0, n_rows: 1, picks: Vec::new(), n_reported: 0, has_begun: false };
         self.waiting.push_back((prompt, request));
         id
     }
@@ -237,13 +240,14 @@ impl Request {
         let end = self.search.finish().map(|finish| Ok(Ended { finish, hypotheses: hypotheses() }));
         self.n_reported = settled.len();
         let log_probs = log_probs.get(new.clone()).unwrap_or_default().to_vec();
-        let event = Event { id: self.id, tokens: settled[new].to_vec(), log_probs, end };
-        (event.end.is_some() || !event.tokens.is_empty()).then_some(event)
+        let is_first = !std::mem::replace(&mut self.has_begun, true);
+        let event = Event { id: self.id, is_first, tokens: settled[new].to_vec(), log_probs, end };
+        (is_first || event.end.is_some() || !event.tokens.is_empty()).then_some(event)
     }
 }
 
 fn failed<E>(id: RequestId, error: E) -> Event<E> {
-    Event { id, tokens: Vec::new(), log_probs: Vec::new(), end: Some(Err(error)) }
+    Event { id, is_first: false, tokens: Vec::new(), log_probs: Vec::new(), end: Some(Err(error)) }
 }
 
 #[cfg(test)]
