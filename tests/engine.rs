@@ -41,7 +41,7 @@ fn prefixes() -> Vec<Prefix> {
     let mut found = Vec::new();
     for (index, task) in tasks.iter().enumerate() {
         for sight in &sights {
-            let prompt = engine.prompt(task).unwrap().ids;
+            let prompt = engine.context().prompt(task).unwrap().ids;
             found.push(Prefix { seen: sight.seen().unwrap(), prompt, max_new_tokens: 10 + 3 * index });
         }
     }
@@ -212,23 +212,23 @@ fn each_text_of_a_batch_can_be_asked_for_its_fault_before_all_fail_with_it() {
     let mut engine = random_bundle("stage1");
     let sight = engine.see(&[&sample(0)]).unwrap().remove(0);
     let texts = ["a red star", "", "what is [SEP]?", "🎉\0"];
-    let faults: Vec<bool> = texts.iter().map(|text| engine.reading(text).is_err()).collect();
+    let faults: Vec<bool> = texts.iter().map(|text| engine.context().reading(text).is_err()).collect();
     assert_eq!(faults, [false, true, true, false]);
     let pairs: Vec<_> = texts.iter().map(|text| (&sight, *text)).collect();
-    says(engine.match_texts(&pairs), "the text is empty");
-    says(engine.embed_texts(&texts[2..]), "special token");
-    assert_eq!(engine.match_texts(&[pairs[0], pairs[3]]).unwrap().len(), 2);
-    let warnings = engine.reading(texts[3]).unwrap().warnings;
+    says(engine.seer().match_texts(&pairs), "the text is empty");
+    says(engine.seer().embed_texts(&texts[2..]), "special token");
+    assert_eq!(engine.seer().match_texts(&[pairs[0], pairs[3]]).unwrap().len(), 2);
+    let warnings = engine.context().reading(texts[3]).unwrap().warnings;
     let [Warning::NotInVocabulary { pieces, .. }] = &warnings[..] else { panic!("{warnings:?}") };
     assert_eq!(pieces, &["🎉", "\0"]);
     assert!(Warning::refuse_unknown(&warnings).is_err());
 
     let mut engine = random_bundle("t5");
     let (task, plain) = (Task::Ask("what?".into()), Generation::default());
-    let prompt = engine.check(&task, &plain).unwrap();
-    says(engine.candidate(&prompt, " "), "the text is empty");
-    says(engine.candidate(&prompt, &"red ".repeat(4000)), "behind this prompt there is room for");
-    assert!(!engine.candidate(&prompt, "漢").unwrap().warnings.is_empty());
+    let prompt = engine.context().check(&task, &plain).unwrap();
+    says(engine.context().candidate(&prompt, " "), "the text is empty");
+    says(engine.context().candidate(&prompt, &"red ".repeat(4000)), "behind this prompt there is room for");
+    assert!(!engine.context().candidate(&prompt, "漢").unwrap().warnings.is_empty());
     let sight = engine.see(&[&sample(0)]).unwrap().remove(0);
     says(engine.rank(&sight, &task, &["red", ""]), "the text is empty");
     says(engine.rank(&sight, &task, &[]), "no candidates");
@@ -297,7 +297,7 @@ fn options_are_checked_whoever_asks() {
     for (generation, said) in cases {
         says(engine.answer(&sample(0), Task::Caption, generation), said);
     }
-    says(engine.check(&Task::AskAs("what?".into(), "{} {}".into()), &Generation::default()), "this one has 2");
+    says(engine.context().check(&Task::AskAs("what?".into(), "{} {}".into()), &Generation::default()), "this one has 2");
     // More beams than there are tokens: rows come as there are continuations.
     let wide = Generation { max_new_tokens: Some(2), strategy: beam(1000), log_probs: Some(usize::MAX), ..Generation::default() };
     let answer = engine.answer(&sample(0), Task::Caption, wide).unwrap();
