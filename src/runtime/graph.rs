@@ -183,9 +183,7 @@ impl Binding {
 
 fn session(environment: &Environment, runtime: &Runtime, bundle: &Bundle, name: &str) -> Result<Session, ort::Error> {
     let mut builder = Session::builder(environment)?.with_optimization_level(GraphOptimizationLevel::All)?;
-    if let Some(threads) = runtime.options.threads {
-        builder = builder.with_intra_threads(threads.get())?;
-    }
+    builder = runtime.options.pool().apply(runtime.threads, builder)?;
     let cache = runtime.cache(bundle.folder());
     builder = provider::register(builder, runtime.provider, runtime.options.device, Some(&cache))?;
     builder.commit_from_file(bundle.path(&bundle.graph(name).file))

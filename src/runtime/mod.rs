@@ -5,11 +5,15 @@ mod library;
 mod memory;
 mod provider;
 mod tensor;
+mod threads;
 
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use ort::environment::Environment;
+
+use library::Loaded;
+use threads::Threads;
 
 pub use graph::{Binding, Graph, Outputs, Place};
 pub use library::{Library, LibraryError, Source};
@@ -25,7 +29,8 @@ pub struct RuntimeOptions {
     pub provider: ProviderChoice,
     /// Which GPU.
     pub device: u32,
-    /// Threads inside an operator; ONNX Runtime's own choice (one a core) when absent.
+    /// Threads inside an operator; ONNX Runtime's own choice (one a core) when absent. All sessions of a process share the pool of its
+    /// first [`Runtime`]; those of a later one that asks for another number have a pool each.
     pub threads: Option<NonZeroUsize>,
     /// Where TensorRT keeps built engines; beside the bundle's files when absent.
     pub cache: Option<PathBuf>,
@@ -41,6 +46,8 @@ pub struct Runtime {
     library: Library,
     provider: Provider,
     options: RuntimeOptions,
+    /// The environment's.
+    threads: Threads,
 }
 
 /// Why the runtime cannot be used.
@@ -131,15 +138,21 @@ impl RuntimeError {
     }
 }
 
+impl RuntimeOptions {
+    fn pool(&self) -> Threads {
+        Threads { count: self.threads, spin: true }
+    }
+}
+
 impl Runtime {
     /// Finds and loads the library and settles on a provider.
     pub fn load(options: &RuntimeOptions) -> Result<Self, UnavailableError> {
         if let Some(threads) = options.threads.filter(|threads| threads.get() > MOST_THREADS) {
             return Err(UnavailableError::Threads(threads));
         }
-        let (library, environment) = library::load(options.library.as_deref())?;
+        let Loaded { library, environment, threads } = library::load(options.library.as_deref(), options.pool())?;
         let provider = provider::choose(&environment, options)?;
-        Ok(Self { environment, library, provider, options: options.clone() })
+        Ok(Self { environment, library, provider, options: options.clone(), threads })
     }
 
     /// The library in use.
