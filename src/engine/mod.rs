@@ -165,7 +165,13 @@ impl Reader {
     }
 
     fn read(&mut self, features: &ImageFeatures) -> Result<Vec<Read>, RuntimeError> {
-        let rows = || features.rows().map_err(|source| RuntimeError::Failed { graph: "vision".into(), doing: "copying", source });
+        let rows = || {
+            features.rows().map_err(|source| RuntimeError::Failed {
+                graph: "vision".into(),
+                doing: "copying",
+                source: source.into(),
+            })
+        };
         match self {
             Self::Queries(qformer) if qformer.reads_questions() => {
                 Ok(rows()?.into_iter().map(|row| Read::Features(Arc::new(row))).collect())

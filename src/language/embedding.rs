@@ -48,7 +48,7 @@ impl Embedding {
     pub fn read(&mut self, token: TokenId, into: &mut [f32]) -> Result<(), RuntimeError> {
         let at = self.facts.offset + u64::from(token) * self.row.len() as u64;
         let read = self.file.seek(SeekFrom::Start(at)).and_then(|_| self.file.read_exact(&mut self.row));
-        read.map_err(|source| RuntimeError::Embedding { path: self.path.clone(), source })?;
+        read.map_err(|source| RuntimeError::Embedding { path: self.path.clone(), source: source.into() })?;
         f32_from(&self.row, self.facts.dtype, into);
         Ok(())
     }

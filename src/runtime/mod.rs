@@ -1,5 +1,6 @@
 //! ONNX Runtime: the library, execution providers, graphs and tensors. The only door to `ort` and `half`.
 
+mod cancel;
 mod graph;
 mod library;
 mod memory;
@@ -9,12 +10,14 @@ mod threads;
 
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use ort::environment::Environment;
 
 use library::Loaded;
 use threads::Threads;
 
+pub use cancel::Cancel;
 pub use graph::{Binding, Graph, Outputs, Place};
 pub use library::{Library, LibraryError, Source};
 pub use provider::{Provider, ProviderChoice, ProviderError};
@@ -80,8 +83,8 @@ const MOST_THREADS: usize = 256;
 /// What ONNX Runtime reports.
 pub type GraphError = ort::Error;
 
-/// A graph failed while it ran.
-#[derive(Debug, thiserror::Error)]
+/// A graph failed while it ran. Cheap to clone: one failed run may belong to many requests.
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum RuntimeError {
     /// ONNX Runtime reports an error.
     #[error("{graph}: {doing} failed")]
@@ -91,7 +94,13 @@ pub enum RuntimeError {
         /// What was tried.
         doing: &'static str,
         /// What ONNX Runtime says.
-        source: ort::Error,
+        source: Arc<ort::Error>,
+    },
+    /// It was stopped from outside; see [`Cancel`].
+    #[error("{graph}: the run was stopped from outside")]
+    Cancelled {
+        /// Which graph.
+        graph: String,
     },
     /// The graph cannot run on what it is made for.
     #[error("{graph}: the graph cannot run: {reason}")]
@@ -127,7 +136,7 @@ pub enum RuntimeError {
         /// The file that holds it.
         path: PathBuf,
         /// What the operating system says.
-        source: std::io::Error,
+        source: Arc<std::io::Error>,
     },
 }
 

@@ -224,7 +224,7 @@ impl Checker<'_> {
 }
 
 fn failed(graph: &str, source: GraphError) -> RuntimeError {
-    RuntimeError::Failed { graph: graph.into(), doing: "copying", source }
+    RuntimeError::Failed { graph: graph.into(), doing: "copying", source: source.into() }
 }
 
 /// NaN counts as infinitely far away, and so does a missing value.
