@@ -115,7 +115,14 @@ impl Reader {
     }
 
     fn read(&mut self, features: &ImageFeatures) -> Result<Vec<Read>, RuntimeError> {
-        let rows = || features.rows().map_err(|source| RuntimeError::Failed { graph: "vision".into(), doing: "copying", source });
+        let rows = || {
+            let failed = |source: crate::runtime::GraphError| RuntimeError::Failed {
+                graph: "vision".into(),
+                doing: "copying",
+                source: source.into(),
+            };
+            features.rows().map_err(failed)
+        };
         match self {
             Self::Queries(qformer) if qformer.reads_questions() => {
                 Ok(rows()?.into_iter().map(|row| Read::Features(Arc::new(row))).collect())

@@ -174,7 +174,14 @@ impl Writer {
         let model = self.decoding.model();
         let (position_bytes, row_bytes) = (model.position_bytes(), model.row_bytes(room.read));
         let (rows, positions) = (room.rows as u64, room.positions as u64);
-        StrategyError::TooLarge { rows, positions, position_bytes, row_bytes, needed: model.bytes(room), allowed: model.allowed_bytes() }
+        StrategyError::TooLarge {
+            rows,
+            positions,
+            position_bytes,
+            row_bytes,
+            needed: model.bytes(room),
+            allowed: model.allowed_bytes(),
+        }
     }
 
     fn take(&mut self, event: decode::Event<crate::runtime::RuntimeError>, times: (Instant, Instant)) -> Option<Event> {

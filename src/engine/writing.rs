@@ -83,7 +83,8 @@ impl Writing {
     /// A log-probability with the tokens as the vocabulary writes them.
     pub fn token(&self, found: &LogProb) -> TokenLogProb {
         let text = |token| self.text.token(token);
-        let alternative = |(token, log_prob): &(TokenId, f32)| Alternative { token: *token, text: text(*token), log_prob: *log_prob };
+        let alternative =
+            |(token, log_prob): &(TokenId, f32)| Alternative { token: *token, text: text(*token), log_prob: *log_prob };
         let alternatives = found.alternatives.iter().map(alternative).collect();
         TokenLogProb { token: found.token, text: text(found.token), log_prob: found.log_prob, alternatives }
     }
@@ -112,7 +113,8 @@ impl Writing {
     }
 
     fn say(&mut self, up_to: usize) -> String {
-        let from = std::mem::replace(&mut self.n_said, up_to.max(self.n_said));
+        let from = self.n_said;
+        self.n_said = from.max(up_to);
         self.decoded[from..self.n_said].to_owned()
     }
 }

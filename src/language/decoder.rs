@@ -94,8 +94,11 @@ impl Decoder {
     /// Adds one row an opening behind the live rows. `encoded` has a slot an opening. There must be room.
     pub fn open_rows(&mut self, openings: &[Opening<'_>], encoded: Option<Encoded>) -> Result<(), RuntimeError> {
         let n_encoded = |row: usize| encoded.as_ref().map_or(1, |encoded| encoded.lengths[row]);
-        let row = |(slot, opening): (usize, &Opening<'_>)| {
-            Row { slot, length: opening.n_positions(), offset: opening.offset(), n_encoded: n_encoded(slot) }
+        let row = |(slot, opening): (usize, &Opening<'_>)| Row {
+            slot,
+            length: opening.n_positions(),
+            offset: opening.offset(),
+            n_encoded: n_encoded(slot),
         };
         let read: Vec<Row> = openings.iter().enumerate().map(row).collect();
         let (longest, mut encoded) = (read.iter().map(|row| row.length).max().unwrap_or(0), encoded);
@@ -128,7 +131,8 @@ impl Decoder {
     /// Logits of consecutive rows of the last run.
     pub fn scores(&self, rows: Range<usize>) -> Result<Scores<'_>, RuntimeError> {
         let step = || Some((0, self.lanes.as_ref()?.logits()?));
-        let (first, logits) = self.opened.as_ref().map(|(first, logits)| (*first, logits)).or_else(step).expect("rows were computed");
+        let (first, logits) =
+            self.opened.as_ref().map(|(first, logits)| (*first, logits)).or_else(step).expect("rows were computed");
         let (values, size) = (logits.f32().map_err(|source| self.graph.failed("reading logits", source))?, self.facts.vocab_size);
         let values = &values[(rows.start - first) * size..(rows.end - first) * size];
         if values.iter().any(|value| value.is_nan()) {

@@ -78,7 +78,15 @@ impl LanguageModel {
         let encoder = (family == Family::EncoderDecoder).then(|| Encoder::open(runtime, bundle)).transpose()?;
         let (token_ids, vocab_size) = (bundle.language().token_ids.clone(), bundle.language().vocab_size);
         let start = token_ids.decoder_start.into_iter().collect();
-        Ok(Self { decoder: Decoder::open(runtime, bundle)?, encoder, family, token_ids, vocab_size, memory: runtime.memory(), start })
+        Ok(Self {
+            decoder: Decoder::open(runtime, bundle)?,
+            encoder,
+            family,
+            token_ids,
+            vocab_size,
+            memory: runtime.memory(),
+            start,
+        })
     }
 
     /// Token ids in front of the new ones, as the reference's searches see them: with the image token in the place of every query, or
@@ -161,7 +169,12 @@ impl Model for LanguageModel {
     }
 
     fn no_room(&self, wanted: Room) -> RuntimeError {
-        RuntimeError::NoRoom { rows: wanted.rows, positions: wanted.positions, needed: self.bytes(wanted), allowed: self.allowed_bytes() }
+        RuntimeError::NoRoom {
+            rows: wanted.rows,
+            positions: wanted.positions,
+            needed: self.bytes(wanted),
+            allowed: self.allowed_bytes(),
+        }
     }
 
     fn prefill(&mut self, prefixes: &[Prefix]) -> Result<(), RuntimeError> {

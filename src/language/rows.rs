@@ -126,7 +126,8 @@ impl Rows {
         let same = |slot: &Slot| slots[row.slot].past.iter().zip(&slot.past).take_while(|(a, b)| a == b).count();
         let free = slots.iter().enumerate().filter(|(_, slot)| !slot.is_taken);
         // Of equals the first.
-        let (start, to) = free.map(|(to, slot)| (same(slot), to)).rev().max_by_key(|(same, _)| *same).expect("there is a slot for every row");
+        let (start, to) =
+            free.map(|(to, slot)| (same(slot), to)).rev().max_by_key(|(same, _)| *same).expect("there is a slot for every row");
         let (from, end) = (row.slot, row.length);
         if start < end {
             moves.past.push(Move { from, to, start, end });

@@ -235,7 +235,7 @@ fn first_logits(model: &mut LanguageModel, prefix: Prefix) -> Result<Vec<f32>, R
 }
 
 fn failed(graph: &str, source: GraphError) -> RuntimeError {
-    RuntimeError::Failed { graph: graph.into(), doing: "copying", source }
+    RuntimeError::Failed { graph: graph.into(), doing: "copying", source: source.into() }
 }
 
 /// NaN counts as infinitely far away, and so does a missing value.
