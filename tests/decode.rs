@@ -3,10 +3,11 @@
 #![allow(clippy::unwrap_used)]
 
 use std::convert::Infallible;
+use std::ops::Range;
 
 use blip2::decode::{
-    Beam, BeamOptions, BeamSample, EarlyStopping, Ends, Greedy, GreedyOptions, Model, Pick, Processors, Sample, SampleOptions,
-    Scores, Search, StepLoop, TokenId, Warpers,
+    Beam, BeamOptions, BeamSample, EarlyStopping, Ends, Greedy, GreedyOptions, Model, Pick, Processors, Room, Sample,
+    SampleOptions, Scores, Search, StepLoop, TokenId, Warpers,
 };
 use serde_json::Value;
 
@@ -16,9 +17,21 @@ struct Table {
     values: Vec<f32>,
     vocabulary: usize,
     rows: Vec<Vec<TokenId>>,
+    /// Of the rows from `first` on.
+    scores: Vec<f32>,
+    first: usize,
 }
 
 impl Table {
+    fn new(values: Vec<f32>, vocabulary: usize) -> Self {
+        Self { values, vocabulary, rows: Vec::new(), scores: Vec::new(), first: 0 }
+    }
+
+    fn score(&mut self, first: usize) {
+        self.scores = self.rows[first..].iter().flat_map(|row| self.logits(row)).copied().collect();
+        self.first = first;
+    }
+
     fn logits(&self, row: &[TokenId]) -> &[f32] {
         let last = row[row.len() - 1] as usize;
         let before = if row.len() > 1 { row[row.len() - 2] as usize } else { 0 };
@@ -31,30 +44,39 @@ impl Model for Table {
     type Prompt = Vec<TokenId>;
     type Error = Infallible;
 
-    fn vocabulary(&self) -> usize {
-        self.vocabulary
+    fn room(&self, prompt: &Vec<TokenId>) -> Room {
+        Room { rows: 1, positions: prompt.len(), read: prompt.len() }
     }
 
-    fn prefill(&mut self, prompts: &[Vec<TokenId>], scores: &mut Vec<f32>) -> Result<(), Infallible> {
-        for prompt in prompts {
-            scores.extend_from_slice(self.logits(prompt));
-            self.rows.push(prompt.clone());
-        }
+    fn reserve(&mut self, _: Room) -> Result<bool, Infallible> {
+        Ok(true)
+    }
+
+    fn no_room(&self, _: Room) -> Infallible {
+        unreachable!("there is always room")
+    }
+
+    fn prefill(&mut self, prompts: &[Vec<TokenId>]) -> Result<(), Infallible> {
+        let first = self.rows.len();
+        self.rows.extend_from_slice(prompts);
+        self.score(first);
         Ok(())
     }
 
-    fn step(&mut self, picks: &[Pick], scores: &mut Vec<f32>) -> Result<(), Infallible> {
+    fn step(&mut self, picks: &[Pick]) -> Result<(), Infallible> {
         let continued = |pick: &Pick| [&self.rows[pick.parent][..], &[pick.token]].concat();
         self.rows = picks.iter().map(continued).collect();
-        scores.clear();
-        for row in &self.rows {
-            scores.extend_from_slice(self.logits(row));
-        }
+        self.score(0);
         Ok(())
     }
 
-    fn clear(&mut self) {
-        self.rows.clear();
+    fn scores(&self, rows: Range<usize>) -> Result<Scores<'_>, Infallible> {
+        let at = |row: usize| (row - self.first) * self.vocabulary;
+        Ok(Scores::new(&self.scores[at(rows.start)..at(rows.end)], self.vocabulary))
+    }
+
+    fn keep(&mut self, rows: &[usize]) {
+        self.rows = rows.iter().map(|row| self.rows[*row].clone()).collect();
     }
 }
 
@@ -64,7 +86,7 @@ fn recorded() -> (Vec<Table>, Vec<Value>) {
     let vocabulary = all["vocabulary"].as_u64().unwrap() as usize;
     let tables = all["tables"].as_array().unwrap().iter();
     let values = tables.map(|table| table.as_array().unwrap().iter().map(|v| v.as_f64().unwrap() as f32).collect());
-    let tables = values.map(|values| Table { values, vocabulary, rows: Vec::new() }).collect();
+    let tables = values.map(|values| Table::new(values, vocabulary)).collect();
     (tables, all["cases"].as_array().unwrap().clone())
 }
 
@@ -148,15 +170,15 @@ fn beam_search_gives_the_texts_and_scores_of_the_reference() {
 }
 
 fn run(search: &mut dyn Search, mut table: Table, prompt: Vec<TokenId>) {
-    let (mut scores, mut picks) = (Vec::new(), Vec::new());
-    table.prefill(&[prompt], &mut scores).unwrap();
+    let mut picks = Vec::new();
+    table.prefill(&[prompt]).unwrap();
     loop {
         picks.clear();
-        search.advance(Scores::new(&scores, table.vocabulary), &mut picks);
+        search.advance(table.scores(0..table.rows.len()).unwrap(), &mut picks);
         if search.finish().is_some() {
             return;
         }
-        table.step(&picks, &mut scores).unwrap();
+        table.step(&picks).unwrap();
     }
 }
 
@@ -186,16 +208,11 @@ fn beams_together_give_what_they_give_alone() {
     for case in &cases {
         let prompt = tokens(&case["prompt"]);
         let search = beam(&prompt, &case["options"]);
-        ids.push(all.join(prompt, Box::new(search)));
-        all.admit().unwrap();
-        for event in all.step().unwrap() {
-            found.insert(event.id, event.tokens);
-        }
+        ids.push(all.join(prompt, Box::new(search), 9));
+        found.extend(all.step().into_iter().map(|event| (event.id, event.tokens)));
     }
     while !all.is_idle() {
-        for event in all.step().unwrap() {
-            found.insert(event.id, event.tokens);
-        }
+        found.extend(all.step().into_iter().map(|event| (event.id, event.tokens)));
     }
     for (id, case) in ids.iter().zip(cases) {
         assert_eq!(found[id], tokens(&case["tokens"][0]), "{}", case["options"]);

@@ -141,6 +141,11 @@ impl Writer {
         }
     }
 
+    /// Bytes that so many rows of so many positions take.
+    pub fn bytes(&mut self, room: Room) -> u64 {
+        self.decoding.model().bytes(room)
+    }
+
     pub(crate) fn model(&mut self) -> &mut LanguageModel {
         self.decoding.model()
     }

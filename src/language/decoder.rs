@@ -86,7 +86,7 @@ impl Decoder {
                 into.copy_from(&self.graph, from, &encoded)?;
             }
         }
-        self.rows.grow(room.rows);
+        self.rows.resize(room.rows);
         self.lanes = Some(lanes);
         Ok(())
     }
@@ -141,10 +141,9 @@ impl Decoder {
         Ok(Scores::new(values, size))
     }
 
-    /// Forgets every row.
-    pub fn clear(&mut self) {
-        self.rows.clear();
-        self.opened = None;
+    /// Forgets all live rows but these.
+    pub fn keep(&mut self, rows: &[usize]) {
+        self.rows.keep(rows);
     }
 
     /// Runs openings through `cache`, slot by slot; gives the logits behind each.

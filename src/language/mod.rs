@@ -192,7 +192,7 @@ impl Model for LanguageModel {
         self.decoder.scores(rows)
     }
 
-    fn clear(&mut self) {
-        self.decoder.clear();
+    fn keep(&mut self, rows: &[usize]) {
+        self.decoder.keep(rows);
     }
 }

@@ -230,7 +230,7 @@ fn first_logits(model: &mut LanguageModel, prefix: Prefix) -> Result<Vec<f32>, R
     }
     model.prefill(&[prefix])?;
     let found = model.scores(0..1)?.row(0).to_vec();
-    model.clear();
+    model.keep(&[]);
     Ok(found)
 }
 
