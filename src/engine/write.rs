@@ -71,6 +71,16 @@ struct Running {
     gaps: Vec<Duration>,
 }
 
+impl Work {
+    /// Rows that it runs side by side.
+    fn n_rows(&self) -> usize {
+        match self {
+            Self::Write(generation) => generation.strategy.n_rows(),
+            Self::Read(texts) => Forced::new(texts.clone()).n_rows(),
+        }
+    }
+}
+
 impl Writer {
     pub(super) fn new(context: Arc<Context>, model: LanguageModel) -> Self {
         Self { context, decoding: StepLoop::new(model), running: HashMap::new() }
@@ -85,8 +95,8 @@ impl Writer {
     /// the order of coming, once there is room beside those that are live.
     pub fn join(&mut self, order: Order) -> Result<RequestId, Error> {
         let Order { prefix, work, warnings, timings } = order;
-        let (search, n_rows) = self.search(&prefix, &work)?;
-        self.check_room(&prefix, n_rows)?;
+        let search = self.search(&prefix, &work)?;
+        let n_rows = work.n_rows();
         let eos = &self.context.bundle.language().token_ids.eos;
         let text = self.context.text.clone().expect("a bundle that writes has a tokenizer");
         let (stop, n_return) = match &work {
@@ -150,23 +160,23 @@ impl Writer {
         self.decoding.model()
     }
 
-    fn search(&mut self, prefix: &Prefix, work: &Work) -> Result<(Box<dyn Search + Send>, usize), Error> {
+    fn search(&mut self, prefix: &Prefix, work: &Work) -> Result<Box<dyn Search + Send>, Error> {
+        let context = self.context.clone();
+        let language = context.bundle.language();
+        if let Work::Write(generation) = work {
+            generation.check(language)?;
+        }
+        // Before anything is made for as many rows.
+        self.check_room(prefix, work.n_rows())?;
         let generation = match work {
-            Work::Read(texts) => {
-                let forced = Forced::new(texts.clone());
-                let n_rows = forced.n_rows();
-                return Ok((Box::new(forced), n_rows));
-            }
+            Work::Read(texts) => return Ok(Box::new(Forced::new(texts.clone()))),
             Work::Write(generation) => generation,
         };
-        let language = self.context.bundle.language();
-        generation.check(language)?;
-        let (text, eos) = (self.context.text.as_ref().expect("a bundle that writes has a tokenizer"), &language.token_ids.eos);
+        let (text, eos) = (context.text.as_ref().expect("a bundle that writes has a tokenizer"), &language.token_ids.eos);
         let stop = stop_at(&generation.stop, text, eos);
         let ends = Ends { max_new_tokens: prefix.max_new_tokens, end: eos.clone(), stop };
         let history = self.decoding.model().history(prefix);
-        let search = generation.strategy.search(&history, &generation.processors, &ends, generation.log_probs);
-        Ok((search, generation.strategy.n_rows()))
+        Ok(generation.strategy.search(&history, &generation.processors, &ends, generation.log_probs))
     }
 
     fn check_room(&mut self, prefix: &Prefix, n_rows: usize) -> Result<(), StrategyError> {
