@@ -37,7 +37,7 @@ pub struct Order {
 #[derive(Clone, Debug)]
 pub enum Work {
     /// Texts are written.
-    Write(Generation),
+    Write(Box<Generation>),
     /// Given texts, end tokens included, are read to find how probable they are: the score of each candidate.
     Read(Vec<Vec<TokenId>>),
 }
@@ -188,7 +188,7 @@ impl Writer {
     fn too_large(&mut self, room: Room) -> StrategyError {
         let model = self.decoding.model();
         let (position_bytes, row_bytes) = (model.position_bytes(), model.row_bytes(room.read));
-        let (rows, positions) = (room.rows as u64, room.positions as u64);
+        let (rows, positions) = (room.rows as u64, LanguageModel::capacity(room) as u64);
         StrategyError::TooLarge {
             rows,
             positions,

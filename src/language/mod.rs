@@ -121,9 +121,14 @@ impl LanguageModel {
 
     /// Bytes of keys, values and logits that this much room takes.
     pub fn bytes(&self, room: Room) -> u64 {
-        let positions = room.positions.next_multiple_of(CAPACITY_STEP) as u64;
+        let positions = Self::capacity(room) as u64;
         let row = self.position_bytes().saturating_mul(positions).saturating_add(self.row_bytes(room.read));
         row.saturating_mul(room.rows as u64)
+    }
+
+    /// Positions that a slot is made for.
+    pub fn capacity(room: Room) -> usize {
+        room.positions.next_multiple_of(CAPACITY_STEP)
     }
 
     /// Bytes that may be taken, those that are held included.
