@@ -10,8 +10,6 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::Path;
 use std::sync::Arc;
 
-use ndarray::Array2;
-
 use crate::bundle::{Bundle, BundleError, Family, TaskName};
 use crate::decode::{StepLoop, TokenId};
 use crate::error::Error;
@@ -23,7 +21,7 @@ use crate::runtime::{Runtime, RuntimeError, RuntimeOptions};
 use crate::stage1::{ImageEmbedding, Stage1};
 use crate::text::{Text, Warning};
 use crate::timing::{Stage, Timings};
-use crate::vision::{ImageFeatures, Vision};
+use crate::vision::{ImageFeatures, PictureFeatures, Vision};
 
 pub use compare::{Match, Reading};
 pub use rank::{Answered, Ranked};
@@ -66,9 +64,9 @@ enum Read {
     /// Everything a language model needs.
     Queries(Queries),
     /// Features, for a Q-Former that reads questions too.
-    Features(Arc<Array2<f32>>),
+    Features(PictureFeatures),
     /// Everything that stage 1 compares and continues.
-    Stage1 { features: Arc<Array2<f32>>, embedding: Arc<ImageEmbedding>, cached: Option<QueryCache> },
+    Stage1 { features: PictureFeatures, embedding: Arc<ImageEmbedding>, cached: Option<QueryCache> },
 }
 
 impl Engine {
@@ -165,25 +163,14 @@ impl Reader {
     }
 
     fn read(&mut self, features: &ImageFeatures) -> Result<Vec<Read>, RuntimeError> {
-        let rows = || {
-            features.rows().map_err(|source| RuntimeError::Failed {
-                graph: "vision".into(),
-                doing: "copying",
-                source: source.into(),
-            })
-        };
         match self {
-            Self::Queries(qformer) if qformer.reads_questions() => {
-                Ok(rows()?.into_iter().map(|row| Read::Features(Arc::new(row))).collect())
-            }
+            Self::Queries(qformer) if qformer.reads_questions() => Ok(features.rows().map(Read::Features).collect()),
             Self::Queries(qformer) => Ok(qformer.read(features, None)?.into_iter().map(Read::Queries).collect()),
             Self::Stage1(stage1) => {
-                let read = |(features, (embedding, cached)): (Array2<f32>, (ImageEmbedding, Option<QueryCache>))| Read::Stage1 {
-                    features: Arc::new(features),
-                    embedding: Arc::new(embedding),
-                    cached,
+                let read = |(features, (embedding, cached)): (PictureFeatures, (ImageEmbedding, Option<QueryCache>))| {
+                    Read::Stage1 { features, embedding: Arc::new(embedding), cached }
                 };
-                Ok(rows()?.into_iter().zip(stage1.see(features)?).map(read).collect())
+                Ok(features.rows().zip(stage1.see(features)?).map(read).collect())
             }
         }
     }
@@ -217,7 +204,7 @@ impl Sight {
         self.timings.merge(timings);
     }
 
-    fn features(&self) -> Option<&Array2<f32>> {
+    fn features(&self) -> Option<&PictureFeatures> {
         match &self.read {
             Read::Features(features) | Read::Stage1 { features, .. } => Some(features),
             Read::Queries(_) => None,

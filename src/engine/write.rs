@@ -11,7 +11,6 @@ use crate::pixels::Picture;
 use crate::prompt::{Prompt, Task};
 use crate::text::{Text, TextStream, TokenBatch, Warning};
 use crate::timing::{Stage, Timings};
-use crate::vision::ImageFeatures;
 
 /// One text that is wanted.
 #[derive(Clone, Debug)]
@@ -200,8 +199,7 @@ impl Engine {
         let questions: Vec<_> = prompts.iter().filter_map(|prompt| prompt.question_ids.clone()).collect();
         let questions = TokenBatch::new(&questions, facts.pad);
         let features: Vec<_> = sights.iter().filter_map(|sight| sight.features()).collect();
-        let features = ImageFeatures::from_rows(&features).map_err(|source| qformer.failed("copying features", source))?;
-        Ok(qformer.read(&features, Some(&questions))?.into_iter().map(Seen::Queries).collect())
+        Ok(qformer.read_pictures(&features, Some(&questions))?.into_iter().map(Seen::Queries).collect())
     }
 
     fn join(&mut self, requests: &[Request<'_>], prefixes: &[Prefix]) -> Vec<Running> {

@@ -1,7 +1,7 @@
 //! Keys and values: one slot a row in one buffer per layer and side.
 
 use crate::bundle::{CrossAttentionFacts, Dtype, KvCacheFacts};
-use crate::runtime::{Binding, Graph, Outputs, Place, RuntimeError, Tensor};
+use crate::runtime::{self, Binding, Graph, Outputs, Place, RuntimeError, Tensor};
 
 /// Which tensors of a graph hold keys and values, and their shape `[slots, n_heads, capacity, head_dim]`.
 #[derive(Clone, Debug)]
@@ -113,17 +113,9 @@ impl Cache {
         tensors: impl Iterator<Item = &'a Tensor>,
         moves: &[Move],
     ) -> Result<(), RuntimeError> {
-        let moving = |source| graph.failed("moving rows of the KV cache", source);
+        let (mut mover, moves) = (graph.mover(), runtime_moves(moves));
         for (layer, other) in self.layers.iter_mut().zip(tensors) {
-            let (to, from) = (Strides::of(&layer.buffer), Strides::of(other));
-            let copied = other.read_f32(|values| {
-                layer.buffer.edit_f32(|into| {
-                    for step in moves {
-                        to.copy(into, step.to, values, from, step.from, step.n_positions);
-                    }
-                })
-            });
-            copied.and_then(|edited| edited).map_err(moving)?;
+            mover.copy(other, &mut layer.buffer, &moves)?;
         }
         Ok(())
     }
@@ -133,49 +125,11 @@ impl Cache {
         if moves.is_empty() {
             return Ok(());
         }
-        for layer in &mut self.layers {
-            let strides = Strides::of(&layer.buffer);
-            let edit = |values: &mut [f32]| {
-                for step in moves {
-                    strides.copy_within(values, step);
-                }
-            };
-            layer.buffer.edit_f32(edit).map_err(|source| graph.failed("moving rows of the KV cache", source))?;
-        }
-        Ok(())
+        let (mut mover, moves) = (graph.mover(), runtime_moves(moves));
+        self.layers.iter_mut().try_for_each(|layer| mover.copy_within(&mut layer.buffer, &moves))
     }
 }
 
-#[derive(Clone, Copy)]
-struct Strides {
-    n_heads: usize,
-    capacity: usize,
-    head_dim: usize,
-}
-
-impl Strides {
-    fn of(buffer: &Tensor) -> Self {
-        let shape = buffer.shape();
-        Self { n_heads: shape[1], capacity: shape[2], head_dim: shape[3] }
-    }
-
-    fn start(self, slot: usize, head: usize) -> usize {
-        (slot * self.n_heads + head) * self.capacity * self.head_dim
-    }
-
-    fn copy(self, into: &mut [f32], to: usize, values: &[f32], from_strides: Self, from: usize, n_positions: usize) {
-        let n_values = n_positions * self.head_dim;
-        for head in 0..self.n_heads {
-            let (target, source) = (self.start(to, head), from_strides.start(from, head));
-            into[target..target + n_values].copy_from_slice(&values[source..source + n_values]);
-        }
-    }
-
-    fn copy_within(self, values: &mut [f32], step: &Move) {
-        let n_values = step.n_positions * self.head_dim;
-        for head in 0..self.n_heads {
-            let source = self.start(step.from, head);
-            values.copy_within(source..source + n_values, self.start(step.to, head));
-        }
-    }
+fn runtime_moves(moves: &[Move]) -> Vec<runtime::Move> {
+    moves.iter().map(|step| runtime::Move { from: step.from, to: step.to, start: 0, end: step.n_positions }).collect()
 }

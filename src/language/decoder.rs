@@ -93,7 +93,7 @@ impl Opening<'_> {
     }
 
     fn n_read(&self) -> usize {
-        self.queries.map_or(0, |queries| queries.0.nrows()) + self.tokens.len()
+        self.queries.map_or(0, |queries| queries.n_queries()) + self.tokens.len()
     }
 
     fn n_positions(&self) -> usize {

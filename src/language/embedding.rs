@@ -35,8 +35,16 @@ impl Embedding {
     /// Writes query tokens and the embeddings of the prompt behind them to the beginning of `into`, `[positions, hidden]`.
     pub fn write(&mut self, queries: Option<&Queries>, prompt: &[TokenId], into: &mut [f32]) -> Result<(), RuntimeError> {
         let mut positions = into.chunks_exact_mut(self.facts.shape[1]);
-        for (query, into) in queries.iter().flat_map(|queries| queries.0.outer_iter()).zip(&mut positions) {
-            into.copy_from_slice(query.as_slice().expect("rows of a row-major array are contiguous"));
+        if let Some(queries) = queries {
+            let reading = |source: crate::runtime::GraphError| RuntimeError::Failed {
+                graph: "decoder".into(),
+                doing: "reading queries",
+                source: source.into(),
+            };
+            let values = queries.0.f32().map_err(reading)?;
+            for (query, into) in values.chunks_exact(self.facts.shape[1]).zip(&mut positions) {
+                into.copy_from_slice(query);
+            }
         }
         for (&token, into) in prompt.iter().zip(&mut positions) {
             self.read(token, into)?;

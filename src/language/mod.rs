@@ -49,7 +49,7 @@ impl Prefix {
     }
 
     fn n_positions(&self) -> usize {
-        self.queries().map_or(0, |queries| queries.0.nrows()) + self.prompt.len()
+        self.queries().map_or(0, |queries| queries.n_queries()) + self.prompt.len()
     }
 }
 
@@ -80,7 +80,7 @@ impl LanguageModel {
         match self.family {
             Family::EncoderDecoder => self.start.clone(),
             Family::DecoderOnly | Family::Qformer => {
-                let n_queries = prefix.queries().map_or(0, |queries| queries.0.nrows());
+                let n_queries = prefix.queries().map_or(0, |queries| queries.n_queries());
                 let queries = self.token_ids.image.into_iter().flat_map(|token| std::iter::repeat_n(token, n_queries));
                 queries.chain(prefix.prompt.iter().copied()).collect()
             }
