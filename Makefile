@@ -4,12 +4,13 @@
 PYTHON ?= python3
 MODEL_PYTHON := export/.venv/bin/python
 WORK ?= target/demo
+SWIFTSHADER := target/swiftshader
 SCENES ?= 1000
 GENERATIONS ?= 10000
 FUZZ_COUNT ?= 100000
 
 .DEFAULT_GOAL := help
-.PHONY: help run setup setup-export build test test-rust test-python fmt demo-models evaluate parity fuzz clean
+.PHONY: help run setup setup-webgpu setup-export build test test-rust test-python fmt demo-models evaluate parity fuzz clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -23,6 +24,19 @@ setup: .venv/.stamp ## ONNX Runtime for the engine
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r export/runtime.txt
 	touch $@
+
+setup-webgpu: .venv/.webgpu $(SWIFTSHADER)/.stamp ## the WebGPU plugin, and a device in software to test it on
+
+.venv/.webgpu: .venv/.stamp export/webgpu.txt
+	-.venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r export/webgpu.txt && touch $@
+	@test -e $@ || echo "skipped: no WebGPU plugin for this system"
+
+# Debian's browser brings a Vulkan device that needs no GPU; it is unpacked, not installed, so that nobody has to be root.
+$(SWIFTSHADER)/.stamp:
+	mkdir -p $(SWIFTSHADER)
+	-cd $(SWIFTSHADER) && apt-get download -qq chromium-common && dpkg -x *.deb . && \
+		mv usr/lib/chromium/*vk_swiftshader* usr/lib/chromium/libvulkan.so.1 . && rm -r *.deb usr && touch .stamp
+	@test -e $@ || echo "skipped: no software device, for apt-get cannot download chromium-common here"
 
 setup-export: export/.venv/.stamp ## PyTorch and transformers for export/
 

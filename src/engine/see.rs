@@ -2,8 +2,6 @@
 
 use std::sync::Arc;
 
-use ndarray::Array2;
-
 use super::context::Context;
 use crate::bundle::{Bundle, BundleError, Family};
 use crate::error::Error;
@@ -15,7 +13,7 @@ use crate::runtime::{Runtime, RuntimeError};
 use crate::stage1::{ImageEmbedding, Stage1};
 use crate::text::TokenBatch;
 use crate::timing::{Stage, Timings};
-use crate::vision::{ImageFeatures, Vision};
+use crate::vision::{ImageFeatures, PictureFeatures, Vision};
 
 /// The image encoder and the Q-Former. They belong to one thread.
 pub struct Seer {
@@ -47,9 +45,9 @@ enum Read {
     /// Everything a language model needs.
     Queries(Queries),
     /// Features, for a Q-Former that reads questions too.
-    Features(Arc<Array2<f32>>),
+    Features(PictureFeatures),
     /// Everything that stage 1 compares and continues.
-    Stage1 { features: Arc<Array2<f32>>, embedding: Arc<ImageEmbedding>, cached: Option<QueryCache> },
+    Stage1 { features: PictureFeatures, embedding: Arc<ImageEmbedding>, cached: Option<QueryCache> },
 }
 
 impl Seer {
@@ -91,8 +89,7 @@ impl Seer {
         let questions: Vec<_> = asked.iter().filter_map(|(_, prompt)| prompt.question_ids.clone()).collect();
         let questions = TokenBatch::new(&questions, facts.pad);
         let features: Vec<_> = asked.iter().filter_map(|(sight, _)| sight.features()).collect();
-        let features = ImageFeatures::from_rows(&features).map_err(|source| qformer.failed("copying features", source))?;
-        Ok(qformer.read(&features, Some(&questions))?.into_iter().map(Seen::Queries).collect())
+        Ok(qformer.read_pictures(&features, Some(&questions))?.into_iter().map(Seen::Queries).collect())
     }
 
     /// Whether looking is over only when the question is known.
@@ -115,26 +112,14 @@ impl Reader {
     }
 
     fn read(&mut self, features: &ImageFeatures) -> Result<Vec<Read>, RuntimeError> {
-        let rows = || {
-            let failed = |source: crate::runtime::GraphError| RuntimeError::Failed {
-                graph: "vision".into(),
-                doing: "copying",
-                source: source.into(),
-            };
-            features.rows().map_err(failed)
-        };
         match self {
-            Self::Queries(qformer) if qformer.reads_questions() => {
-                Ok(rows()?.into_iter().map(|row| Read::Features(Arc::new(row))).collect())
-            }
+            Self::Queries(qformer) if qformer.reads_questions() => Ok(features.rows().map(Read::Features).collect()),
             Self::Queries(qformer) => Ok(qformer.read(features, None)?.into_iter().map(Read::Queries).collect()),
             Self::Stage1(stage1) => {
-                let read = |(features, (embedding, cached)): (Array2<f32>, (ImageEmbedding, Option<QueryCache>))| Read::Stage1 {
-                    features: Arc::new(features),
-                    embedding: Arc::new(embedding),
-                    cached,
+                let read = |(features, (embedding, cached)): (PictureFeatures, (ImageEmbedding, Option<QueryCache>))| {
+                    Read::Stage1 { features, embedding: Arc::new(embedding), cached }
                 };
-                Ok(rows()?.into_iter().zip(stage1.see(features)?).map(read).collect())
+                Ok(features.rows().zip(stage1.see(features)?).map(read).collect())
             }
         }
     }
@@ -168,7 +153,7 @@ impl Sight {
         self.timings.merge(timings);
     }
 
-    pub(super) fn features(&self) -> Option<&Array2<f32>> {
+    pub(super) fn features(&self) -> Option<&PictureFeatures> {
         match &self.read {
             Read::Features(features) | Read::Stage1 { features, .. } => Some(features),
             Read::Queries(_) => None,

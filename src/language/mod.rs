@@ -12,7 +12,7 @@ use std::ops::Range;
 
 use crate::decode::{Model, Pick, Room, Scores, TokenId};
 use crate::qformer::{Queries, QueryCache};
-use crate::runtime::{Memory, Runtime, RuntimeError};
+use crate::runtime::{Budget, Runtime, RuntimeError};
 use cache::Layout;
 use decoder::{Decoder, Opening};
 use encoder::{Encoded, Encoder};
@@ -54,7 +54,7 @@ impl Prefix {
     }
 
     fn n_positions(&self) -> usize {
-        self.queries().map_or(0, |queries| queries.0.nrows()) + self.prompt.len()
+        self.queries().map_or(0, |queries| queries.n_queries()) + self.prompt.len()
     }
 }
 
@@ -66,7 +66,7 @@ pub struct LanguageModel {
     family: Family,
     token_ids: TokenIds,
     vocab_size: usize,
-    memory: Memory,
+    budget: Budget,
     /// What a decoder behind an encoder reads first.
     start: Vec<TokenId>,
 }
@@ -84,7 +84,7 @@ impl LanguageModel {
             family,
             token_ids,
             vocab_size,
-            memory: runtime.memory(),
+            budget: runtime.budget(),
             start,
         })
     }
@@ -95,7 +95,7 @@ impl LanguageModel {
         match self.family {
             Family::EncoderDecoder => self.start.clone(),
             Family::DecoderOnly | Family::Qformer => {
-                let n_queries = prefix.queries().map_or(0, |queries| queries.0.nrows());
+                let n_queries = prefix.queries().map_or(0, |queries| queries.n_queries());
                 let queries = self.token_ids.image.into_iter().flat_map(|token| std::iter::repeat_n(token, n_queries));
                 queries.chain(prefix.prompt.iter().copied()).collect()
             }
@@ -133,7 +133,7 @@ impl LanguageModel {
 
     /// Bytes that may be taken, those that are held included.
     pub fn allowed_bytes(&self) -> u64 {
-        self.memory.allowed(self.bytes(self.decoder.room()))
+        self.budget.allowed(self.bytes(self.decoder.room()))
     }
 }
 
