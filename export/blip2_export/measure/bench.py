@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
     described = {
         "command": shlex.join(["python", "-m", "blip2_export", *sys.argv[1:]]),
         "model": f"{args.shape}, transformers in {args.dtype}{', compiled' * args.compile}",
+        "engine": engine.version(),
         **machine.describe(args.threads, "onnxruntime", "torch", "transformers"),
         "rounds": str(args.rounds),
         "same tokens": _agreement(engine.written, peer.written),
@@ -102,8 +103,8 @@ class _Models:
         n_bytes = 4 * random_checkpoint.n_parameters(self.shape)
         code = [Path(module.__file__ or "") for module in (random_checkpoint, bundle)]
         parts = [path for part in (graphs, read) for path in Path(part.__path__[0]).rglob("*.py")]
-        drawn = _is_newer(self.checkpoint / "config.json", code[:1])
-        built = drawn and _is_newer(self.bundle / "bundle.json", [*code[1:], *parts, self.checkpoint / "config.json"])
+        drawn = _is_current(self.checkpoint / "config.json", code[:1])
+        built = drawn and _is_current(self.bundle / "bundle.json", [*code[1:], *parts, self.checkpoint / "config.json"])
         absent = [path for path in (self.checkpoint, self.bundle) if not path.exists()]
         machine.require_disk(self.folder, int(1.02 * n_bytes * len(absent)), self.shape)
         machine.require_memory(2 * n_bytes + _BESIDE_WEIGHTS, self.shape)
@@ -156,7 +157,7 @@ def _agreement(engine: dict[str, list[int]], peer: dict[str, list[int]]) -> str:
     return f"{same} of {len(peer)} captions"
 
 
-def _is_newer(made: Path, sources: Iterable[Path]) -> bool:
+def _is_current(made: Path, sources: Iterable[Path]) -> bool:
     return made.is_file() and all(made.stat().st_mtime >= path.stat().st_mtime for path in sources)
 
 

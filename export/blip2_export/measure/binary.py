@@ -6,6 +6,8 @@ picture, so that its batch is the first thing a process does.
 
 from __future__ import annotations
 
+import re
+import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,12 @@ class Engine:
     bundle: Path
     n_threads: int
     written: dict[str, list[int]] = field(default_factory=dict)
+
+    def version(self) -> str:
+        """Its own and that of the ONNX Runtime that it finds, as `doctor` says."""
+        said = subprocess.run([str(self.binary), "doctor"], capture_output=True, encoding="utf-8", check=False).stdout
+        found = re.search(r"^blip2 +(\S+)[\s\S]*^ONNX Runtime +([^\s,]+)", said, re.MULTILINE)
+        return f"blip2 {found[1]}, ONNX Runtime {found[2]}" if found else "unknown"
 
     def measure(self, work: Work, i: int) -> Samples:
         """The i-th round: every caption greedily, and of the i-th picture what takes longer."""
