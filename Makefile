@@ -3,14 +3,15 @@
 
 PYTHON ?= python3
 MODEL_PYTHON := export/.venv/bin/python
-WORK ?= target/demo
 SWIFTSHADER := target/swiftshader
 SCENES ?= 1000
 GENERATIONS ?= 10000
 FUZZ_COUNT ?= 100000
+SHAPE ?= medium
+ROUNDS ?= 5
 
 .DEFAULT_GOAL := help
-.PHONY: help run setup setup-webgpu setup-export build test test-rust test-python fmt demo-models evaluate parity fuzz clean
+.PHONY: help run setup setup-webgpu setup-export build test test-rust test-python fmt demo-models evaluate parity bench fuzz clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -65,6 +66,7 @@ fmt: setup-export ## format Rust and Python
 	cargo fmt
 	cd export && .venv/bin/ruff format . && .venv/bin/ruff check --fix .
 
+demo-models: WORK ?= target/demo
 demo-models: setup-export ## train the models of models/ from nothing (hours; goes on after a kill)
 	$(call demo,demo-opt,--stage stage2 --llm opt)
 	$(call demo,demo-t5,--stage stage2 --llm t5)
@@ -83,6 +85,10 @@ evaluate: setup-export setup build ## how true every bundle under models/ is on 
 
 parity: setup-export setup build ## GENERATIONS texts of random checkpoints of every family in the engine and in transformers
 	PYTHONPATH=export $(MODEL_PYTHON) -m blip2_export parity --all --generations $(GENERATIONS)
+
+bench: WORK ?= target/bench
+bench: setup-export setup build ## the engine and transformers in turns on a random model of SHAPE, ROUNDS times; models stay in WORK
+	PYTHONPATH=export $(MODEL_PYTHON) -m blip2_export bench --shape $(SHAPE) --rounds $(ROUNDS) --work $(WORK)
 
 fuzz: ## FUZZ_COUNT damaged pictures of all formats: none panics, takes 2 seconds or 1 GB
 	FUZZ_COUNT=$(FUZZ_COUNT) cargo test --release --locked --test fuzz -- --ignored --nocapture --test-threads=1
