@@ -97,18 +97,27 @@ def test_the_question_changes_the_queries_and_its_padding_does_not(case, shape: 
     assert np.std(together, axis=0).max() > 1e-2
 
 
-def encoder_inputs(
-    reference: Reference, n_queries: int, lengths: list[int]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Queries and prompts of words drawn at random, padded on the right: embeddings, lengths and the reference's mask."""
-    rng = np.random.default_rng(4)
-    table = reference.model.language_model.get_input_embeddings().weight.detach().numpy()
-    embeds = np.zeros((len(lengths), max(lengths), table.shape[1]), np.float32)
-    for row, length in zip(embeds, lengths, strict=True):
-        row[:n_queries] = rng.standard_normal((n_queries, table.shape[1]))
-        row[n_queries:length] = table[rng.integers(0, len(table), length - n_queries)]
-    lengths_ = np.array(lengths)
-    return embeds, lengths_, (np.arange(max(lengths))[None] < lengths_[:, None]).astype(np.int64)
+class Prefixes:
+    """Queries and prompts of tokens drawn at random, for the graphs and as the reference takes them."""
+
+    def __init__(self, reference: Reference, n_queries: int, lengths: list[int]) -> None:
+        rng = np.random.default_rng(4)
+        table = reference.model.language_model.get_input_embeddings().weight.detach().numpy()
+        self.queries = rng.standard_normal((len(lengths), n_queries, table.shape[1])).astype(np.float32)
+        self.prompts = [rng.integers(0, len(table), n - n_queries).tolist() for n in lengths]
+        self.lengths = np.array(lengths)
+        embeds = np.zeros((len(lengths), max(lengths), table.shape[1]), np.float32)
+        for row, (queries, prompt) in enumerate(zip(self.queries, self.prompts, strict=True)):
+            embeds[row, :n_queries] = queries
+            embeds[row, n_queries : lengths[row]] = table[prompt]
+        self.embeds = torch.from_numpy(embeds)
+        self.mask = torch.from_numpy((np.arange(max(lengths)) < self.lengths[:, None]).astype(np.int64))
+
+    def decoded(self, reference: Reference, ids: np.ndarray) -> np.ndarray:
+        """The reference's logits of T5's decoder at every position of `ids`."""
+        with torch.inference_mode():
+            inputs = {"inputs_embeds": self.embeds, "attention_mask": self.mask}
+            return reference.model.language_model(**inputs, decoder_input_ids=torch.from_numpy(ids)).logits.numpy()
 
 
 @pytest.mark.parametrize("shape", ["t5", "t5-odd-1", "t5-odd-2"])
@@ -118,65 +127,54 @@ def encoder_inputs(
         ([210, 9, 140], (1,) * 180),
         ([210, 9, 140], (160, 1, 1)),
         ([150], (3, 160, 1, 20)),
-    ],  # behind a cache a batch takes steps only
+    ],  # behind a cache several slots take steps only
 )
 def test_flan_t5_decodes_alike_at_every_past_length(
     case, shape: str, encoded: list[int], chunks: tuple[int, ...]
 ) -> None:
     graphs, reference = case(shape).open()
-    embeds, lengths, mask = encoder_inputs(reference, 4, encoded)
-    rng, language = np.random.default_rng(5), reference.model.language_model
-    ids = rng.integers(0, len(graphs.table), (len(lengths), sum(chunks)))
-    with torch.inference_mode():
-        wanted = language(
-            inputs_embeds=torch.from_numpy(embeds),
-            attention_mask=torch.from_numpy(mask),
-            decoder_input_ids=torch.from_numpy(ids),
-        ).logits.numpy()
-    seen, past, start = graphs.encode(embeds, lengths), graphs.empty_cache(len(ids), sum(chunks) + 3), 0
+    prefixes, n_rows = Prefixes(reference, 4, encoded), len(encoded)
+    n_tokens = graphs.facts["language"]["vocab_size"]
+    ids = np.random.default_rng(5).integers(0, n_tokens, (n_rows, sum(chunks)))
+    wanted, start = prefixes.decoded(reference, ids), 0
+    seen = graphs.encode(prefixes.queries, prefixes.prompts)
+    slots = graphs.slots(n_rows, sum(chunks) + 3, 2 if n_rows > 1 else 0, seen)
     for n in chunks:
-        positions = np.tile(np.arange(start, start + n), (len(ids), 1))
-        found = graphs.decode(
-            graphs.table[ids[:, start : start + n]],
-            positions,
-            np.full(len(ids), start + n),
-            positions - start,
-            past,
-            seen,
-        )
-        assert_close(found, wanted[:, start : start + n], f"logits behind {start} positions")
+        new, positions = slice(start, start + n), np.tile(np.arange(start, start + n), (n_rows, 1))
+        found = graphs.decode(slots, ids[:, new], positions, np.full(n_rows, start + n), positions - start)
+        assert_close(found, wanted[:, new], f"logits behind {start} positions")
         start += n
 
 
-@pytest.mark.parametrize("shape", ["t5", "t5-odd-2", "llama", "instruct-llama-odd-1"])
-def test_rows_of_unequal_length_decode_as_they_would_alone(case, shape: str) -> None:
+@pytest.mark.parametrize("shape", sorted(random_checkpoint.FAMILIES))
+def test_rows_in_any_slots_decode_as_they_would_alone_while_others_leave(case, shape: str) -> None:
     graphs, reference = case(shape).open()
-    language, rng, n_steps = reference.model.language_model, np.random.default_rng(6), 3
-    lengths = np.array([140, 3, 61])
-    ids = rng.integers(0, len(graphs.table), (len(lengths), int(lengths.max()) + n_steps))
+    language, rng, n_steps = reference.model.language_model, np.random.default_rng(6), 4
+    lengths = np.array([90, 3, 61, 17, 40])
+    ids = rng.integers(0, graphs.facts["language"]["vocab_size"], (len(lengths), int(lengths.max()) + n_steps))
     seen: dict[str, np.ndarray] = {}
-    asked: dict[str, Any] = {"input_ids": torch.from_numpy(ids)}
-    if shape.startswith("t5"):
-        embeds, encoder_lengths, mask = encoder_inputs(reference, 4, [20, 50, 7])
-        seen = graphs.encode(embeds, encoder_lengths)
-        asked = {
-            "inputs_embeds": torch.from_numpy(embeds),
-            "attention_mask": torch.from_numpy(mask),
-            "decoder_input_ids": torch.from_numpy(ids),
-        }
-    with torch.inference_mode():
-        wanted = language(**asked).logits.numpy()
-    past = graphs.empty_cache(len(ids), ids.shape[1])
+    if graphs.facts["family"] == "encoder_decoder":
+        prefixes = Prefixes(reference, 4, [20, 50, 7, 33, 8])
+        seen, wanted = graphs.encode(prefixes.queries, prefixes.prompts), prefixes.decoded(reference, ids)
+    else:
+        with torch.inference_mode():
+            wanted = language(input_ids=torch.from_numpy(ids)).logits.numpy()
+    slots = graphs.slots(len(ids), ids.shape[1], n_idle=3, seen=seen)
+    assert (slots.of_rows != np.arange(len(ids))).any() and slots.of_rows.max() >= len(ids), "rows lie in order"
     positions = np.tile(np.arange(lengths.max()), (len(ids), 1))
-    found = graphs.decode(graphs.table[ids[:, : lengths.max()]], positions, lengths, positions, past, seen)
+    found = graphs.decode(slots, ids[:, : lengths.max()], positions, lengths, positions)
     for row, length in enumerate(lengths):
         assert_close(found[row, :length], wanted[row, :length], f"row {row}")
-    for _ in range(n_steps):
-        new = np.take_along_axis(ids, lengths[:, None], axis=1)
-        found = graphs.decode(graphs.table[new], lengths[:, None], lengths + 1, np.zeros((len(ids), 1)), past, seen)
-        for row, length in enumerate(lengths):
-            assert_close(found[row, 0], wanted[row, length], f"row {row} behind {length} positions")
-        lengths = lengths + 1
+    live = np.arange(len(ids))
+    for leaving in ([], [1], [0, 3], []):
+        staying = ~np.isin(live, leaving)
+        slots.keep(staying)
+        live = live[staying]
+        at = lengths[live, None]
+        found = graphs.decode(slots, np.take_along_axis(ids[live], at, axis=1), at, at[:, 0] + 1, np.zeros_like(at))
+        for logits, row in zip(found, live, strict=True):
+            assert_close(logits[0], wanted[row, lengths[row]], f"row {row} behind {lengths[row]} positions")
+        lengths[live] += 1
 
 
 @pytest.mark.parametrize("shape", ["t5", "llama", "instruct-t5"])
