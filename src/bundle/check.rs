@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use super::files::is_plain;
 use super::interface::Interface;
 use super::{
-    Bundle, BundleError, EmbeddingFacts, Facts, Family, GenerationFacts, LanguageFacts, QformerTextFacts, Requirements, TaskName,
+    Bundle, BundleError, Facts, Family, GenerationFacts, LanguageFacts, QformerTextFacts, Requirements, TaskName,
     brief,
 };
 use crate::pixels::{Preprocess, ResizeTo};
@@ -46,7 +46,7 @@ impl Bundle {
         // ONNX Runtime tells the format by the ending, and reads others.
         let foreign = graphs.clone().find(|file| !file.ends_with(".onnx"));
         self.ensure(foreign.is_none(), || (format!("a graph `{}`", foreign.unwrap_or_default()), "graphs are .onnx files".into()))?;
-        let language = self.facts.language.iter().flat_map(|language| [language.embedding.file.as_str(), self.tokenizer()]);
+        let language = self.facts.language.iter().map(|_| self.tokenizer());
         let text = self.facts.qformer.text.iter().map(|text| text.tokenizer.as_str());
         for file in graphs.chain(language).chain(text) {
             self.ensure(self.facts.files.contains_key(file), || (format!("file `{file}`"), "which `files` does not list".into()))?;
@@ -143,20 +143,6 @@ impl Bundle {
     }
 
     fn check_language(&self, language: &LanguageFacts) -> Result<(), BundleError> {
-        let embedding = &language.embedding;
-        self.ensure(embedding.shape == [language.vocab_size, language.hidden], || {
-            let wanted = [language.vocab_size, language.hidden];
-            (format!("an embedding table of {:?}", embedding.shape), format!("vocabulary and width make {wanted:?}"))
-        })?;
-        self.ensure(embedding.dtype.is_float(), || {
-            (format!("an embedding table of {}", embedding.dtype), "float32, float16 and bfloat16 are possible".into())
-        })?;
-        let end = embedding.bytes().and_then(|size| embedding.offset.checked_add(size));
-        let room = self.facts.files.get(&embedding.file).map_or(0, |file| file.bytes);
-        self.ensure(end.is_some_and(|end| end <= room), || {
-            let EmbeddingFacts { file, offset, dtype, shape } = embedding;
-            (format!("the embedding table lies at {offset} of {file}"), format!("whose {room} bytes do not hold {dtype} {shape:?}"))
-        })?;
         self.check_token_ids(language)?;
         let has_encoder = self.facts.family == Family::EncoderDecoder;
         self.ensure(language.cross_attention.is_none() || has_encoder, || {

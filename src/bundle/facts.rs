@@ -137,25 +137,12 @@ pub struct LanguageFacts {
     pub vocab_size: usize,
     /// Longest sequence: query tokens, prompt and generated tokens.
     pub max_positions: usize,
-    /// Where the token embeddings lie.
-    pub embedding: EmbeddingFacts,
     /// Special tokens.
     pub token_ids: TokenIds,
     /// The cache tensors of the decoder graph.
     pub kv_cache: KvCacheFacts,
     /// What the encoder hands to the decoder.
     pub cross_attention: Option<CrossAttentionFacts>,
-}
-
-/// The token embedding table inside one of the bundle's files: `shape`, row-major, little-endian.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-#[allow(missing_docs)]
-pub struct EmbeddingFacts {
-    pub file: String,
-    pub offset: u64,
-    pub dtype: Dtype,
-    pub shape: [usize; 2],
 }
 
 /// Special token ids.
@@ -335,14 +322,6 @@ impl KvCacheFacts {
     /// Bytes of one position over all layers.
     pub fn bytes_per_position(&self) -> usize {
         2 * self.n_layers * self.n_heads * self.head_dim * self.dtype.size()
-    }
-}
-
-impl EmbeddingFacts {
-    /// Size of the table; nothing where no file could be as large.
-    pub fn bytes(&self) -> Option<u64> {
-        let [rows, width] = self.shape.map(|size| size as u64);
-        rows.checked_mul(width)?.checked_mul(self.dtype.size() as u64)
     }
 }
 

@@ -92,9 +92,14 @@ impl<'a> Interface<'a> {
 
     fn check_decoder(&mut self, language: &LanguageFacts) -> Result<(), BundleError> {
         let LanguageFacts { hidden, vocab_size, kv_cache, .. } = language;
-        self.check_input("decoder", "inputs_embeds", Dtype::Float32, &[None, None, Some(*hidden)])?;
+        if self.bundle.facts.family == Family::DecoderOnly {
+            self.check_input("decoder", "queries", Dtype::Float32, &[None, None, Some(*hidden)])?;
+        }
+        self.check_input("decoder", "input_ids", Dtype::Int64, &[None, None])?;
         self.check_input("decoder", "position_ids", Dtype::Int64, &[None, None])?;
         self.check_input("decoder", "seqlens_k", Dtype::Int32, &[None])?;
+        self.check_input("decoder", "slot_rows", Dtype::Int64, &[None])?;
+        self.check_input("decoder", "row_slots", Dtype::Int64, &[None])?;
         self.check_input("decoder", "total_sequence_length", Dtype::Int32, &[])?;
         self.check_input("decoder", "logits_at", Dtype::Int64, &[None, None])?;
         self.check_output("decoder", "logits", &[None, None, Some(*vocab_size)])?;
@@ -120,7 +125,8 @@ impl<'a> Interface<'a> {
         self.bundle.ensure(cross.dtype == Dtype::Float32, || {
             (format!("cross-attention in {}", cross.dtype), "this engine keeps float32".into())
         })?;
-        self.check_input("encoder", "inputs_embeds", Dtype::Float32, &[None, None, Some(language.hidden)])?;
+        self.check_input("encoder", "queries", Dtype::Float32, &[None, None, Some(language.hidden)])?;
+        self.check_input("encoder", "input_ids", Dtype::Int64, &[None, None])?;
         self.check_input("encoder", "lengths", Dtype::Int32, &[None])?;
         self.check_input("decoder", "encoder_lengths", Dtype::Int32, &[None])?;
         let shape = [None, Some(cross.n_heads), None, Some(cross.head_dim)];

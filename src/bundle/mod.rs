@@ -22,7 +22,7 @@ pub use json::parse;
 pub(crate) use json::unique;
 
 /// The bundle format that this engine reads.
-pub const FORMAT_VERSION: u64 = 2;
+pub const FORMAT_VERSION: u64 = 3;
 
 const FACTS: &str = "bundle.json";
 

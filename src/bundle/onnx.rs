@@ -8,7 +8,7 @@ use std::path::Path;
 
 use prost::Message;
 
-use super::{Bundle, BundleError, Dtype, EmbeddingFacts, MAX_GRAPH_BYTES, Side};
+use super::{Bundle, BundleError, MAX_GRAPH_BYTES, Side};
 
 #[derive(Clone, PartialEq, Message)]
 struct ModelProto {
@@ -72,8 +72,6 @@ struct AttributeProto {
 struct TensorProto {
     #[prost(int64, repeated, tag = "1")]
     dims: Vec<i64>,
-    #[prost(int32, tag = "2")]
-    data_type: i32,
     #[prost(string, tag = "8")]
     name: String,
     #[prost(message, repeated, tag = "13")]
@@ -93,14 +91,6 @@ struct EntryProto {
 /// A message whose presence is all that matters.
 #[derive(Clone, PartialEq, Message)]
 struct Unread {}
-
-/// Where a tensor lies in one of the bundle's files.
-struct Stored<'a> {
-    tensor: &'a TensorProto,
-    file: String,
-    offset: u64,
-    end: u64,
-}
 
 /// A graph as its file has it.
 struct Graph<'a> {
@@ -131,6 +121,7 @@ impl Bundle {
             graph.check_weights()?;
             match name.as_str() {
                 "decoder" => graph.check_decoder()?,
+                "encoder" => graph.check_embedding()?,
                 _ => n_words = [n_words, graph.check_text()?].into_iter().flatten().min(),
             }
         }
@@ -171,22 +162,16 @@ impl Graph<'_> {
         if self.proto.sparse_initializer.is_empty() { Ok(()) } else { Err(self.refused("has sparse weights".into())) }
     }
 
-    /// Weights lie in files that the facts list, inside them, and those that share bytes with the embedding table are that table.
+    /// Weights lie in files that the facts list, inside them.
     fn check_weights(&self) -> Result<(), BundleError> {
         let attributes = self.proto.node.iter().flat_map(|node| &node.attribute);
         let constants = attributes.flat_map(|attribute| attribute.t.iter().chain(&attribute.tensors));
-        for tensor in self.proto.initializer.iter().chain(constants) {
-            let Some(stored) = self.stored(tensor)? else { continue };
-            if let Some(language) = &self.bundle.facts.language {
-                self.check_embedding(&stored, &language.embedding)?;
-            }
-        }
-        Ok(())
+        self.proto.initializer.iter().chain(constants).try_for_each(|tensor| self.check_stored(tensor))
     }
 
-    fn stored<'a>(&self, tensor: &'a TensorProto) -> Result<Option<Stored<'a>>, BundleError> {
+    fn check_stored(&self, tensor: &TensorProto) -> Result<(), BundleError> {
         if tensor.external_data.is_empty() && tensor.data_location == 0 {
-            return Ok(None);
+            return Ok(());
         }
         let value = |key: &str| tensor.external_data.iter().rev().find(|entry| entry.key == key).map(|entry| entry.value.as_str());
         let location = value("location").unwrap_or_default();
@@ -201,19 +186,18 @@ impl Graph<'_> {
             return Err(said("at an offset or of a length that is no number".into()));
         };
         match offset.checked_add(length) {
-            Some(end) if end <= room => Ok(Some(Stored { tensor, file, offset, end })),
+            Some(end) if end <= room => Ok(()),
             _ => Err(said(format!("{length} bytes from {offset} on, but that has {room} bytes"))),
         }
     }
 
-    fn check_embedding(&self, stored: &Stored<'_>, table: &EmbeddingFacts) -> Result<(), BundleError> {
-        let end = table.offset.saturating_add(table.bytes().unwrap_or(u64::MAX));
-        let same = (stored.offset, stored.end) == (table.offset, end) && stored.tensor.data_type == data_type(table.dtype);
-        let apart = stored.file != table.file || stored.end <= table.offset || end <= stored.offset;
-        self.bundle.ensure(same || apart, || {
-            let (from, to, name, file) = (stored.offset, stored.end, &stored.tensor.name, self.file);
-            let found = format!("but `{name}` of {file} lies at {from} to {to} and is of data type {}", stored.tensor.data_type);
-            (format!("the embedding table lies at {} to {end} of {} in {}", table.offset, table.file, table.dtype), found)
+    /// Every token of the vocabulary has an embedding.
+    fn check_embedding(&self) -> Result<(), BundleError> {
+        let wanted = self.bundle.facts.language.as_ref().map(|language| language.vocab_size);
+        let found = self.rows("input_ids", "Gather");
+        self.bundle.ensure(found.is_none_or(|found| wanted == Some(found)), || {
+            let said = format!("language.vocab_size is {}", wanted.unwrap_or_default());
+            (said, format!("the embedding table in {} has {} rows", self.file, found.unwrap_or_default()))
         })
     }
 
@@ -221,6 +205,7 @@ impl Graph<'_> {
     fn check_decoder(&self) -> Result<(), BundleError> {
         let facts = &self.bundle.facts;
         let Some(language) = &facts.language else { return Ok(()) };
+        self.check_embedding()?;
         let cache = &language.kv_cache;
         for layer in 0..cache.n_layers {
             let [key, value] = Side::ALL.map(|side| (cache.past(layer, side), cache.present(layer, side)));
@@ -296,16 +281,5 @@ impl Graph<'_> {
 
     fn refused(&self, reason: String) -> BundleError {
         self.bundle.refused(self.file, reason)
-    }
-}
-
-/// `TensorProto.DataType`.
-fn data_type(dtype: Dtype) -> i32 {
-    match dtype {
-        Dtype::Float32 => 1,
-        Dtype::Int32 => 6,
-        Dtype::Int64 => 7,
-        Dtype::Float16 => 10,
-        Dtype::Bfloat16 => 16,
     }
 }

@@ -8,9 +8,9 @@
 //!    [`EarlyStopping`]), or when all places are taken and that is enough.
 
 use super::processors::{Past, Processors};
-use super::random::Random;
+use super::ranking::{Continuation, Ranked, Ranking};
 use super::warpers::Warpers;
-use super::{Ends, Finish, Pick, Scores, Search, TokenId};
+use super::{Ends, Finish, Hypothesis, LogProb, Pick, Scores, Search, TokenId};
 
 /// When beam search ends although rows could run on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -52,6 +52,8 @@ pub struct BeamOptions {
     pub processors: Processors,
     /// Draws continuations instead of taking the best.
     pub sample: Option<BeamSample>,
+    /// Log-probabilities, each with as many alternatives.
+    pub log_probs: Option<usize>,
 }
 
 /// How continuations are drawn: without putting back, from the sums over all rows.
@@ -63,27 +65,32 @@ pub struct BeamSample {
     pub seed: u64,
 }
 
-/// A finished text with its score.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Hypothesis {
-    /// New tokens, the end token included.
-    pub tokens: Vec<TokenId>,
-    /// Sum of log-probabilities / length ^ penalty.
-    pub score: f32,
-}
-
-#[derive(Clone, Debug)]
+#[derive(Debug, Default)]
 struct Row {
     /// Prompt and new tokens.
     tokens: Vec<TokenId>,
     sum: f32,
+    /// Its last token among the links.
+    link: Option<usize>,
 }
 
-#[derive(Clone, Copy, Debug)]
-struct Continuation {
-    sum: f32,
-    row: usize,
-    token: TokenId,
+/// How probable tokens are, each with the link of the token before it: what rows have in common is kept once.
+#[derive(Debug, Default)]
+struct Links(Vec<(LogProb, Option<usize>)>);
+
+impl Links {
+    fn add(&mut self, log_prob: LogProb, before: Option<usize>) -> usize {
+        self.0.push((log_prob, before));
+        self.0.len() - 1
+    }
+
+    /// From the first token to that of `last`.
+    fn up_to(&self, last: Option<usize>) -> Vec<LogProb> {
+        let mut all: Vec<LogProb> =
+            std::iter::successors(last, |link| self.0[*link].1).map(|link| self.0[link].0.clone()).collect();
+        all.reverse();
+        all
+    }
 }
 
 /// Beam search over one prompt.
@@ -92,10 +99,14 @@ pub struct Beam {
     options: BeamOptions,
     n_prompt: usize,
     rows: Vec<Row>,
-    finished: Vec<Hypothesis>,
-    best: Vec<TokenId>,
+    /// Rows of the step before, for their memory.
+    old_rows: Vec<Row>,
+    ranking: Ranking,
+    links: Links,
+    /// With the links of their last tokens.
+    finished: Vec<(Hypothesis, Option<usize>)>,
+    hypotheses: Vec<Hypothesis>,
     finish: Option<Finish>,
-    random: Random,
 }
 
 impl Beam {
@@ -105,65 +116,57 @@ impl Beam {
     /// If `options` ask for no beams.
     pub fn new(prompt: &[TokenId], options: BeamOptions) -> Self {
         assert!(options.beams > 0, "beam search needs at least one beam");
-        let rows = vec![Row { tokens: prompt.to_vec(), sum: 0.0 }];
-        let random = Random::new(options.sample.map_or(0, |sample| sample.seed));
-        Self { options, n_prompt: prompt.len(), rows, finished: Vec::new(), best: Vec::new(), finish: None, random }
-    }
-
-    /// The continuations under consideration, the best (or the first drawn) first.
-    fn continuations(&mut self, scores: Scores<'_>) -> Vec<Continuation> {
-        let keep = 2.max(1 + self.options.ends.end.len()) * self.options.beams;
-        let mut found: Vec<Ranked> = Vec::new();
-        let mut own = Vec::new();
-        for (index, row) in self.rows.iter().enumerate() {
-            own.clear();
-            own.extend(log_softmax(scores.row(index)));
-            let past = Past { tokens: &row.tokens, n_prompt: self.n_prompt, ends: &self.options.ends };
-            self.options.processors.apply(past, &mut own);
-            if let Some(sample) = self.options.sample {
-                sample.warpers.apply(1 + self.options.ends.end.len(), &mut own);
-            }
-            let (is_drawn, random) = (self.options.sample.is_some(), &mut self.random);
-            let of_row = own.iter().enumerate().map(|(token, score)| Continuation {
-                sum: row.sum + score,
-                row: index,
-                token: token as TokenId,
-            });
-            let possible = of_row.filter(|next| next.sum > f32::NEG_INFINITY);
-            let ranked = possible.map(|next| {
-                let luck = if is_drawn { random.gumbel() } else { 0.0 };
-                Ranked { rank: f64::from(next.sum) + luck, next }
-            });
-            keep_best(&mut found, ranked, keep);
+        let keep = 2.max(1 + options.ends.end.len()) * options.beams;
+        Self {
+            n_prompt: prompt.len(),
+            rows: vec![Row { tokens: prompt.to_vec(), ..Row::default() }],
+            old_rows: Vec::new(),
+            ranking: Ranking::new(keep, options.sample.map_or(0, |sample| sample.seed)),
+            links: Links::default(),
+            finished: Vec::new(),
+            hypotheses: Vec::new(),
+            finish: None,
+            options,
         }
-        found.into_iter().map(|ranked| ranked.next).collect()
     }
 
-    /// New tokens of a continuation.
-    fn written(&self, next: &Continuation) -> Vec<TokenId> {
-        [&self.rows[next.row].tokens[self.n_prompt..], &[next.token]].concat()
+    /// The continuations under consideration, the best (or the first drawn) first, and why they end.
+    fn continuations(&mut self, scores: Scores<'_>) -> Vec<(Continuation, Option<Finish>)> {
+        let BeamOptions { ends, processors, sample, .. } = &self.options;
+        self.ranking.start();
+        for (index, Row { tokens, sum, .. }) in self.rows.iter().enumerate() {
+            let past = Past { tokens, n_prompt: self.n_prompt, ends };
+            let ranked = Ranked { row: index, sum: *sum, past, logits: scores.row(index) };
+            match sample {
+                Some(sample) => self.ranking.draw(ranked, processors, (&sample.warpers, 1 + ends.end.len())),
+                None => self.ranking.look(ranked, processors),
+            }
+        }
+        let found = self.ranking.found(scores.row(0).len());
+        found.into_iter().map(|next| (next, ends.finish_behind(self.written(next.row), next.token))).collect()
     }
 
-    fn ends(&self, next: &Continuation) -> bool {
-        self.options.ends.finish(&self.written(next)).is_some()
-    }
-
-    /// New tokens of every running row.
-    fn n_new(&self) -> usize {
-        self.rows.first().map_or(0, |row| row.tokens.len() - self.n_prompt)
+    fn written(&self, row: usize) -> &[TokenId] {
+        &self.rows[row].tokens[self.n_prompt..]
     }
 
     fn penalised(&self, sum: f32, length: usize) -> f32 {
         sum / (length as f64).powf(f64::from(self.options.length_penalty)) as f32
     }
 
-    fn take_finished(&mut self, found: &[Continuation]) {
-        let length = self.n_new() + 1;
-        let ended = |next: &Continuation| Hypothesis { tokens: self.written(next), score: self.penalised(next.sum, length) };
-        let among_the_first = found.iter().take(self.options.beams);
-        let new: Vec<Hypothesis> = among_the_first.filter(|next| self.ends(next)).map(ended).collect();
-        self.finished.extend(new);
-        self.finished.sort_by(|a, b| b.score.total_cmp(&a.score));
+    /// Records how probable a continuation's token is, where that is asked for.
+    fn link(&mut self, next: &Continuation, scores: Scores<'_>) -> Option<usize> {
+        let n_alternatives = self.options.log_probs?;
+        let log_prob = LogProb::new(next.token, scores.row(next.row), n_alternatives);
+        Some(self.links.add(log_prob, self.rows[next.row].link))
+    }
+
+    fn take_finished(&mut self, next: &Continuation, finish: Finish, scores: Scores<'_>) {
+        let tokens = [self.written(next.row), &[next.token]].concat();
+        let score = Some(self.penalised(next.sum, tokens.len()));
+        let link = self.link(next, scores);
+        self.finished.push((Hypothesis { tokens, score, finish, log_probs: Vec::new() }, link));
+        self.finished.sort_by(|(a, _), (b, _)| score_of(b).total_cmp(&score_of(a)));
         self.finished.truncate(self.options.beams);
     }
 
@@ -175,38 +178,53 @@ impl Beam {
             EarlyStopping::Impossible if self.options.length_penalty > 0.0 => self.options.ends.max_new_tokens,
             _ => length,
         };
-        is_full && self.finished.last().is_some_and(|worst| self.penalised(best, reckoned) <= worst.score)
+        is_full && self.finished.last().is_some_and(|(worst, _)| self.penalised(best, reckoned) <= score_of(worst))
     }
 
     fn settle(&mut self) {
-        self.best = self.finished.first().map(|best| best.tokens.clone()).unwrap_or_default();
-        self.finish = Some(self.options.ends.finish(&self.best).unwrap_or(Finish::Length));
+        for (hypothesis, link) in self.finished.drain(..) {
+            self.hypotheses.push(Hypothesis { log_probs: self.links.up_to(link), ..hypothesis });
+        }
+        self.finish = Some(self.hypotheses.first().map_or(Finish::Length, |best| best.finish));
+    }
+
+    fn run_on(&mut self, running: &[Continuation], scores: Scores<'_>) {
+        let mut rows = std::mem::take(&mut self.old_rows);
+        rows.resize_with(running.len(), Row::default);
+        for (row, next) in rows.iter_mut().zip(running) {
+            row.tokens.clone_from(&self.rows[next.row].tokens);
+            row.tokens.push(next.token);
+            (row.sum, row.link) = (next.sum, self.link(next, scores));
+        }
+        self.old_rows = std::mem::replace(&mut self.rows, rows);
     }
 }
 
 impl Search for Beam {
     fn advance(&mut self, scores: Scores<'_>, picks: &mut Vec<Pick>) {
+        let length = self.written(0).len() + 1;
         let found = self.continuations(scores);
-        self.take_finished(&found);
-        let mut running: Vec<Continuation> = found.iter().filter(|next| !self.ends(next)).copied().collect();
+        for (next, finish) in found.iter().take(self.options.beams) {
+            if let Some(finish) = *finish {
+                self.take_finished(next, finish, scores);
+            }
+        }
+        let mut running: Vec<Continuation> = found.iter().filter(|(_, finish)| finish.is_none()).map(|(next, _)| *next).collect();
         running.sort_by(|a, b| b.sum.total_cmp(&a.sum));
         running.truncate(self.options.beams);
-        let length = self.n_new() + 1;
         if running.first().is_none_or(|best| self.is_over(best.sum, length)) {
-            self.settle();
-            return;
+            return self.settle();
         }
-        let continued = |next: &Continuation| {
-            let mut tokens = self.rows[next.row].tokens.clone();
-            tokens.push(next.token);
-            Row { tokens, sum: next.sum }
-        };
-        self.rows = running.iter().map(continued).collect();
+        self.run_on(&running, scores);
         picks.extend(running.iter().map(|next| Pick { parent: next.row, token: next.token }));
     }
 
     fn settled(&self) -> &[TokenId] {
-        &self.best
+        self.hypotheses.first().map_or(&[], |best| &best.tokens)
+    }
+
+    fn log_probs(&self) -> &[LogProb] {
+        self.hypotheses.first().map_or(&[], |best| &best.log_probs)
     }
 
     fn finish(&self) -> Option<Finish> {
@@ -214,31 +232,10 @@ impl Search for Beam {
     }
 
     fn hypotheses(&self) -> &[Hypothesis] {
-        &self.finished
+        &self.hypotheses
     }
 }
 
-/// Natural logarithms of the softmax.
-pub fn log_softmax(logits: &[f32]) -> impl Iterator<Item = f32> {
-    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let total: f32 = logits.iter().map(|logit| (logit - largest).exp()).sum();
-    let shift = largest + total.ln();
-    logits.iter().map(move |logit| logit - shift)
-}
-
-struct Ranked {
-    rank: f64,
-    next: Continuation,
-}
-
-/// Keeps `best` sorted, best first; of equals the earlier one stands first.
-fn keep_best(best: &mut Vec<Ranked>, more: impl Iterator<Item = Ranked>, keep: usize) {
-    for next in more {
-        if best.len() == keep && best.last().is_some_and(|last| next.rank <= last.rank) {
-            continue;
-        }
-        let at = best.partition_point(|other| other.rank >= next.rank);
-        best.insert(at, next);
-        best.truncate(keep);
-    }
+fn score_of(hypothesis: &Hypothesis) -> f32 {
+    hypothesis.score.unwrap_or(f32::NEG_INFINITY)
 }

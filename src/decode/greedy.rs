@@ -1,7 +1,9 @@
 //! Always the most probable token.
 
-use super::processors::{Past, Processors};
-use super::{Ends, Finish, Pick, Scores, Search, TokenId};
+use super::best::argmax;
+use super::processors::Processors;
+use super::row::Row;
+use super::{Ends, Finish, LogProb, Pick, Scores, Search, TokenId};
 
 /// How greedy search goes.
 #[derive(Clone, Debug, Default)]
@@ -10,64 +12,57 @@ pub struct GreedyOptions {
     pub ends: Ends,
     /// What changes scores.
     pub processors: Processors,
+    /// Log-probabilities, each with as many alternatives.
+    pub log_probs: Option<usize>,
 }
 
 /// Greedy search over one row.
 #[derive(Debug)]
 pub struct Greedy {
     options: GreedyOptions,
-    n_prompt: usize,
-    /// Prompt and new tokens.
-    tokens: Vec<TokenId>,
+    row: Row,
     changed: Vec<f32>,
-    finish: Option<Finish>,
 }
 
 impl Greedy {
     /// A search behind `prompt`, image tokens included. With a limit of 0 tokens it writes one, as `generate()` of `transformers` does.
     pub fn new(prompt: &[TokenId], options: GreedyOptions) -> Self {
-        Self { options, n_prompt: prompt.len(), tokens: prompt.to_vec(), changed: Vec::new(), finish: None }
+        Self { options, row: Row::new(prompt), changed: Vec::new() }
     }
 
     fn best(&mut self, logits: &[f32]) -> TokenId {
-        if self.options.processors.is_idle() {
-            return largest(logits);
+        let past = self.row.past(&self.options.ends);
+        if self.options.processors.is_idle(past) {
+            return argmax(logits) as TokenId;
         }
         self.changed.clear();
         self.changed.extend_from_slice(logits);
-        let past = Past { tokens: &self.tokens, n_prompt: self.n_prompt, ends: &self.options.ends };
         self.options.processors.apply(past, &mut self.changed);
-        largest(&self.changed)
+        argmax(&self.changed) as TokenId
     }
-}
-
-/// Of equals the smallest id, as torch.argmax gives on CPU.
-fn largest(scores: &[f32]) -> TokenId {
-    let mut best = (f32::NEG_INFINITY, 0);
-    for (token, &score) in scores.iter().enumerate() {
-        if score > best.0 {
-            best = (score, token);
-        }
-    }
-    best.1 as TokenId
 }
 
 impl Search for Greedy {
     fn advance(&mut self, scores: Scores<'_>, picks: &mut Vec<Pick>) {
-        let token = self.best(scores.row(0));
-        self.tokens.push(token);
-        self.finish = self.options.ends.finish(self.settled());
-        if self.finish.is_none() {
+        let logits = scores.row(0);
+        let token = self.best(logits);
+        self.row.push(token, &self.options.ends);
+        self.row.log_probs.extend(self.options.log_probs.map(|n| LogProb::new(token, logits, n)));
+        if self.row.finish.is_none() {
             picks.push(Pick { parent: 0, token });
         }
     }
 
     fn settled(&self) -> &[TokenId] {
-        &self.tokens[self.n_prompt..]
+        self.row.written()
+    }
+
+    fn log_probs(&self) -> &[LogProb] {
+        &self.row.log_probs
     }
 
     fn finish(&self) -> Option<Finish> {
-        self.finish
+        self.row.finish
     }
 }
 
@@ -78,8 +73,10 @@ mod tests {
     /// Feeds rows of logits until the search ends; gives the tokens and the reason.
     fn run(table: &[&[f32]], max_new_tokens: usize, min_new_tokens: usize) -> (Vec<TokenId>, Option<Finish>) {
         let processors = Processors { min_new_tokens, ..Processors::default() };
-        let mut search =
-            Greedy::new(&[7, 7], GreedyOptions { ends: Ends { max_new_tokens, end: vec![0, 3], stop: None }, processors });
+        let mut search = Greedy::new(
+            &[7, 7],
+            GreedyOptions { ends: Ends { max_new_tokens, end: vec![0, 3], stop: None }, processors, log_probs: None },
+        );
         for row in table {
             let mut picks = Vec::new();
             search.advance(Scores::new(row, row.len()), &mut picks);

@@ -56,9 +56,15 @@ impl Past<'_> {
 }
 
 impl Processors {
-    /// Whether scores stay as they are.
-    pub fn is_idle(&self) -> bool {
-        *self == Self::default()
+    /// Whether the scores of this row stay as they are.
+    pub fn is_idle(&self, past: Past<'_>) -> bool {
+        let is_always_off = self.repetition_penalty == 1.0 && self.no_repeat_ngram == 0 && self.bad_words.is_empty();
+        is_always_off
+            && self.suppressed.is_empty()
+            && past.n_new() >= self.min_new_tokens
+            && !self.is_first(past)
+            && !self.is_last(past)
+            && !self.is_beginning(past)
     }
 
     /// Changes the scores of one row, logits or log-probabilities.
@@ -69,18 +75,30 @@ impl Processors {
         if past.n_new() < self.min_new_tokens {
             bar(&past.ends.end, scores);
         }
-        if let Some(first) = self.forced_first.filter(|_| past.tokens.len() == 1) {
+        if let Some(first) = self.forced_first.filter(|_| self.is_first(past)) {
             force(&[first], scores);
         }
-        if !self.forced_last.is_empty() && past.n_new() + 1 == past.ends.max_new_tokens {
+        if self.is_last(past) {
             force(&self.forced_last, scores);
         }
         bar(&self.suppressed, scores);
-        // A forced first token moves the beginning by one.
-        let beginning = usize::from(self.forced_first.is_some() && past.n_prompt == 1);
-        if past.n_new() == beginning {
+        if self.is_beginning(past) {
             bar(&self.suppressed_first, scores);
         }
+    }
+
+    fn is_first(&self, past: Past<'_>) -> bool {
+        self.forced_first.is_some() && past.tokens.len() == 1
+    }
+
+    fn is_last(&self, past: Past<'_>) -> bool {
+        !self.forced_last.is_empty() && past.n_new() + 1 == past.ends.max_new_tokens
+    }
+
+    fn is_beginning(&self, past: Past<'_>) -> bool {
+        // A forced first token moves the beginning by one.
+        let beginning = usize::from(self.forced_first.is_some() && past.n_prompt == 1);
+        !self.suppressed_first.is_empty() && past.n_new() == beginning
     }
 
     fn penalise_repetition(&self, tokens: &[TokenId], scores: &mut [f32]) {

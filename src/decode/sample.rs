@@ -1,9 +1,11 @@
-//! A token drawn from the shaped distribution.
+//! Tokens drawn from the shaped distribution, for one text or several behind one prompt.
 
-use super::processors::{Past, Processors};
+use super::processors::Processors;
 use super::random::Random;
-use super::warpers::{Warpers, softmax};
-use super::{Ends, Finish, Pick, Scores, Search, TokenId};
+use super::row::Row;
+use super::softmax::sum;
+use super::warpers::{Shortlist, Warpers};
+use super::{Ends, Finish, Hypothesis, LogProb, Pick, Scores, Search, TokenId};
 
 /// How sampling goes.
 #[derive(Clone, Debug, Default)]
@@ -16,66 +18,123 @@ pub struct SampleOptions {
     pub warpers: Warpers,
     /// The same seed draws the same tokens from the same scores.
     pub seed: u64,
+    /// Log-probabilities, each with as many alternatives.
+    pub log_probs: Option<usize>,
 }
 
-/// Sampling of one row.
+/// Sampling of texts behind one prompt. They share its row at first, then each has its own until it ends.
 #[derive(Debug)]
 pub struct Sample {
     options: SampleOptions,
-    random: Random,
-    n_prompt: usize,
-    /// Prompt and new tokens.
-    tokens: Vec<TokenId>,
-    finish: Option<Finish>,
+    texts: Vec<(Row, Random)>,
+    /// The text of each row.
+    running: Vec<usize>,
+    list: Shortlist,
+    hypotheses: Vec<Hypothesis>,
 }
 
 impl Sample {
-    /// A search behind `prompt`, image tokens included.
+    /// One text behind `prompt`, image tokens included.
     pub fn new(prompt: &[TokenId], options: SampleOptions) -> Self {
-        let random = Random::new(options.seed);
-        Self { options, random, n_prompt: prompt.len(), tokens: prompt.to_vec(), finish: None }
+        Self::several(prompt, options, 1)
     }
 
-    /// The distribution that the next token is drawn from.
-    pub fn probabilities(&self, logits: &[f32]) -> Vec<f32> {
-        let mut scores = logits.to_vec();
-        let past = Past { tokens: &self.tokens, n_prompt: self.n_prompt, ends: &self.options.ends };
-        self.options.processors.apply(past, &mut scores);
-        self.options.warpers.apply(1, &mut scores);
-        softmax(&scores)
+    /// `n` texts, the k-th drawn as one alone is with seed + k. The first is settled while it is written.
+    ///
+    /// # Panics
+    /// If `n` is 0.
+    pub fn several(prompt: &[TokenId], options: SampleOptions, n: usize) -> Self {
+        assert!(n > 0, "sampling needs at least one text");
+        let seeds = (0..n as u64).map(|k| options.seed.wrapping_add(k));
+        let texts = seeds.map(|seed| (Row::new(prompt), Random::new(seed))).collect();
+        Self { options, texts, running: (0..n).collect(), list: Shortlist::default(), hypotheses: Vec::new() }
     }
 
-    fn draw(&mut self, logits: &[f32]) -> TokenId {
-        let probabilities = self.probabilities(logits);
-        let total: f64 = probabilities.iter().map(|p| f64::from(*p)).sum();
-        let mut left = self.random.uniform() * total;
+    /// The distribution that the first text's next token is drawn from.
+    pub fn probabilities(&mut self, logits: &[f32]) -> Vec<f32> {
+        self.shape(0, logits);
+        let mut all = vec![0.0; logits.len()];
+        for (token, probability) in self.list.tokens.iter().zip(&self.list.probabilities) {
+            all[*token as usize] = *probability;
+        }
+        all
+    }
+
+    fn shape(&mut self, text: usize, logits: &[f32]) {
+        let past = self.texts[text].0.past(&self.options.ends);
+        self.list.start(logits.iter().copied());
+        self.options.processors.apply(past, &mut self.list.scores);
+        self.options.warpers.apply(1, &mut self.list);
+        self.list.weigh();
+    }
+
+    /// Puts a token behind a text; gives it where the text goes on.
+    fn draw(&mut self, text: usize, logits: &[f32]) -> Option<TokenId> {
+        let (row, random) = &mut self.texts[text];
+        let token = self.list.draw(random.uniform());
+        row.push(token, &self.options.ends);
+        row.log_probs.extend(self.options.log_probs.map(|n| LogProb::new(token, logits, n)));
+        row.finish.is_none().then_some(token)
+    }
+}
+
+impl Shortlist {
+    /// The token where `luck`, from 0 to 1, falls.
+    fn draw(&self, luck: f64) -> TokenId {
+        const BLOCK: usize = 256;
+        let mut left = luck * sum(&self.probabilities, |probability| probability);
         let mut last = 0;
-        for (token, probability) in probabilities.iter().enumerate().filter(|(_, probability)| **probability > 0.0) {
-            last = token;
-            left -= f64::from(*probability);
-            if left < 0.0 {
-                break;
+        for (index, block) in self.probabilities.chunks(BLOCK).enumerate() {
+            let of_block = sum(block, |probability| probability);
+            // A block is passed as a whole where that cannot be for the sake of rounding.
+            if left > of_block * (1.0 + 1e-9) {
+                left -= of_block;
+                continue;
+            }
+            for (at, probability) in block.iter().enumerate().filter(|(_, probability)| **probability > 0.0) {
+                last = index * BLOCK + at;
+                left -= f64::from(*probability);
+                if left < 0.0 {
+                    return self.tokens[last];
+                }
             }
         }
-        last as TokenId
+        self.tokens.get(last).copied().unwrap_or(0)
     }
 }
 
 impl Search for Sample {
     fn advance(&mut self, scores: Scores<'_>, picks: &mut Vec<Pick>) {
-        let token = self.draw(scores.row(0));
-        self.tokens.push(token);
-        self.finish = self.options.ends.finish(self.settled());
-        if self.finish.is_none() {
-            picks.push(Pick { parent: 0, token });
+        let texts = std::mem::take(&mut self.running);
+        for (place, text) in texts.into_iter().enumerate() {
+            // All begin with the one row of the prompt.
+            let row = place.min(scores.n_rows() - 1);
+            if row == place {
+                self.shape(text, scores.row(row));
+            }
+            if let Some(token) = self.draw(text, scores.row(row)) {
+                self.running.push(text);
+                picks.push(Pick { parent: row, token });
+            }
+        }
+        if self.running.is_empty() && self.texts.len() > 1 {
+            self.hypotheses = self.texts.iter().map(|(row, _)| row.hypothesis()).collect();
         }
     }
 
     fn settled(&self) -> &[TokenId] {
-        &self.tokens[self.n_prompt..]
+        self.texts[0].0.written()
+    }
+
+    fn log_probs(&self) -> &[LogProb] {
+        &self.texts[0].0.log_probs
     }
 
     fn finish(&self) -> Option<Finish> {
-        self.finish
+        self.texts[0].0.finish.filter(|_| self.running.is_empty())
+    }
+
+    fn hypotheses(&self) -> &[Hypothesis] {
+        &self.hypotheses
     }
 }

@@ -144,22 +144,26 @@ impl Strategy {
         }
     }
 
-    /// The searches that write one request's texts behind `prompt`, image tokens included.
-    pub fn searches(&self, prompt: &[TokenId], processors: &Processors, ends: &Ends) -> Vec<Box<dyn Search + Send>> {
+    /// The search that writes one request's texts behind `prompt`, image tokens included, and with `log_probs` records how probable their
+    /// tokens are, each beside as many alternatives.
+    pub fn search(
+        &self,
+        prompt: &[TokenId],
+        processors: &Processors,
+        ends: &Ends,
+        log_probs: Option<usize>,
+    ) -> Box<dyn Search + Send> {
         let (ends, processors) = (ends.clone(), processors.clone());
         match *self {
-            Self::Greedy => vec![Box::new(Greedy::new(prompt, GreedyOptions { ends, processors }))],
+            Self::Greedy => Box::new(Greedy::new(prompt, GreedyOptions { ends, processors, log_probs })),
             Self::Sample { warpers, seed, n_return } => {
-                let options = SampleOptions { ends, processors, warpers, seed };
-                let seeds = (0..n_return as u64).map(|k| seed.wrapping_add(k));
-                let sample =
-                    |seed| Box::new(Sample::new(prompt, SampleOptions { seed, ..options.clone() })) as Box<dyn Search + Send>;
-                seeds.map(sample).collect()
+                let options = SampleOptions { ends, processors, warpers, seed, log_probs };
+                Box::new(Sample::several(prompt, options, n_return))
             }
             Self::Beam { beams, length_penalty, early_stopping, sample, .. } => {
                 let sample = sample.map(|(warpers, seed)| BeamSample { warpers, seed });
-                let options = BeamOptions { beams, length_penalty, early_stopping, ends, processors, sample };
-                vec![Box::new(Beam::new(prompt, options))]
+                let options = BeamOptions { beams, length_penalty, early_stopping, ends, processors, sample, log_probs };
+                Box::new(Beam::new(prompt, options))
             }
         }
     }

@@ -1,5 +1,9 @@
 //! What shapes the distribution that is drawn from, in the order of `transformers`: temperature, top-k, top-p, min-p, typical.
 
+use super::TokenId;
+use super::best::{BLOCK, Best, walk};
+use super::softmax::{largest, log_sum_exp, softmax, sum};
+
 /// How a distribution is shaped. The default leaves it as it is.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Warpers {
@@ -22,93 +26,164 @@ impl Default for Warpers {
 }
 
 impl Warpers {
-    /// Changes one row of scores; what is dropped becomes −∞. At least `keep` tokens stay.
-    pub fn apply(&self, keep: usize, scores: &mut [f32]) {
+    /// Shapes what is listed. At least `keep` tokens stay.
+    pub(super) fn apply(&self, keep: usize, list: &mut Shortlist) {
         if self.temperature != 1.0 {
-            scores.iter_mut().for_each(|score| *score /= self.temperature);
+            list.scores.iter_mut().for_each(|score| *score /= self.temperature);
         }
         if self.top_k > 0 {
-            keep_top_k(self.top_k.max(keep), scores);
+            list.keep_top_k(self.top_k.max(keep));
         }
         if self.top_p < 1.0 {
-            keep_top_p(self.top_p, keep, scores);
+            list.keep_top_p(self.top_p, keep);
         }
         if self.min_p > 0.0 {
-            keep_min_p(self.min_p, keep, scores);
+            list.keep_min_p(self.min_p, keep);
         }
         if self.typical_p < 1.0 {
-            keep_typical(self.typical_p, keep, scores);
+            list.keep_typical(self.typical_p, keep);
         }
     }
 }
 
-/// Probabilities of scores.
-pub(super) fn softmax(scores: &[f32]) -> Vec<f32> {
-    let largest = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let mut weights: Vec<f32> = scores.iter().map(|score| (score - largest).exp()).collect();
-    let total: f32 = weights.iter().sum();
-    weights.iter_mut().for_each(|weight| *weight /= total);
-    weights
+/// Tokens that may be drawn, by their ids.
+#[derive(Debug, Default)]
+pub(super) struct Shortlist {
+    pub(super) tokens: Vec<TokenId>,
+    pub(super) scores: Vec<f32>,
+    /// As [`weigh`](Self::weigh) found them.
+    pub(super) probabilities: Vec<f32>,
+    /// How near tokens are to the expected information: minus the distance.
+    nearness: Vec<f32>,
+    choice: Choice,
 }
 
-/// Indices of `values`, the largest first.
-fn descending(values: &[f32]) -> Vec<usize> {
-    let mut order: Vec<usize> = (0..values.len()).collect();
-    order.sort_by(|a, b| values[*b].total_cmp(&values[*a]));
-    order
-}
+impl Shortlist {
+    /// Lists the whole vocabulary.
+    pub(super) fn start(&mut self, scores: impl Iterator<Item = f32>) {
+        self.scores.clear();
+        self.scores.extend(scores);
+        self.tokens.clear();
+        self.tokens.extend(0..self.scores.len() as TokenId);
+    }
 
-fn drop_all(tokens: &[usize], scores: &mut [f32]) {
-    for token in tokens {
-        scores[*token] = f32::NEG_INFINITY;
+    /// Finds the probabilities of what is listed.
+    pub(super) fn weigh(&mut self) {
+        softmax(&self.scores, &mut self.probabilities);
+    }
+
+    fn keep_top_k(&mut self, k: usize) {
+        if let Some(threshold) = self.choice.best(&self.scores, k.min(self.scores.len())) {
+            self.choice.stay_from(&self.scores, threshold);
+            self.retain();
+        }
+    }
+
+    fn keep_top_p(&mut self, p: f32, keep: usize) {
+        self.weigh();
+        self.choice.stay_before_tail(&self.probabilities, 1.0 - p);
+        self.choice.fill_up(&self.probabilities, keep);
+        self.retain();
+    }
+
+    fn keep_min_p(&mut self, p: f32, keep: usize) {
+        self.weigh();
+        self.choice.stay_from(&self.probabilities, p * largest(&self.probabilities));
+        self.choice.fill_up(&self.probabilities, keep);
+        self.retain();
+    }
+
+    fn keep_typical(&mut self, mass: f32, keep: usize) {
+        self.weigh();
+        let shift = log_sum_exp(&self.scores);
+        let information = |(p, score): (&f32, &f32)| if *p > 0.0 { f64::from(*p * (shift - score)) } else { 0.0 };
+        let expected = self.probabilities.iter().zip(&self.scores).map(information).sum::<f64>() as f32;
+        self.nearness.clear();
+        self.nearness.extend(self.scores.iter().map(|score| -(shift - score - expected).abs()));
+        let threshold = self.choice.reach(&self.nearness, &self.probabilities, mass);
+        self.choice.stay_from(&self.nearness, threshold);
+        self.choice.fill_up(&self.nearness, keep);
+        self.retain();
+    }
+
+    fn retain(&mut self) {
+        for (new, &old) in self.choice.places.iter().enumerate() {
+            self.tokens[new] = self.tokens[old];
+            self.scores[new] = self.scores[old];
+        }
+        self.tokens.truncate(self.choice.places.len());
+        self.scores.truncate(self.choice.places.len());
     }
 }
 
-fn keep_top_k(k: usize, scores: &mut [f32]) {
-    let mut sorted = scores.to_vec();
-    let last = k.min(scores.len()) - 1;
-    let (_, threshold, _) = sorted.select_nth_unstable_by(last, |a, b| b.total_cmp(a));
-    let threshold = *threshold;
-    scores.iter_mut().filter(|score| **score < threshold).for_each(|score| *score = f32::NEG_INFINITY);
+/// Finds which places of a list stay.
+#[derive(Debug, Default)]
+struct Choice {
+    /// Ascending.
+    places: Vec<usize>,
+    best: Best,
+    keys: Vec<u64>,
 }
 
-fn keep_top_p(p: f32, keep: usize, scores: &mut [f32]) {
-    let probabilities = softmax(scores);
-    let order = descending(&probabilities);
-    // Summed from the smallest, as the reference does: those go whose sum so far is at most 1 − p.
-    let mut sum = 0.0;
-    let dropped = order.iter().rev().take_while(|token| {
-        sum += probabilities[**token];
-        sum <= 1.0 - p
-    });
-    let n_dropped = dropped.count().min(order.len().saturating_sub(keep));
-    drop_all(&order[order.len() - n_dropped..], scores);
+impl Choice {
+    /// The n-th best of `values`.
+    fn best(&mut self, values: &[f32], n: usize) -> Option<f32> {
+        self.best.start(n);
+        self.best.look(values, 0, |value| value);
+        self.best.sorted().get(n - 1).map(|last| last.score)
+    }
+
+    /// Those stay that have at least this value.
+    fn stay_from(&mut self, values: &[f32], least: f32) {
+        self.places.clear();
+        for (index, block) in values.chunks(BLOCK).enumerate() {
+            if block.iter().fold(false, |any, value| any | (*value >= least)) {
+                let places = block.iter().enumerate().filter(|(_, value)| **value >= least);
+                self.places.extend(places.map(|(at, _)| index * BLOCK + at));
+            }
+        }
+    }
+
+    /// If fewer than `keep` stay, the best `keep` do.
+    fn fill_up(&mut self, values: &[f32], keep: usize) {
+        if self.places.len() < keep {
+            self.best.start(keep);
+            self.best.look(values, 0, |value| value);
+            self.places.clear();
+            self.places.extend(self.best.sorted().iter().map(|best| best.at));
+            self.places.sort_unstable();
+        }
+    }
+
+    /// Summed from the smallest, as the reference does, those go whose sum so far is at most `tail`; of equals the later ones go first.
+    fn stay_before_tail(&mut self, probabilities: &[f32], tail: f32) {
+        // What lies below comes to half the tail at most: it goes whatever its order.
+        let floor = 0.5 * tail / probabilities.len() as f32;
+        let below = sum(probabilities, |probability| if probability < floor { probability } else { 0.0 });
+        self.stay_from(probabilities, floor);
+        let key = |place: usize| key(probabilities[place], u32::MAX as usize - place);
+        self.keys.clear();
+        self.keys.extend(self.places.iter().map(|place| key(*place)));
+        let n_gone = walk(&mut self.keys, below, value, |sum| sum <= tail);
+        let least = self.keys[n_gone..].iter().min().copied().unwrap_or(u64::MAX);
+        self.places.retain(|place| key(*place) >= least);
+    }
+
+    /// The nearness of the last that is needed to reach `mass`, from the nearest on.
+    fn reach(&mut self, nearness: &[f32], probabilities: &[f32], mass: f32) -> f32 {
+        self.keys.clear();
+        self.keys.extend(nearness.iter().enumerate().map(|(place, nearness)| key(-nearness, place)));
+        let n_below = walk(&mut self.keys, 0.0, |key| probabilities[key as u32 as usize], |sum| sum < mass);
+        let last = self.keys[n_below..].iter().min().or(self.keys.iter().max());
+        last.map_or(f32::NEG_INFINITY, |last| -value(*last))
+    }
 }
 
-fn keep_min_p(p: f32, keep: usize, scores: &mut [f32]) {
-    let probabilities = softmax(scores);
-    let order = descending(&probabilities);
-    let threshold = p * probabilities[order[0]];
-    let dropped: Vec<usize> = order.into_iter().skip(keep).filter(|token| probabilities[*token] < threshold).collect();
-    drop_all(&dropped, scores);
+/// Puts values from 0 up in order, those that are equal by their place.
+fn key(value: f32, place: usize) -> u64 {
+    u64::from(value.to_bits()) << 32 | place as u64
 }
 
-fn keep_typical(mass: f32, keep: usize, scores: &mut [f32]) {
-    let probabilities = softmax(scores);
-    let logs: Vec<f32> = probabilities.iter().map(|p| p.ln()).collect();
-    let information = |(p, log): (&f32, &f32)| if *p > 0.0 { -p * log } else { 0.0 };
-    let expected: f32 = probabilities.iter().zip(&logs).map(information).sum();
-    let distances: Vec<f32> = logs.iter().map(|log| (-log - expected).abs()).collect();
-    let mut order: Vec<usize> = (0..scores.len()).collect();
-    order.sort_by(|a, b| distances[*a].total_cmp(&distances[*b]));
-    let mut sum = 0.0;
-    let below = order.iter().take_while(|token| {
-        sum += probabilities[**token];
-        sum < mass
-    });
-    // The one that reaches the mass stays as well.
-    let last = below.count().min(order.len() - 1);
-    let threshold = distances[order[last]];
-    let dropped: Vec<usize> = order.into_iter().skip(keep).filter(|token| distances[*token] > threshold).collect();
-    drop_all(&dropped, scores);
+fn value(key: u64) -> f32 {
+    f32::from_bits((key >> 32) as u32)
 }

@@ -212,10 +212,9 @@ impl Engine {
         for (request, prefix) in requests.iter().zip(prefixes) {
             let Generation { strategy, processors, stop, .. } = &request.generation;
             let ends = Ends { max_new_tokens: prefix.max_new_tokens, end: eos.clone(), stop: stop_at(stop, text, eos) };
-            let searches = strategy.searches(&decoding.model().history(prefix), processors, &ends);
-            let write = |search| Writing::new(decoding.join(prefix.clone(), search), text.clone(), eos, stop);
-            let texts = searches.into_iter().map(write).collect();
-            running.push(Running { texts, timings: request.sight.timings.clone() });
+            let search = strategy.search(&decoding.model().history(prefix), processors, &ends, None);
+            let writing = Writing::new(decoding.join(prefix.clone(), search), text.clone(), eos, stop);
+            running.push(Running { texts: vec![writing], timings: request.sight.timings.clone() });
         }
         running
     }
@@ -368,7 +367,7 @@ impl Writing {
         self.is_finished = true;
         self.candidates = match event.hypotheses.as_slice() {
             [] => vec![self.candidate(&self.tokens, None)],
-            several => several.iter().map(|hypothesis| self.candidate(&hypothesis.tokens, Some(hypothesis.score))).collect(),
+            several => several.iter().map(|hypothesis| self.candidate(&hypothesis.tokens, hypothesis.score)).collect(),
         };
         // What ends in the middle of a character, or could have become a stop string, was held back until now.
         let whole = self.candidates[0].text.clone();

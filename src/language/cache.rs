@@ -1,5 +1,8 @@
 //! Keys and values: one slot a row in one buffer per layer and side.
 
+use std::ops::Range;
+
+use super::rows::Move;
 use crate::bundle::{CrossAttentionFacts, Dtype, KvCacheFacts};
 use crate::runtime::{Binding, Graph, Outputs, Place, RuntimeError, Tensor};
 
@@ -33,17 +36,6 @@ struct Layer {
     buffer: Tensor,
 }
 
-/// A row on its way to another place.
-#[derive(Clone, Copy, Debug)]
-pub struct Move {
-    /// Slot it comes from.
-    pub from: usize,
-    /// Slot it goes to.
-    pub to: usize,
-    /// Positions that hold something.
-    pub n_positions: usize,
-}
-
 impl From<&KvCacheFacts> for Layout {
     fn from(facts: &KvCacheFacts) -> Self {
         let names = |(layer, side)| Names { input: facts.past(layer, side), output: Some(facts.present(layer, side)) };
@@ -55,6 +47,13 @@ impl From<&CrossAttentionFacts> for Layout {
     fn from(facts: &CrossAttentionFacts) -> Self {
         let names = |(layer, side)| Names { input: facts.name(layer, side), output: None };
         Self { tensors: facts.tensors().map(names).collect(), n_heads: facts.n_heads, head_dim: facts.head_dim, dtype: facts.dtype }
+    }
+}
+
+impl Layout {
+    /// Bytes of one position of a slot, over all layers.
+    pub fn bytes_per_position(&self) -> u64 {
+        (self.tensors.len() * self.n_heads * self.head_dim * self.dtype.size()) as u64
     }
 }
 
@@ -119,7 +118,7 @@ impl Cache {
             let copied = other.read_f32(|values| {
                 layer.buffer.edit_f32(|into| {
                     for step in moves {
-                        to.copy(into, step.to, values, from, step.from, step.n_positions);
+                        to.copy(into, values, from, step);
                     }
                 })
             });
@@ -163,19 +162,21 @@ impl Strides {
         (slot * self.n_heads + head) * self.capacity * self.head_dim
     }
 
-    fn copy(self, into: &mut [f32], to: usize, values: &[f32], from_strides: Self, from: usize, n_positions: usize) {
-        let n_values = n_positions * self.head_dim;
+    fn copy(self, into: &mut [f32], values: &[f32], from: Self, step: &Move) {
         for head in 0..self.n_heads {
-            let (target, source) = (self.start(to, head), from_strides.start(from, head));
-            into[target..target + n_values].copy_from_slice(&values[source..source + n_values]);
+            into[self.part(step.to, head, step)].copy_from_slice(&values[from.part(step.from, head, step)]);
         }
     }
 
     fn copy_within(self, values: &mut [f32], step: &Move) {
-        let n_values = step.n_positions * self.head_dim;
         for head in 0..self.n_heads {
-            let source = self.start(step.from, head);
-            values.copy_within(source..source + n_values, self.start(step.to, head));
+            values.copy_within(self.part(step.from, head, step), self.part(step.to, head, step).start);
         }
+    }
+
+    /// Where the moved positions of a head lie in a slot.
+    fn part(self, slot: usize, head: usize, step: &Move) -> Range<usize> {
+        let start = self.start(slot, head);
+        start + step.start * self.head_dim..start + step.end * self.head_dim
     }
 }

@@ -2,14 +2,17 @@
 
 mod cache;
 mod decoder;
-mod embedding;
 mod encoder;
+mod inputs;
+mod lanes;
+pub mod rows;
 
 use crate::bundle::{Bundle, BundleError, Family, TokenIds};
-use crate::decode::{Model, Pick, TokenId};
+use std::ops::Range;
+
+use crate::decode::{Model, Pick, Room, Scores, TokenId};
 use crate::qformer::{Queries, QueryCache};
-use crate::runtime::{Runtime, RuntimeError};
-pub use decoder::CAPACITY_STEP;
+use crate::runtime::{Memory, Runtime, RuntimeError};
 use decoder::{Decoder, Opening};
 use encoder::{Encoded, Encoder};
 
@@ -60,6 +63,8 @@ pub struct LanguageModel {
     encoder: Option<Encoder>,
     family: Family,
     token_ids: TokenIds,
+    vocab_size: usize,
+    memory: Memory,
     /// What a decoder behind an encoder reads first.
     start: Vec<TokenId>,
 }
@@ -69,9 +74,9 @@ impl LanguageModel {
     pub fn open(runtime: &Runtime, bundle: &Bundle) -> Result<Self, BundleError> {
         let family = bundle.facts().family;
         let encoder = (family == Family::EncoderDecoder).then(|| Encoder::open(runtime, bundle)).transpose()?;
-        let token_ids = bundle.language().token_ids.clone();
+        let (token_ids, vocab_size) = (bundle.language().token_ids.clone(), bundle.language().vocab_size);
         let start = token_ids.decoder_start.into_iter().collect();
-        Ok(Self { decoder: Decoder::open(runtime, bundle)?, encoder, family, token_ids, start })
+        Ok(Self { decoder: Decoder::open(runtime, bundle)?, encoder, family, token_ids, vocab_size, memory: runtime.memory(), start })
     }
 
     /// Token ids in front of the new ones, as the reference's searches see them: with the image token in the place of every query, or
@@ -87,74 +92,76 @@ impl LanguageModel {
         }
     }
 
-    /// Logits in front of every token of given texts, each behind its prefix. Live rows do not notice. `each` gets the row and the logits,
-    /// for a row's tokens in order.
-    pub fn reread(
-        &mut self,
-        prefixes: &[&Prefix],
-        texts: &[&[TokenId]],
-        mut each: impl FnMut(usize, &[f32]),
-    ) -> Result<(), RuntimeError> {
-        // Behind cached positions GroupQueryAttention takes several new ones for one row only.
-        let together = if self.family == Family::Qformer { 1 } else { prefixes.len().max(1) };
-        for (at, (prefixes, texts)) in prefixes.chunks(together).zip(texts.chunks(together)).enumerate() {
-            self.reread_batch(prefixes, texts, |row, logits| each(at * together + row, logits))?;
-        }
-        Ok(())
+    fn encode(&mut self, prefixes: &[Prefix]) -> Result<Option<Encoded>, RuntimeError> {
+        let (Some(encoder), Some(layout)) = (&mut self.encoder, &self.decoder.layouts().encoded) else { return Ok(None) };
+        encoder.encode(prefixes, layout).map(Some)
     }
 
-    fn reread_batch(
-        &mut self,
-        prefixes: &[&Prefix],
-        texts: &[&[TokenId]],
-        each: impl FnMut(usize, &[f32]),
-    ) -> Result<(), RuntimeError> {
-        let encoded = self.encode(prefixes)?;
-        let read = |(prefix, text): (&&Prefix, &&[TokenId])| [self.first_tokens(prefix), &text[..text.len().max(1) - 1]].concat();
-        let tokens: Vec<Vec<TokenId>> = prefixes.iter().zip(texts).map(read).collect();
-        let openings: Vec<Opening<'_>> =
-            prefixes.iter().zip(&tokens).map(|(prefix, tokens)| opening(prefix, tokens, self.encoder.is_some())).collect();
-        let n_logits: Vec<usize> = texts.iter().map(|text| text.len()).collect();
-        self.decoder.look(&openings, &n_logits, encoded, each)
+    /// Bytes of keys, values and logits that this much room takes.
+    pub fn bytes(&self, room: Room) -> u64 {
+        // Logits where the graph writes them, and where searches change them.
+        let logits = (room.rows as u64).saturating_mul(8 * self.vocab_size as u64);
+        self.decoder.layouts().bytes(room).saturating_add(logits)
     }
 
-    fn encode(&mut self, prefixes: &[&Prefix]) -> Result<Option<Encoded>, RuntimeError> {
-        let (Some(encoder), Some(layout)) = (&mut self.encoder, self.decoder.cross_layout().cloned()) else { return Ok(None) };
-        encoder.encode(prefixes, &mut self.decoder.embedding, &layout).map(Some)
-    }
-
-    /// What the decoder reads behind the queries.
-    fn first_tokens<'a>(&'a self, prefix: &'a Prefix) -> &'a [TokenId] {
-        if self.encoder.is_some() { &self.start } else { &prefix.prompt }
+    fn allowed(&self) -> u64 {
+        self.memory.allowed(self.bytes(self.decoder.room()))
     }
 }
 
-/// Behind an encoder the decoder does not see the queries themselves.
-fn opening<'a>(prefix: &'a Prefix, tokens: &'a [TokenId], has_encoder: bool) -> Opening<'a> {
-    let queries = if has_encoder { None } else { prefix.queries() };
-    Opening { cached: prefix.cached(), queries, tokens, max_new_tokens: prefix.max_new_tokens }
+/// What the decoder reads of a prefix: behind an encoder only what a text starts with.
+fn opening<'a>(prefix: &'a Prefix, start: Option<&'a [TokenId]>) -> Opening<'a> {
+    match start {
+        Some(tokens) => Opening { cached: None, queries: None, tokens },
+        None => Opening { cached: prefix.cached(), queries: prefix.queries(), tokens: &prefix.prompt },
+    }
 }
 
 impl Model for LanguageModel {
     type Prompt = Prefix;
     type Error = RuntimeError;
 
-    fn vocabulary(&self) -> usize {
-        self.decoder.vocabulary()
+    fn room(&self, prefix: &Prefix) -> Room {
+        let start = self.encoder.is_some().then_some(self.start.as_slice());
+        let positions = opening(prefix, start).n_positions() + prefix.max_new_tokens;
+        Room { rows: 1, positions, read: prefix.n_positions() }
     }
 
-    fn prefill(&mut self, prompts: &[Prefix], scores: &mut Vec<f32>) -> Result<(), RuntimeError> {
-        let encoded = self.encode(&prompts.iter().collect::<Vec<_>>())?;
-        let has_encoder = self.encoder.is_some();
-        let openings: Vec<Opening<'_>> = prompts
-            .iter()
-            .map(|prefix| opening(prefix, if has_encoder { &self.start } else { &prefix.prompt }, has_encoder))
-            .collect();
-        self.decoder.open_rows(&openings, encoded, scores)
+    fn reserve(&mut self, wanted: Room) -> Result<bool, RuntimeError> {
+        let now = self.decoder.room();
+        let is_idle = self.decoder.is_idle();
+        let has = now.rows >= wanted.rows && now.positions >= wanted.positions && now.read >= wanted.read;
+        // Slots without a row cost little, but they cost.
+        let is_wasteful = is_idle && now.rows / 4 >= wanted.rows;
+        if has && !is_wasteful {
+            return Ok(true);
+        }
+        let both = Room { positions: now.positions.max(wanted.positions), read: now.read.max(wanted.read), ..wanted };
+        let doubled = Room { rows: wanted.rows.max(now.rows * 2), ..both };
+        let candidates = if is_idle { [wanted, wanted] } else { [doubled, both] };
+        let allowed = self.allowed();
+        let Some(room) = candidates.into_iter().find(|room| self.bytes(*room) <= allowed) else { return Ok(has) };
+        self.decoder.resize(room)?;
+        Ok(true)
     }
 
-    fn step(&mut self, picks: &[Pick], scores: &mut Vec<f32>) -> Result<(), RuntimeError> {
-        self.decoder.step(picks, scores)
+    fn no_room(&self, wanted: Room) -> RuntimeError {
+        RuntimeError::NoRoom { rows: wanted.rows, positions: wanted.positions, needed: self.bytes(wanted), allowed: self.allowed() }
+    }
+
+    fn prefill(&mut self, prefixes: &[Prefix]) -> Result<(), RuntimeError> {
+        let encoded = self.encode(prefixes)?;
+        let start = self.encoder.is_some().then_some(self.start.as_slice());
+        let openings: Vec<Opening<'_>> = prefixes.iter().map(|prefix| opening(prefix, start)).collect();
+        self.decoder.open_rows(&openings, encoded)
+    }
+
+    fn step(&mut self, picks: &[Pick]) -> Result<(), RuntimeError> {
+        self.decoder.step(picks)
+    }
+
+    fn scores(&self, rows: Range<usize>) -> Result<Scores<'_>, RuntimeError> {
+        self.decoder.scores(rows)
     }
 
     fn clear(&mut self) {

@@ -114,6 +114,11 @@ impl Graph {
         Ok(Binding { graph: self.name, binding })
     }
 
+    /// Whether the graph has an input of this name.
+    pub fn takes(&self, input: &str) -> bool {
+        self.facts.inputs.iter().any(|facts| facts.name == input)
+    }
+
     /// One run over what is bound.
     pub fn run_bound(&mut self, bound: &Binding) -> Result<(), RuntimeError> {
         self.session.run_binding(&bound.binding).map(drop).map_err(|source| not_run(self.name, source))

@@ -5,8 +5,25 @@ use std::fs::read_to_string;
 /// Where it says nothing.
 const UNKNOWN: u64 = 16 << 30;
 
+/// What of it texts may take.
+#[derive(Clone, Copy, Debug)]
+pub struct Memory {
+    /// Set by the user.
+    pub(super) limit: Option<u64>,
+    /// Whether it is the processor's; a GPU says itself when it is full.
+    pub(super) is_host: bool,
+}
+
+impl Memory {
+    /// Bytes that may be used, `held` included, which are taken already. Unless the user set it, three quarters of what is free.
+    pub fn allowed(&self, held: u64) -> u64 {
+        let free = || if self.is_host { free_bytes().saturating_add(held) / 4 * 3 } else { u64::MAX };
+        self.limit.unwrap_or_else(free)
+    }
+}
+
 /// Bytes that a process may still take: the smaller of what the machine and what its control group has left.
-pub(super) fn free_bytes() -> u64 {
+fn free_bytes() -> u64 {
     let machine = read_to_string("/proc/meminfo").ok().and_then(|text| Some(value(&text, "MemAvailable:")? * 1024));
     machine.into_iter().chain(group()).min().unwrap_or(UNKNOWN)
 }

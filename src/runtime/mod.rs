@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use ort::environment::Environment;
 
 pub use graph::{Binding, Graph, Outputs, Place};
+pub use memory::Memory;
 pub use library::{Library, LibraryError, Source};
 pub use provider::{Provider, ProviderChoice, ProviderError};
 pub use tensor::{Tensor, f32_from};
@@ -114,13 +115,20 @@ pub enum RuntimeError {
         /// Which output.
         output: String,
     },
-    /// The embedding table cannot be read any more.
-    #[error("{}: the embedding table cannot be read", .path.display())]
-    Embedding {
-        /// The file that holds it.
-        path: PathBuf,
-        /// What the operating system says.
-        source: std::io::Error,
+    /// A text needs more than there is.
+    #[error(
+        "{rows} rows of {positions} positions need {needed} bytes for keys, values and logits, {allowed} may be used; \
+         ask for fewer beams, texts or tokens, or allow more (max-cache-bytes)"
+    )]
+    NoRoom {
+        /// Rows side by side.
+        rows: usize,
+        /// Positions of a row.
+        positions: usize,
+        /// Bytes that they take.
+        needed: u64,
+        /// Bytes that may be used.
+        allowed: u64,
     },
 }
 
@@ -152,10 +160,9 @@ impl Runtime {
         self.provider
     }
 
-    /// Bytes that KV caches and logits may take now.
-    pub fn memory_bytes(&self) -> u64 {
-        let free = || if self.provider == Provider::Cpu { memory::free_bytes() / 4 * 3 } else { u64::MAX };
-        self.options.max_cache_bytes.unwrap_or_else(free)
+    /// How much of it KV caches and logits may take.
+    pub fn memory(&self) -> Memory {
+        Memory { limit: self.options.max_cache_bytes, is_host: self.provider == Provider::Cpu }
     }
 
     /// Why `provider` cannot be used here, or nothing if it can.

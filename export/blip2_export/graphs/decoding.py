@@ -1,7 +1,7 @@
 """What all decoder graphs share: their inputs, attention over the cache in place, the embedding table and the head.
 
-Rows are computed, slots hold keys and values. Every layer works on the rows alone; only attention sees all slots of the cache, where a
-slot without a row costs one position. So texts come and go without moving a slot, and as many rows are computed as are live.
+Rows are computed, slots hold keys and values. Every layer works on the rows alone; only attention sees all slots of the
+cache, where one without a row costs a position. So texts come and go without moving a slot, and only live ones are computed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ class Heads:
 
     def packed_qkv(self, parts: list[np.ndarray]) -> np.ndarray:
         """The projections to queries, keys and values (or their biases) as one."""
-        return np.concatenate([self.rows(part, n) for part, n in zip(parts, (self.n, self.n_kv, self.n_kv), strict=True)])
+        return np.concatenate(
+            [self.rows(part, n) for part, n in zip(parts, (self.n, self.n_kv, self.n_kv), strict=True)]
+        )
 
     def columns(self, weight: np.ndarray) -> np.ndarray:
         """The projection of all query heads' outputs, with zero columns where the padding is."""

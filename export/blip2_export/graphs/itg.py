@@ -45,10 +45,16 @@ def build(folder: Path, checkpoint: Checkpoint, cfg: Blip2QFormerConfig, data: D
 def _attention(layers: Layers, i: int, x: str) -> str:
     g, heads, width = layers.g, layers.heads, layers.width
     name = f"qformer.encoder.layer.{i}.attention."
-    names = [f"{name}attention.{part}" for part in ("query", "key", "value")]
-    weight = heads.packed_qkv([layers.read(n + ".weight", width, width) for n in names])
-    bias = heads.packed_qkv([layers.read(n + ".bias", width) for n in names])
-    y = attend(g, i, heads, g.linear(x, weight, bias), heads.width**-0.5)
+    # Apart, as the graphs that read texts have them: the data file holds every weight once.
+    qkv = [
+        g.linear(
+            x,
+            heads.rows(layers.read(f"{name}attention.{part}.weight", width, width), heads.n),
+            heads.rows(layers.read(f"{name}attention.{part}.bias", width), heads.n),
+        )
+        for part in ("query", "key", "value")
+    ]
+    y = attend(g, i, heads, g.op("Concat", qkv, axis=-1), heads.width**-0.5)
     weight = heads.columns(layers.read(name + "output.dense.weight", width, width))
     y = g.linear(y, weight, layers.read(name + "output.dense.bias", width))
     return layers.norm(name + "output.LayerNorm", g.op("Add", [y, x]))

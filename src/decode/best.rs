@@ -1,0 +1,100 @@
+//! The best of many scores without sorting them all.
+
+use super::softmax::{LANES, largest};
+
+/// Scores that are skipped or looked at together.
+pub(super) const BLOCK: usize = 4 * LANES;
+
+/// Where the largest score stands, of equals the first, as `torch.argmax` gives on CPU.
+pub(super) fn argmax(scores: &[f32]) -> usize {
+    let mut best = (f32::NEG_INFINITY, 0);
+    for (index, block) in scores.chunks(BLOCK).enumerate() {
+        let score = largest(block);
+        if score > best.0 {
+            best = (score, index * BLOCK);
+        }
+    }
+    best.1 + scores[best.1..].iter().position(|score| *score == best.0).unwrap_or(0)
+}
+
+/// A score and where it stands.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Scored {
+    pub(super) score: f32,
+    pub(super) at: usize,
+}
+
+/// Keeps the best of scores that pass by in order, of equals the first.
+#[derive(Debug, Default)]
+pub(super) struct Best {
+    keep: usize,
+    /// The best so far, and up to as many others.
+    found: Vec<Scored>,
+    /// What a score must exceed.
+    least: f32,
+}
+
+impl Best {
+    /// Forgets everything; from now on `keep` are wanted.
+    pub(super) fn start(&mut self, keep: usize) {
+        self.keep = keep;
+        self.found.clear();
+        self.least = if keep == 0 { f32::INFINITY } else { f32::NEG_INFINITY };
+    }
+
+    /// Looks at the scores of `values`, which stand in a row from `first`. Those of −∞ are none.
+    pub(super) fn look(&mut self, values: &[f32], first: usize, score: impl Fn(f32) -> f32) {
+        for (index, block) in values.chunks(BLOCK).enumerate() {
+            if block.iter().fold(false, |any, value| any | (score(*value) > self.least)) {
+                let scored = block.iter().enumerate();
+                scored.for_each(|(at, value)| self.add(Scored { score: score(*value), at: first + index * BLOCK + at }));
+            }
+        }
+    }
+
+    fn add(&mut self, next: Scored) {
+        if next.score > self.least {
+            self.found.push(next);
+            if self.found.len() >= self.keep.saturating_mul(2) {
+                self.drop_others();
+                self.least = self.found[self.keep - 1].score;
+            }
+        }
+    }
+
+    fn drop_others(&mut self) {
+        if self.found.len() > self.keep {
+            self.found.select_nth_unstable_by(self.keep - 1, best_first);
+            self.found.truncate(self.keep);
+        }
+    }
+
+    /// What was kept, the best first.
+    pub(super) fn sorted(&mut self) -> &[Scored] {
+        self.drop_others();
+        self.found.sort_unstable_by(best_first);
+        &self.found
+    }
+}
+
+fn best_first(a: &Scored, b: &Scored) -> std::cmp::Ordering {
+    b.score.total_cmp(&a.score).then(a.at.cmp(&b.at))
+}
+
+/// How many of `keys`, walked from the smallest, go by while the sum of their weights, begun at `sum`, `holds`. Afterwards they stand in front.
+pub(super) fn walk(mut keys: &mut [u64], mut sum: f64, weight: impl Fn(u64) -> f32, holds: impl Fn(f32) -> bool) -> usize {
+    let mut done = 0;
+    while !keys.is_empty() {
+        let half = keys.len().div_ceil(2);
+        keys.select_nth_unstable(half - 1);
+        let more = sum + keys[..half].iter().map(|key| f64::from(weight(*key))).sum::<f64>();
+        if holds(more as f32) {
+            (done, sum, keys) = (done + half, more, &mut keys[half..]);
+        } else if half == 1 {
+            break;
+        } else {
+            keys = &mut keys[..half];
+        }
+    }
+    done
+}

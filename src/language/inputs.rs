@@ -1,0 +1,121 @@
+//! What one run of the decoder reads besides the cache: rows of tokens, where they stand, and which slot belongs to which row.
+
+use super::rows::Row;
+use crate::bundle::{Dtype, LanguageFacts};
+use crate::decode::TokenId;
+use crate::qformer::Queries;
+use crate::runtime::{Binding, Graph, GraphError, Place, RuntimeError, Tensor};
+
+/// Host tensors of one shape; they may be written again for every run.
+#[derive(Debug)]
+pub struct Inputs {
+    queries: Option<Tensor>,
+    ids: Tensor,
+    positions: Tensor,
+    lengths: Tensor,
+    total: Tensor,
+    slot_rows: Tensor,
+    row_slots: Tensor,
+    logits_at: Tensor,
+    encoder_lengths: Option<Tensor>,
+}
+
+/// Sizes of the inputs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Size {
+    /// Rows that are computed.
+    pub rows: usize,
+    /// Slots of the cache.
+    pub slots: usize,
+    /// Tokens of a row.
+    pub tokens: usize,
+}
+
+impl Inputs {
+    /// Inputs for runs of this size, behind these queries, `[rows, queries, hidden]`, where the graph takes any.
+    pub fn new(graph: &Graph, facts: &LanguageFacts, size: Size, queries: Option<Tensor>) -> Result<Self, RuntimeError> {
+        let Size { rows, slots, tokens } = size;
+        let n_queries = queries.as_ref().map_or(0, |queries| queries.shape()[1]);
+        let host = |dtype, shape: &[usize]| graph.allocate(dtype, shape, Place::Host);
+        let encoder_lengths = facts.cross_attention.as_ref().map(|_| host(Dtype::Int32, &[slots]));
+        Ok(Self {
+            queries,
+            ids: host(Dtype::Int64, &[rows, tokens])?,
+            positions: host(Dtype::Int64, &[rows, n_queries + tokens])?,
+            lengths: host(Dtype::Int32, &[slots])?,
+            total: host(Dtype::Int32, &[])?,
+            slot_rows: host(Dtype::Int64, &[slots])?,
+            row_slots: host(Dtype::Int64, &[rows])?,
+            logits_at: host(Dtype::Int64, &[rows, 1])?,
+            encoder_lengths: encoder_lengths.transpose()?,
+        })
+    }
+
+    /// Rows that read their tokens for the first time, each padded on the right: what is computed there is never read.
+    pub fn write_openings(&mut self, rows: &[Row], tokens: &[&[TokenId]]) -> Result<(), GraphError> {
+        let n_queries = self.queries.as_ref().map_or(0, |queries| queries.shape()[1]);
+        let (n_tokens, n_positions) = (self.ids.shape()[1], self.positions.shape()[1]);
+        for (into, tokens) in self.ids.i64_mut()?.chunks_exact_mut(n_tokens).zip(tokens) {
+            into.iter_mut().zip(*tokens).for_each(|(into, token)| *into = i64::from(*token));
+        }
+        for (at, position) in self.positions.i64_mut()?.iter_mut().enumerate() {
+            *position = (at % n_positions) as i64;
+        }
+        for (at, tokens) in self.logits_at.i64_mut()?.iter_mut().zip(tokens) {
+            *at = (n_queries + tokens.len()) as i64 - 1;
+        }
+        self.write_slots(rows)
+    }
+
+    /// One more token for each row.
+    pub fn write_step(&mut self, rows: &[Row], tokens: impl Iterator<Item = TokenId>) -> Result<(), GraphError> {
+        self.ids.i64_mut()?.iter_mut().zip(tokens).for_each(|(into, token)| *into = i64::from(token));
+        for (position, row) in self.positions.i64_mut()?.iter_mut().zip(rows) {
+            *position = (row.length - row.offset) as i64 - 1;
+        }
+        self.write_slots(rows)
+    }
+
+    /// `seqlens_k` counts from the last position, hence one less than the length; slots without a row get a harmless position.
+    fn write_slots(&mut self, rows: &[Row]) -> Result<(), GraphError> {
+        let longest = rows.iter().map(|row| row.length).max().unwrap_or(0);
+        self.total.i32_mut()?.fill(longest as i32);
+        self.lengths.i32_mut()?.fill(0);
+        self.slot_rows.i64_mut()?.fill(0);
+        if let Some(lengths) = &mut self.encoder_lengths {
+            lengths.i32_mut()?.fill(1);
+        }
+        for (index, row) in rows.iter().enumerate() {
+            self.lengths.i32_mut()?[row.slot] = row.length as i32 - 1;
+            self.slot_rows.i64_mut()?[row.slot] = index as i64;
+            self.row_slots.i64_mut()?[index] = row.slot as i64;
+            if let Some(lengths) = &mut self.encoder_lengths {
+                lengths.i32_mut()?[row.slot] = row.n_encoded as i32;
+            }
+        }
+        Ok(())
+    }
+
+    /// Ties what was written to the graph: a device gets its copy now.
+    pub fn bind(&self, binding: &mut Binding) -> Result<(), RuntimeError> {
+        let known = [
+            ("input_ids", &self.ids),
+            ("position_ids", &self.positions),
+            ("seqlens_k", &self.lengths),
+            ("total_sequence_length", &self.total),
+            ("slot_rows", &self.slot_rows),
+            ("row_slots", &self.row_slots),
+            ("logits_at", &self.logits_at),
+        ];
+        let some = [("queries", &self.queries), ("encoder_lengths", &self.encoder_lengths)];
+        let some = some.into_iter().filter_map(|(name, tensor)| Some((name, tensor.as_ref()?)));
+        known.into_iter().chain(some).try_for_each(|(name, tensor)| binding.input(name, tensor))
+    }
+}
+
+/// The queries of several rows as one tensor; rows without get none.
+pub fn batch(graph: &Graph, queries: &[&Queries]) -> Result<Tensor, RuntimeError> {
+    let rows: Vec<_> = queries.iter().map(|queries| queries.0.view()).collect();
+    let batch = ndarray::stack(ndarray::Axis(0), &rows).expect("queries of one Q-Former have one shape");
+    Tensor::from_f32(batch).map_err(|source| graph.failed("copying queries", source))
+}
