@@ -9,16 +9,15 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime as ort
+from place import Place
 from slots import Slots
 
 
-def open_sessions(folder: Path, facts: dict[str, Any]) -> dict[str, ort.InferenceSession]:
+def open_sessions(folder: Path, facts: dict[str, Any], place: Place) -> dict[str, ort.InferenceSession]:
     """Those of all graphs, whose inputs and outputs are the ones that `bundle.json` says."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
     sessions = {}
     for name, said in facts["graphs"].items():
-        session = ort.InferenceSession(str(folder / said["file"]), options, providers=["CPUExecutionProvider"])
+        session = place.session(folder / said["file"])
         assert [v.name for v in session.get_inputs()] == [v["name"] for v in said["inputs"]]
         assert [v.name for v in session.get_outputs()] == [v["name"] for v in said["outputs"]]
         sessions[name] = session
@@ -41,9 +40,10 @@ def table_type(folder: Path) -> int:
 class Graphs:
     """The sessions of a bundle with a language model."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, place: Place | None = None) -> None:
+        self.place = place or Place()
         self.facts = json.loads((folder / "bundle.json").read_text())
-        self.sessions = open_sessions(folder, self.facts)
+        self.sessions = open_sessions(folder, self.facts, self.place)
 
     def features(self, pixels: np.ndarray) -> np.ndarray:
         return self.sessions["vision"].run(None, {"pixel_values": pixels})[0]
@@ -91,7 +91,7 @@ class Graphs:
         return {"encoder_lengths": lengths, **dict(zip(names, values, strict=True))}
 
     def slots(self, n_rows: int, capacity: int, n_idle: int = 2, seen: dict[str, np.ndarray] | None = None) -> Slots:
-        return Slots(self.facts, n_rows, capacity, n_idle, seen)
+        return Slots(self.facts, self.place, n_rows, capacity, n_idle, seen)
 
     def decode(self, slots: Slots, *new: np.ndarray | None) -> np.ndarray:
         """As `Slots.run`."""

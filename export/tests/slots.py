@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from place import Place
 
 FILL = 7.0  # shows in the logits if anything reads what no row wrote
 
@@ -16,26 +17,27 @@ class Slots:
     def __init__(
         self,
         facts: dict[str, Any],
+        place: Place,
         n_rows: int,
         capacity: int,
         n_idle: int = 2,
         seen: dict[str, np.ndarray] | None = None,
     ) -> None:
-        self.n = n_rows + n_idle
+        self._place, self.n = place, n_rows + n_idle
         self.of_rows = np.random.default_rng(n_rows).permutation(self.n)[:n_rows]
         cache = facts["language"]["kv_cache"]
         self._shape = (self.n, cache["n_heads"], capacity, cache["head_dim"])
         names = [cache[f"past_{p}"].format(i) for i in range(cache["n_layers"]) for p in ("key", "value")]
-        self.past = {name: ort.OrtValue.ortvalue_from_numpy(np.full(self._shape, FILL, np.float32)) for name in names}
-        self._seen = {name: self._spread(v, 1 if v.ndim == 1 else FILL) for name, v in (seen or {}).items()}
+        self.past = {name: place.keep(np.full(self._shape, FILL, np.float32)) for name in names}
+        self._seen = {name: place.keep(self._spread(v, 1 if v.ndim == 1 else FILL)) for name, v in (seen or {}).items()}
         inputs = {said["name"]: said["shape"] for said in facts["graphs"]["decoder"]["inputs"]}
         self._no_queries = (0, inputs["queries"][2]) if "queries" in inputs else None
 
     def put(self, name: str, values: np.ndarray) -> None:
         """The first positions of every row in the cache tensor `name`."""
-        whole = self.past[name].numpy().copy()
+        whole = self._place.fetch(self.past[name])
         whole[self.of_rows, :, : values.shape[2]] = values
-        self.past[name] = ort.OrtValue.ortvalue_from_numpy(whole)
+        self.past[name] = self._place.keep(whole)
 
     def keep(self, rows: np.ndarray) -> None:
         """The other rows leave, and their slots stay as they are."""
@@ -63,12 +65,13 @@ class Slots:
             "row_slots": self.of_rows.astype(np.int64),
             "logits_at": np.asarray(at, np.int64),
             **({} if queries is None else {"queries": queries}),
-            **self._seen,
         }
         binding = session.io_binding()
         binding.bind_output("logits")  # first, so that it is the first of the outputs
         for name, value in feeds.items():
-            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value)))
+            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(np.require(value, requirements="C")))
+        for name, value in self._seen.items():
+            binding.bind_ortvalue_input(name, value)
         for name, value in self.past.items():
             binding.bind_ortvalue_input(name, value)
             binding.bind_ortvalue_output(name.replace("past_key_values", "present"), value)

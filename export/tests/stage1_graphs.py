@@ -7,16 +7,17 @@ from pathlib import Path
 
 import numpy as np
 from graphs import open_sessions
+from place import Place
 from slots import Slots
 
 
 class Stage1Graphs:
     """The sessions of a bundle of family `qformer`."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, place: Place | None = None) -> None:
+        self.folder, self.place = folder, place or Place()
         self.facts = json.loads((folder / "bundle.json").read_text())
-        self.sessions = open_sessions(folder, self.facts)
+        self.sessions = open_sessions(folder, self.facts, self.place)
 
     def run(self, graph: str, **feeds: np.ndarray) -> dict[str, np.ndarray]:
         session = self.sessions[graph]
@@ -56,7 +57,7 @@ class Stage1Graphs:
     def slots(self, features: np.ndarray, capacity: int, n_idle: int = 2) -> Slots:
         """A row for each picture, whose queries stand in the cache."""
         cache, seen = self.facts["language"]["kv_cache"], self.run("qformer", image_features=features)
-        slots = Slots(self.facts, len(features), capacity, n_idle)
+        slots = Slots(self.facts, self.place, len(features), capacity, n_idle)
         for i in range(cache["n_layers"]):
             for part in ("key", "value"):
                 slots.put(cache[f"past_{part}"].format(i), seen[f"query.{i}.{part}"])

@@ -36,13 +36,13 @@ LONG = 150  # past T5's last bucket edge at 128
 class Case:
     """A checkpoint with its bundle, made once."""
 
-    def __init__(self, root: Path, shape: str, dtype: torch.dtype = torch.float32) -> None:
-        self.checkpoint, self.folder = root / "checkpoint", root / "bundle"
+    def __init__(self, root: Path, shape: str, dtype: torch.dtype = torch.float32, target: str = "cpu") -> None:
+        self.checkpoint, self.folder, self.target = root / "checkpoint", root / "bundle", target
         random_checkpoint.write(self.checkpoint, shape, 50 + sorted(random_checkpoint.FAMILIES).index(shape), dtype)
         self.convert()
 
     def convert(self) -> None:
-        convert(self.checkpoint, self.folder, Choices("x", golden=False, force=True))
+        convert(self.checkpoint, self.folder, Choices("x", golden=False, force=True, target=self.target))
         self.facts = json.loads((self.folder / "bundle.json").read_text())
 
     def open(self) -> tuple[Graphs, Reference]:
@@ -51,12 +51,12 @@ class Case:
 
 @pytest.fixture(scope="session")
 def case(tmp_path_factory: pytest.TempPathFactory):
-    done: dict[str, Case] = {}
+    done: dict[tuple[str, str], Case] = {}
 
-    def make(shape: str) -> Case:
-        if shape not in done:
-            done[shape] = Case(tmp_path_factory.mktemp(shape), shape)
-        return done[shape]
+    def make(shape: str, target: str = "cpu") -> Case:
+        if (shape, target) not in done:
+            done[shape, target] = Case(tmp_path_factory.mktemp(shape), shape, target=target)
+        return done[shape, target]
 
     return make
 

@@ -1,0 +1,69 @@
+"""Where graphs run: on the processor, or whole on a WebGPU device with the cache in its memory."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+_PROVIDER, _DEVICE = "WebGpuExecutionProvider", "webgpu"
+
+
+class Place:
+    """The processor."""
+
+    def session(self, path: Path) -> ort.InferenceSession:
+        return ort.InferenceSession(str(path), self._options(), providers=["CPUExecutionProvider"])
+
+    def keep(self, array: np.ndarray) -> ort.OrtValue:
+        """A buffer of its own that graphs may write to."""
+        return ort.OrtValue.ortvalue_from_numpy(array.copy())
+
+    def fetch(self, kept: ort.OrtValue) -> np.ndarray:
+        return kept.numpy().copy()
+
+    def _options(self) -> ort.SessionOptions:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        return options
+
+
+class WebGpu(Place):
+    """Opens only graphs that the device runs whole."""
+
+    def __init__(self, device: ort.OrtEpDevice) -> None:
+        self.device = device
+
+    def session(self, path: Path) -> ort.InferenceSession:
+        options = self._options()
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        options.add_provider_for_devices([self.device], {})
+        return ort.InferenceSession(str(path), options)
+
+    def keep(self, array: np.ndarray) -> ort.OrtValue:
+        kept = ort.OrtValue.ortvalue_from_shape_and_type(list(array.shape), array.dtype, _DEVICE, 0, 0)
+        ort.copy_tensors([ort.OrtValue.ortvalue_from_numpy(array)], [kept])
+        return kept
+
+    def fetch(self, kept: ort.OrtValue) -> np.ndarray:
+        array = np.empty(kept.shape(), np.float32)
+        ort.copy_tensors([kept], [ort.OrtValue.ortvalue_from_numpy(array)])
+        return array
+
+
+@cache
+def webgpu() -> WebGpu | str:
+    """The first device of the plugin, or why there is none."""
+    try:
+        import onnxruntime_ep_webgpu as plugin
+    except ImportError:
+        return "the package onnxruntime-ep-webgpu is not installed"
+    try:
+        ort.register_execution_provider_library(_DEVICE, plugin.get_library_path())
+    except Exception as error:
+        return f"the WebGPU plugin cannot be loaded: {error}"
+    found = [device for device in ort.get_ep_devices() if device.ep_name == _PROVIDER]
+    hint = "SwiftShader wants ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER=1 and VK_ICD_FILENAMES"
+    return WebGpu(found[0]) if found else f"the WebGPU plugin finds no device; {hint}"
