@@ -19,6 +19,7 @@ from blip2_export.bundle import Choices, convert
 from blip2_export.check import random_checkpoint
 from blip2_export.graphs.builder import UnsupportedError
 from blip2_export.graphs.t5 import relative_buckets
+from blip2_export.graphs.targets import TARGETS
 from blip2_export.read.checkpoint import CheckpointError
 from blip2_export.reference.generation import Reference
 from blip2_export.scenes import drawing
@@ -61,9 +62,10 @@ def case(tmp_path_factory: pytest.TempPathFactory):
     return make
 
 
+@pytest.mark.parametrize("target", sorted(TARGETS))
 @pytest.mark.parametrize("shape", sorted(random_checkpoint.FAMILIES))
-def test_every_stage_and_every_token_equal_the_reference(case, shape: str) -> None:
-    graphs, reference = case(shape).open()
+def test_every_stage_and_every_token_equal_the_reference(case, shape: str, target: str) -> None:
+    graphs, reference = case(shape, target).open()
     seen = [reference.look(p) for p in drawing.sample_pictures(6, seed=3, side=120)]
     features = graphs.features(np.stack([pixels for pixels, _ in seen]))
     assert_close(features, np.stack([f for _, f in seen]), "features")
@@ -122,17 +124,18 @@ class Prefixes:
 
 @pytest.mark.parametrize("shape", ["t5", "t5-odd-1", "t5-odd-2"])
 @pytest.mark.parametrize(
-    ("encoded", "chunks"),
+    ("target", "encoded", "chunks"),
     [
-        ([210, 9, 140], (1,) * 180),
-        ([210, 9, 140], (160, 1, 1)),
-        ([150], (3, 160, 1, 20)),
-    ],  # behind a cache several slots take steps only
+        ("cpu", [210, 9, 140], (1,) * 180),
+        ("cpu", [210, 9, 140], (160, 1, 1)),
+        ("cpu", [150], (3, 160, 1, 20)),  # behind a cache several slots take steps only
+        ("webgpu", [210, 9, 140], (3, 160, 1, 1, 20)),
+    ],
 )
 def test_flan_t5_decodes_alike_at_every_past_length(
-    case, shape: str, encoded: list[int], chunks: tuple[int, ...]
+    case, shape: str, target: str, encoded: list[int], chunks: tuple[int, ...]
 ) -> None:
-    graphs, reference = case(shape).open()
+    graphs, reference = case(shape, target).open()
     prefixes, n_rows = Prefixes(reference, 4, encoded), len(encoded)
     n_tokens = graphs.facts["language"]["vocab_size"]
     ids = np.random.default_rng(5).integers(0, n_tokens, (n_rows, sum(chunks)))
@@ -146,9 +149,10 @@ def test_flan_t5_decodes_alike_at_every_past_length(
         start += n
 
 
+@pytest.mark.parametrize("target", sorted(TARGETS))
 @pytest.mark.parametrize("shape", sorted(random_checkpoint.FAMILIES))
-def test_rows_in_any_slots_decode_as_they_would_alone_while_others_leave(case, shape: str) -> None:
-    graphs, reference = case(shape).open()
+def test_rows_in_any_slots_decode_as_they_would_alone_while_others_leave(case, shape: str, target: str) -> None:
+    graphs, reference = case(shape, target).open()
     language, rng, n_steps = reference.model.language_model, np.random.default_rng(6), 4
     lengths = np.array([90, 3, 61, 17, 40])
     ids = rng.integers(0, graphs.facts["language"]["vocab_size"], (len(lengths), int(lengths.max()) + n_steps))
@@ -177,9 +181,11 @@ def test_rows_in_any_slots_decode_as_they_would_alone_while_others_leave(case, s
         lengths[live] += 1
 
 
-@pytest.mark.parametrize("shape", ["t5", "llama", "instruct-t5"])
-def test_long_texts_equal_the_reference(case, shape: str) -> None:
-    graphs, reference = case(shape).open()
+@pytest.mark.parametrize(
+    ("shape", "target"), [("t5", "cpu"), ("llama", "cpu"), ("instruct-t5", "cpu"), ("llama", "webgpu")]
+)
+def test_long_texts_equal_the_reference(case, shape: str, target: str) -> None:
+    graphs, reference = case(shape, target).open()
     prompts = ["a red star left of a blue ring " * n for n in (6, 1)]
     seen = [reference.look(p) for p in drawing.sample_pictures(3, seed=2, side=100)]
     rows = [(pixels, features, prompt) for pixels, features in seen for prompt in prompts]
@@ -205,19 +211,21 @@ def test_relative_buckets_are_those_of_the_reference() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype"),
+    ("shape", "dtype", "target"),
     [
-        ("t5-odd-1", torch.bfloat16),
-        ("t5-odd-2", torch.float16),
-        ("instruct-llama-odd-1", torch.float16),
-        ("instruct-t5", torch.bfloat16),
-        ("vqa-opt", torch.bfloat16),
+        ("t5-odd-1", torch.bfloat16, "cpu"),
+        ("t5-odd-2", torch.float16, "cpu"),
+        ("instruct-llama-odd-1", torch.float16, "cpu"),
+        ("instruct-t5", torch.bfloat16, "cpu"),
+        ("vqa-opt", torch.bfloat16, "cpu"),
+        ("vqa-opt", torch.float16, "webgpu"),
+        ("t5-odd-1", torch.bfloat16, "webgpu"),
     ],
 )
 def test_a_16_bit_checkpoint_keeps_its_size_and_equals_the_lifted_reference(
-    tmp_path: Path, shape: str, dtype: torch.dtype
+    tmp_path: Path, shape: str, dtype: torch.dtype, target: str
 ) -> None:
-    made = Case(tmp_path, shape, dtype)
+    made = Case(tmp_path, shape, dtype, target)
     stored = {p.name: p.stat().st_size for p in made.folder.glob("*.data")}
     rotary = made.facts["language"]["max_positions"] * 32 * 4 if "llama" in shape else 0  # angles stay float32
     assert sum(stored.values()) - rotary < 1.25 * (made.checkpoint / "model.safetensors").stat().st_size, stored

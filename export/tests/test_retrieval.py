@@ -22,6 +22,7 @@ from blip2_export.bundle import Choices, convert
 from blip2_export.check import random_checkpoint, random_retrieval
 from blip2_export.graphs.builder import UnsupportedError
 from blip2_export.graphs.positions import resize
+from blip2_export.graphs.targets import TARGETS
 from blip2_export.read.checkpoint import CheckpointError
 from blip2_export.reference.pictures import preparation
 from blip2_export.reference.retrieval import TEXTS
@@ -36,15 +37,15 @@ N_NEW = 12
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory):
     """(checkpoint, graphs) of a shape, made once."""
-    done: dict[str, tuple[Path, Stage1Graphs]] = {}
+    done: dict[tuple[str, str], tuple[Path, Stage1Graphs]] = {}
 
-    def make(shape: str) -> tuple[Path, Stage1Graphs]:
-        if shape not in done:
+    def make(shape: str, target: str = "cpu") -> tuple[Path, Stage1Graphs]:
+        if (shape, target) not in done:
             root = tmp_path_factory.mktemp(shape)
             random_retrieval.write(root / "c", shape, seed=10 + SHAPES.index(shape))
-            convert(root / "c", root / "b", Choices(shape, golden=False))
-            done[shape] = root / "c", Stage1Graphs(root / "b")
-        return done[shape]
+            convert(root / "c", root / "b", Choices(shape, golden=False, target=target))
+            done[shape, target] = root / "c", Stage1Graphs(root / "b")
+        return done[shape, target]
 
     return make
 
@@ -81,9 +82,10 @@ def formulas(checkpoint: Path) -> Stage1:
     return Stage1(weights, HUGGING_FACE, cfg["num_attention_heads"], cfg["cross_attention_frequency"])
 
 
+@pytest.mark.parametrize("target", sorted(TARGETS))
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s != "itg-clip"])
-def test_embeddings_and_matching_equal_transformers_alone_and_in_ragged_batches(made, shape: str) -> None:
-    checkpoint, graphs = made(shape)
+def test_embeddings_and_matching_equal_transformers_alone_and_in_ragged_batches(made, shape: str, target: str) -> None:
+    checkpoint, graphs = made(shape, target)
     model = Blip2ForImageTextRetrieval.from_pretrained(checkpoint, dtype=torch.float32).eval()
     model.config.image_token_index = None  # texts come without image tokens in front
     ids, mask = texts(graphs)
@@ -119,9 +121,10 @@ def test_embeddings_and_matching_equal_transformers_alone_and_in_ragged_batches(
         assert_close(alone["text_embeds"][0, 0], text["text_embeds"][row, 0], "text_embeds of one text")
 
 
+@pytest.mark.parametrize("target", sorted(TARGETS))
 @pytest.mark.parametrize("shape", WRITING)
-def test_every_mask_equals_the_formulas(made, shape: str) -> None:
-    checkpoint, graphs = made(shape)
+def test_every_mask_equals_the_formulas(made, shape: str, target: str) -> None:
+    checkpoint, graphs = made(shape, target)
     model = formulas(checkpoint)
     ids, mask = texts(graphs)
     features = graphs.features(pictures(graphs, len(ids)))
@@ -138,9 +141,10 @@ def test_every_mask_equals_the_formulas(made, shape: str) -> None:
     assert_close(match["multimodal_states"], states, "multimodal_states")
 
 
+@pytest.mark.parametrize("target", sorted(TARGETS))
 @pytest.mark.parametrize("shape", WRITING)
-def test_writing_with_the_cache_equals_the_whole_sequence_at_every_step(made, shape: str) -> None:
-    checkpoint, graphs = made(shape)
+def test_writing_with_the_cache_equals_the_whole_sequence_at_every_step(made, shape: str, target: str) -> None:
+    checkpoint, graphs = made(shape, target)
     model, ids = formulas(checkpoint), graphs.facts["language"]["token_ids"]
     features = graphs.features(pictures(graphs, 6))
     wanted, steps = model.write(torch.from_numpy(features), ids["bos"], ids["eos"][0], N_NEW)
