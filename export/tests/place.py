@@ -42,6 +42,14 @@ class WebGpu(Place):
         options.add_provider_for_devices([self.device], {})
         return ort.InferenceSession(str(path), options)
 
+    def left_over(self, path: Path) -> list[str]:
+        """Operators of a graph that the device leaves to the processor, one a node."""
+        options = self._options()
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        options.add_provider_for_devices([self.device], {})
+        parts = ort.InferenceSession(str(path), options).get_provider_graph_assignment_info()
+        return sorted(node.op_type for part in parts if part.ep_name != _PROVIDER for node in part.get_nodes())
+
     def keep(self, array: np.ndarray) -> ort.OrtValue:
         kept = ort.OrtValue.ortvalue_from_shape_and_type(list(array.shape), array.dtype, _DEVICE, 0, 0)
         ort.copy_tensors([ort.OrtValue.ortvalue_from_numpy(array)], [kept])
