@@ -148,14 +148,15 @@ def test_only_places_of_new_positions_are_written_and_in_place(
     for folder, where in zip(made(shape), (Place(), place), strict=True):
         graphs, lengths = Graphs(folder, where), np.array([9, 4])
         slots, ids = graphs.slots(2, 16), np.random.default_rng(3).integers(5, 90, (2, 9))
-        buffers = list(slots.past.values())
         positions = np.tile(np.arange(9), (2, 1))
         graphs.decode(slots, ids, positions, lengths, lengths[:, None] - 1)
+        before = [where.fetch(buffer) for buffer in slots.past.values()]
         graphs.decode(slots, ids[:, :1], lengths[:, None], lengths + 1, np.zeros((2, 1)))
-        caches.append([where.fetch(buffer) for buffer in buffers])
+        caches.append([where.fetch(buffer) for buffer in slots.past.values()])
+        idle = np.setdiff1d(np.arange(slots.n), slots.of_rows)
+        for old, new in zip(before, caches[-1], strict=True):
+            assert (new[:, :, 10:] == FILL).all(), "places behind the new positions are written"
+            assert (new[idle, :, 1:] == old[idle, :, 1:]).all(), "a step writes more than one place of an idle slot"
     for expected, found in zip(*caches, strict=True):
         for slot, length in zip(slots.of_rows, lengths + 1, strict=True):
             assert_close(found[slot, :, :length], expected[slot, :, :length], "written places")
-        assert (found[:, :, 10:] == FILL).all(), "places behind the new positions are written"
-        idle = np.setdiff1d(np.arange(slots.n), slots.of_rows)
-        assert (found[idle, :, 9:] == FILL).all(), "a slot without a row is written where only rows are"
