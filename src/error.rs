@@ -1,7 +1,7 @@
 //! The one error that callers match on, sorted by what they can do next.
 
 use crate::bundle::BundleError;
-use crate::decode::StrategyError;
+use crate::decode::{RequestId, StrategyError};
 use crate::pixels::PixelsError;
 use crate::prompt::PromptError;
 use crate::runtime::{RuntimeError, UnavailableError};
@@ -24,6 +24,9 @@ pub enum Error {
     /// The machine lacks something: install it, or choose another provider.
     #[error(transparent)]
     Unavailable(#[from] UnavailableError),
+    /// There is no such request, or no more.
+    #[error("there is no request {0} here, or it has ended")]
+    NoSuchRequest(RequestId),
     /// A graph failed while it ran.
     #[error(transparent)]
     Runtime(#[from] RuntimeError),

@@ -63,7 +63,7 @@ pub mod vision;
 
 mod error;
 
-pub use engine::{Answer, Candidate, Engine, Generation, Match, Ranked, Request, Sight};
+pub use engine::{Answer, Candidate, Engine, Event, Generation, Match, Ranked, Request, RequestId, Seer, Sight, Writer};
 pub use error::Error;
 pub use pixels::Picture;
 pub use prompt::Task;

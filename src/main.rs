@@ -36,7 +36,7 @@ fn of_engine(error: &Error) -> u8 {
         Error::Runtime(error) if error.blames_the_bundle() => 4,
         Error::Runtime(_) => 1,
         Error::Strategy(_) | Error::Prompt(PromptError::Template(_)) | Error::Unavailable(UnavailableError::Threads(_)) => 2,
-        Error::Picture(_) | Error::Prompt(_) => 3,
+        Error::Picture(_) | Error::Prompt(_) | Error::NoSuchRequest(_) => 3,
         Error::Bundle(_) => 4,
         Error::Unavailable(_) => 5,
     }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use ndarray::{Array2, Array3};
 
 use crate::bundle::{Bundle, BundleError};
-use crate::runtime::{Graph, GraphError, Place, Runtime, RuntimeError, Tensor};
+use crate::runtime::{Cancel, Graph, GraphError, Place, Runtime, RuntimeError, Tensor};
 use crate::text::TokenBatch;
 use crate::vision::ImageFeatures;
 
@@ -38,6 +38,11 @@ impl Qformer {
     /// Whether queries depend on the question.
     pub fn reads_questions(&self) -> bool {
         self.reads_questions
+    }
+
+    /// Lets `cancel` stop every later run.
+    pub fn set_cancel(&mut self, cancel: Cancel) {
+        self.graph.set_cancel(cancel);
     }
 
     /// An error of this graph.

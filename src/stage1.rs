@@ -5,7 +5,7 @@ use ndarray::{Array2, Array3, Axis};
 
 use crate::bundle::{Bundle, BundleError, query_cache};
 use crate::qformer::{QueryCache, ids_and_mask};
-use crate::runtime::{Graph, Place, Runtime, RuntimeError};
+use crate::runtime::{Cancel, Graph, Place, Runtime, RuntimeError};
 use crate::text::TokenBatch;
 use crate::vision::ImageFeatures;
 
@@ -75,6 +75,13 @@ impl Stage1 {
         let cached = cache.into_iter().flat_map(|cache| cache.tensors()).map(|(layer, side)| query_cache(layer, side));
         let open = |graph| Graph::open(runtime, bundle, graph);
         Ok(Self { qformer: open("qformer")?, text: open("qformer_text")?, pair: open("qformer_itm")?, cached: cached.collect() })
+    }
+
+    /// Lets `cancel` stop every later run.
+    pub fn set_cancel(&mut self, cancel: Cancel) {
+        for graph in [&mut self.qformer, &mut self.text, &mut self.pair] {
+            graph.set_cancel(cancel.clone());
+        }
     }
 
     /// Reads a batch of pictures; with each embedding comes what the Q-Former's own text starts from, where it can write.

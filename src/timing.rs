@@ -17,6 +17,8 @@ pub enum Stage {
     Qformer,
     /// Pictures beside texts in the Q-Former of stage 1.
     Match,
+    /// In line, until the language model had room and time.
+    Waiting,
     /// Language model over query tokens and prompt, up to the first token.
     Prefill,
     /// Language model, one token at a time.
@@ -25,8 +27,8 @@ pub enum Stage {
 
 impl Stage {
     /// Every stage in order.
-    pub const ALL: [Self; 7] =
-        [Self::DecodeImage, Self::Preprocess, Self::Vision, Self::Qformer, Self::Match, Self::Prefill, Self::Decode];
+    pub const ALL: [Self; 8] =
+        [Self::DecodeImage, Self::Preprocess, Self::Vision, Self::Qformer, Self::Match, Self::Waiting, Self::Prefill, Self::Decode];
 
     /// The key in JSON.
     pub fn name(self) -> &'static str {
@@ -36,6 +38,7 @@ impl Stage {
             Self::Vision => "vision",
             Self::Qformer => "qformer",
             Self::Match => "match",
+            Self::Waiting => "waiting",
             Self::Prefill => "prefill",
             Self::Decode => "decode",
         }
@@ -82,13 +85,14 @@ impl Serialize for Timings {
     fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
         let mut map = to.serialize_map(None)?;
         for (stage, time) in self.iter() {
-            map.serialize_entry(stage.name(), &rounded_ms(time))?;
+            map.serialize_entry(stage.name(), &milliseconds(time))?;
         }
-        map.serialize_entry("total", &rounded_ms(self.total()))?;
+        map.serialize_entry("total", &milliseconds(self.total()))?;
         map.end()
     }
 }
 
-fn rounded_ms(time: Duration) -> f64 {
+/// Rounded to microseconds.
+pub fn milliseconds(time: Duration) -> f64 {
     (time.as_secs_f64() * 1e6).round() / 1e3
 }

@@ -4,7 +4,7 @@ use ndarray::{Array2, ArrayView2, Axis, Ix3};
 
 use crate::bundle::{Bundle, BundleError};
 use crate::pixels::Pixels;
-use crate::runtime::{Graph, GraphError, Place, Runtime, RuntimeError, Tensor};
+use crate::runtime::{Cancel, Graph, GraphError, Place, Runtime, RuntimeError, Tensor};
 
 /// `[batch, positions, hidden]`: class token and patches after the last layer norm. They stay where the graph runs.
 #[derive(Debug)]
@@ -18,6 +18,11 @@ impl Vision {
     /// Loads the graph.
     pub fn open(runtime: &Runtime, bundle: &Bundle) -> Result<Self, BundleError> {
         Graph::open(runtime, bundle, "vision").map(Self)
+    }
+
+    /// Lets `cancel` stop every later run.
+    pub fn set_cancel(&mut self, cancel: Cancel) {
+        self.0.set_cancel(cancel);
     }
 
     /// Encodes a batch.

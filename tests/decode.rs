@@ -1,14 +1,24 @@
-//! Searches over a scripted table of scores against recorded runs of `transformers` (`tests/decode/record.py`).
+//! Searches over a scripted table of scores against recorded runs of `transformers` (`tests/decode/record.py`), and over random scores
+//! against plain versions of themselves.
 
 #![allow(clippy::unwrap_used)]
 
 use std::convert::Infallible;
+use std::ops::Range;
 
 use blip2::decode::{
-    Beam, BeamOptions, BeamSample, EarlyStopping, Ends, Greedy, GreedyOptions, Model, Pick, Processors, Sample, SampleOptions,
-    Scores, Search, StepLoop, TokenId, Warpers,
+<<<<<<< HEAD
+    Beam, BeamOptions, BeamSample, EarlyStopping, Ends, Greedy, GreedyOptions, Model, Pick, Processors, Room, Sample,
+    SampleOptions, Scores, Search, StepLoop, TokenId, Warpers,
+=======
+    Beam, BeamOptions, BeamSample, EarlyStopping, Ends, Forced, Greedy, GreedyOptions, Model, Pick, Processors, Random, Sample,
+    SampleOptions, Scores, Search, StepLoop, Stop, TokenId, Warpers, log_softmax,
+>>>>>>> decode
 };
 use serde_json::Value;
+
+#[path = "decode/plain.rs"]
+mod plain;
 
 /// Logits of the next token by the last two.
 #[derive(Clone)]
@@ -16,9 +26,21 @@ struct Table {
     values: Vec<f32>,
     vocabulary: usize,
     rows: Vec<Vec<TokenId>>,
+    /// Of the rows from `first` on.
+    scores: Vec<f32>,
+    first: usize,
 }
 
 impl Table {
+    fn new(values: Vec<f32>, vocabulary: usize) -> Self {
+        Self { values, vocabulary, rows: Vec::new(), scores: Vec::new(), first: 0 }
+    }
+
+    fn score(&mut self, first: usize) {
+        self.scores = self.rows[first..].iter().flat_map(|row| self.logits(row)).copied().collect();
+        self.first = first;
+    }
+
     fn logits(&self, row: &[TokenId]) -> &[f32] {
         let last = row[row.len() - 1] as usize;
         let before = if row.len() > 1 { row[row.len() - 2] as usize } else { 0 };
@@ -31,30 +53,39 @@ impl Model for Table {
     type Prompt = Vec<TokenId>;
     type Error = Infallible;
 
-    fn vocabulary(&self) -> usize {
-        self.vocabulary
+    fn room(&self, prompt: &Vec<TokenId>) -> Room {
+        Room { rows: 1, positions: prompt.len(), read: prompt.len() }
     }
 
-    fn prefill(&mut self, prompts: &[Vec<TokenId>], scores: &mut Vec<f32>) -> Result<(), Infallible> {
-        for prompt in prompts {
-            scores.extend_from_slice(self.logits(prompt));
-            self.rows.push(prompt.clone());
-        }
+    fn reserve(&mut self, _: Room) -> Result<bool, Infallible> {
+        Ok(true)
+    }
+
+    fn no_room(&self, _: Room) -> Infallible {
+        unreachable!("there is always room")
+    }
+
+    fn prefill(&mut self, prompts: &[Vec<TokenId>]) -> Result<(), Infallible> {
+        let first = self.rows.len();
+        self.rows.extend_from_slice(prompts);
+        self.score(first);
         Ok(())
     }
 
-    fn step(&mut self, picks: &[Pick], scores: &mut Vec<f32>) -> Result<(), Infallible> {
+    fn step(&mut self, picks: &[Pick]) -> Result<(), Infallible> {
         let continued = |pick: &Pick| [&self.rows[pick.parent][..], &[pick.token]].concat();
         self.rows = picks.iter().map(continued).collect();
-        scores.clear();
-        for row in &self.rows {
-            scores.extend_from_slice(self.logits(row));
-        }
+        self.score(0);
         Ok(())
     }
 
-    fn clear(&mut self) {
-        self.rows.clear();
+    fn scores(&self, rows: Range<usize>) -> Result<Scores<'_>, Infallible> {
+        let at = |row: usize| (row - self.first) * self.vocabulary;
+        Ok(Scores::new(&self.scores[at(rows.start)..at(rows.end)], self.vocabulary))
+    }
+
+    fn keep(&mut self, rows: &[usize]) {
+        self.rows = rows.iter().map(|row| self.rows[*row].clone()).collect();
     }
 }
 
@@ -64,7 +95,7 @@ fn recorded() -> (Vec<Table>, Vec<Value>) {
     let vocabulary = all["vocabulary"].as_u64().unwrap() as usize;
     let tables = all["tables"].as_array().unwrap().iter();
     let values = tables.map(|table| table.as_array().unwrap().iter().map(|v| v.as_f64().unwrap() as f32).collect());
-    let tables = values.map(|values| Table { values, vocabulary, rows: Vec::new() }).collect();
+    let tables = values.map(|values| Table::new(values, vocabulary)).collect();
     (tables, all["cases"].as_array().unwrap().clone())
 }
 
@@ -148,15 +179,15 @@ fn beam_search_gives_the_texts_and_scores_of_the_reference() {
 }
 
 fn run(search: &mut dyn Search, mut table: Table, prompt: Vec<TokenId>) {
-    let (mut scores, mut picks) = (Vec::new(), Vec::new());
-    table.prefill(&[prompt], &mut scores).unwrap();
+    let mut picks = Vec::new();
+    table.prefill(&[prompt]).unwrap();
     loop {
         picks.clear();
-        search.advance(Scores::new(&scores, table.vocabulary), &mut picks);
+        search.advance(table.scores(0..table.rows.len()).unwrap(), &mut picks);
         if search.finish().is_some() {
             return;
         }
-        table.step(&picks, &mut scores).unwrap();
+        table.step(&picks).unwrap();
     }
 }
 
@@ -186,16 +217,11 @@ fn beams_together_give_what_they_give_alone() {
     for case in &cases {
         let prompt = tokens(&case["prompt"]);
         let search = beam(&prompt, &case["options"]);
-        ids.push(all.join(prompt, Box::new(search)));
-        all.admit().unwrap();
-        for event in all.step().unwrap() {
-            found.insert(event.id, event.tokens);
-        }
+        ids.push(all.join(prompt, Box::new(search), 9));
+        found.extend(all.step().into_iter().map(|event| (event.id, event.tokens)));
     }
     while !all.is_idle() {
-        for event in all.step().unwrap() {
-            found.insert(event.id, event.tokens);
-        }
+        found.extend(all.step().into_iter().map(|event| (event.id, event.tokens)));
     }
     for (id, case) in ids.iter().zip(cases) {
         assert_eq!(found[id], tokens(&case["tokens"][0]), "{}", case["options"]);
@@ -317,4 +343,204 @@ fn the_same_seed_draws_the_same_text_and_another_seed_another() {
     };
     assert_eq!(write(5), write(5));
     assert_ne!(write(5), write(6));
+}
+
+/// Random requests, and a model whose logits depend on all that stands before.
+struct Lot {
+    random: Random,
+    vocabulary: usize,
+}
+
+impl Lot {
+    fn below(&mut self, n: usize) -> usize {
+        (self.random.uniform() * n as f64) as usize
+    }
+
+    fn now_and_then(&mut self) -> bool {
+        self.below(4) == 0
+    }
+
+    fn token(&mut self) -> TokenId {
+        self.below(self.vocabulary) as TokenId
+    }
+
+    fn tokens(&mut self, n: usize) -> Vec<TokenId> {
+        (0..n).map(|_| self.token()).collect()
+    }
+
+    fn some(&mut self, n: usize) -> Vec<TokenId> {
+        let n = if self.now_and_then() { 1 + self.below(n) } else { 0 };
+        self.tokens(n)
+    }
+
+    /// Spread wide, in few steps so that many are equal, peaked, or with some that are impossible.
+    fn model(&mut self) -> impl Fn(&[TokenId]) -> Vec<f32> + use<> {
+        let (seed, kind, vocabulary) = (self.random.bits(), self.below(4), self.vocabulary);
+        move |row| {
+            let seed = row.iter().fold(seed, |seed, token| Random::new(seed ^ u64::from(*token)).bits());
+            let mut random = Random::new(seed);
+            let logit = |u: f64| match kind {
+                0 => 12.0 * u - 6.0,
+                1 => (5.0 * u).floor() - 2.0,
+                2 => 25.0 * u.powi(9),
+                _ if u < 0.3 => f64::NEG_INFINITY,
+                _ => (40.0 * u).floor() / 8.0,
+            };
+            let mut logits: Vec<f32> = (0..vocabulary).map(|_| logit(random.uniform()) as f32).collect();
+            logits[(seed % vocabulary as u64) as usize] = 3.0;
+            logits
+        }
+    }
+
+    fn ends(&mut self) -> Ends {
+        let last = self.token();
+        let stop = self.now_and_then().then(|| Stop(std::sync::Arc::new(move |tokens| tokens.ends_with(&[last, last]))));
+        Ends { max_new_tokens: 1 + self.below(8), end: self.some(2), stop }
+    }
+
+    fn processors(&mut self) -> Processors {
+        if self.now_and_then() {
+            return Processors::default();
+        }
+        Processors {
+            repetition_penalty: [1.0, 1.0, 0.8, 1.3][self.below(4)],
+            no_repeat_ngram: [0, 0, 1, 2][self.below(4)],
+            bad_words: (0..self.below(3)).map(|_| self.some(2)).collect(),
+            min_new_tokens: [0, 0, 1, 3][self.below(4)],
+            forced_first: self.now_and_then().then(|| self.token()),
+            forced_last: self.some(2),
+            suppressed: self.some(3),
+            suppressed_first: self.some(3),
+        }
+    }
+
+    fn warpers(&mut self) -> Warpers {
+        let off = Warpers::default();
+        Warpers {
+            temperature: [1.0, 0.7, 1.9][self.below(3)],
+            top_k: if self.now_and_then() { 1 + self.below(2 * self.vocabulary) } else { off.top_k },
+            top_p: if self.now_and_then() { self.random.uniform() as f32 } else { off.top_p },
+            min_p: if self.now_and_then() { self.random.uniform() as f32 } else { off.min_p },
+            typical_p: if self.now_and_then() { self.random.uniform() as f32 } else { off.typical_p },
+        }
+    }
+
+    fn log_probs(&mut self) -> Option<usize> {
+        [None, Some(0), Some(3), Some(self.vocabulary + 1)][self.below(4)]
+    }
+
+    fn greedy(&mut self) -> GreedyOptions {
+        GreedyOptions { ends: self.ends(), processors: self.processors(), log_probs: self.log_probs() }
+    }
+
+    fn sample(&mut self) -> SampleOptions {
+        let GreedyOptions { ends, processors, log_probs } = self.greedy();
+        SampleOptions { ends, processors, warpers: self.warpers(), seed: self.random.bits(), log_probs }
+    }
+
+    fn beam(&mut self) -> BeamOptions {
+        let SampleOptions { ends, processors, warpers, seed, log_probs } = self.sample();
+        BeamOptions {
+            beams: 1 + self.below(4),
+            length_penalty: [1.0, 0.0, -1.5, 2.0][self.below(4)],
+            early_stopping: [EarlyStopping::Enough, EarlyStopping::Unlikely, EarlyStopping::Impossible][self.below(3)],
+            ends,
+            processors,
+            sample: self.now_and_then().then_some(BeamSample { warpers, seed }),
+            log_probs,
+        }
+    }
+}
+
+/// Small vocabularies in great number, and a few as large as a language model's.
+fn lots() -> impl Iterator<Item = Lot> {
+    (0..2_004).map(|seed| {
+        let mut random = Random::new(seed);
+        let vocabulary = if seed >= 2_000 { 50_272 } else { 1 + random.bits() as usize % 40 };
+        Lot { random, vocabulary }
+    })
+}
+
+fn drive(search: &mut dyn Search, prompt: &[TokenId], model: plain::Logits<'_>) {
+    let (mut rows, mut picks) = (vec![prompt.to_vec()], Vec::new());
+    while search.finish().is_none() {
+        let logits: Vec<f32> = rows.iter().flat_map(|row| model(row)).collect();
+        picks.clear();
+        search.advance(Scores::new(&logits, logits.len() / rows.len()), &mut picks);
+        rows = picks.iter().map(|pick| [&rows[pick.parent][..], &[pick.token]].concat()).collect();
+    }
+    assert!(picks.is_empty(), "a search that has ended runs no rows");
+}
+
+fn text(search: &dyn Search) -> plain::Text {
+    (search.settled().to_vec(), search.log_probs().to_vec(), search.finish())
+}
+
+#[test]
+fn greedy_search_is_the_plain_one() {
+    for (index, mut lot) in lots().enumerate() {
+        let (prompt, model, options) = (lot.tokens(1 + index % 3), lot.model(), lot.greedy());
+        let mut search = Greedy::new(&prompt, options.clone());
+        drive(&mut search, &prompt, &model);
+        assert_eq!(text(&search), plain::greedy(&prompt, &options, &model), "{index}: {options:?}");
+    }
+}
+
+#[test]
+fn sampling_is_the_plain_one() {
+    for (index, mut lot) in lots().enumerate() {
+        let (prompt, model, options) = (lot.tokens(1 + index % 3), lot.model(), lot.sample());
+        let mut search = Sample::new(&prompt, options.clone());
+        drive(&mut search, &prompt, &model);
+        assert_eq!(text(&search), plain::sample(&prompt, &options, &model), "{index}: {options:?}");
+    }
+}
+
+#[test]
+fn beam_search_is_the_plain_one() {
+    for (index, mut lot) in lots().enumerate() {
+        let (prompt, model, options) = (lot.tokens(1 + index % 3), lot.model(), lot.beam());
+        let mut search = Beam::new(&prompt, options.clone());
+        drive(&mut search, &prompt, &model);
+        let wanted = plain::beam(&prompt, &options, &model);
+        assert_eq!(search.hypotheses(), wanted, "{index}: {options:?}");
+        let best = wanted.first().map(|best| (best.tokens.clone(), best.log_probs.clone()));
+        assert_eq!((search.settled().to_vec(), search.log_probs().to_vec()), best.unwrap_or_default(), "{index}: {options:?}");
+    }
+}
+
+#[test]
+fn samples_together_are_those_alone() {
+    for (index, mut lot) in lots().take(2_000).enumerate() {
+        let (prompt, model, options) = (lot.tokens(1 + index % 3), lot.model(), lot.sample());
+        let mut together = Sample::several(&prompt, options.clone(), 1 + index % 5);
+        drive(&mut together, &prompt, &model);
+        for (k, found) in together.hypotheses().iter().enumerate() {
+            let seed = options.seed.wrapping_add(k as u64);
+            let alone = plain::sample(&prompt, &SampleOptions { seed, ..options.clone() }, &model);
+            let found = (found.tokens.clone(), found.log_probs.clone(), Some(found.finish));
+            assert_eq!(found, alone, "{index}: {options:?}");
+        }
+        assert_eq!(together.hypotheses().len(), if index % 5 == 0 { 0 } else { 1 + index % 5 });
+        assert_eq!(text(&together), plain::sample(&prompt, &options, &model), "{index}: {options:?}");
+    }
+}
+
+#[test]
+fn given_texts_are_scored_as_they_are_alone() {
+    for (index, mut lot) in lots().enumerate() {
+        let (prompt, model, n_texts) = (lot.tokens(1 + index % 3), lot.model(), lot.below(7));
+        // Of few tokens, so that many texts begin alike.
+        let mut text = || (0..lot.below(5)).map(|_| lot.token() % 3).collect::<Vec<TokenId>>();
+        let texts: Vec<Vec<TokenId>> = (0..n_texts).map(|_| text()).collect();
+        let mut search = Forced::new(texts.clone());
+        drive(&mut search, &prompt, &model);
+        assert_eq!(search.hypotheses().len(), n_texts);
+        for (found, text) in search.hypotheses().iter().zip(&texts) {
+            let row = |at: usize| [&prompt[..], &text[..at]].concat();
+            let log_prob = |at: usize| log_softmax(&model(&row(at))).nth(text[at] as usize).unwrap_or(f32::NEG_INFINITY);
+            let wanted = (0..text.len()).map(log_prob).fold(0.0, |sum, next| sum + next);
+            assert_eq!((&found.tokens, found.score), (text, Some(wanted)), "{index}: {texts:?}");
+        }
+    }
 }

@@ -9,11 +9,12 @@ use blip2::bundle::{Bundle, TaskName};
 use blip2::decode::{
     EarlyStopping, Ends, Finish, Greedy, GreedyOptions, Pick, Processors, RequestId, Scores, Search, StepLoop, Strategy, TokenId,
 };
+use blip2::engine::Flow;
 use blip2::language::{LanguageModel, Prefix};
 use blip2::pixels::{Limits, Picture};
 use blip2::runtime::{Runtime, RuntimeOptions};
 use blip2::text::Warning;
-use blip2::{Engine, Error, Generation, Request, Task};
+use blip2::{Answer, Engine, Error, Generation, Request, Task};
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).to_path_buf()
@@ -41,7 +42,7 @@ fn prefixes() -> Vec<Prefix> {
     let mut found = Vec::new();
     for (index, task) in tasks.iter().enumerate() {
         for sight in &sights {
-            let prompt = engine.prompt(task).unwrap().ids;
+            let prompt = engine.context().prompt(task).unwrap().ids;
             found.push(Prefix { seen: sight.seen().unwrap(), prompt, max_new_tokens: 10 + 3 * index });
         }
     }
@@ -67,53 +68,14 @@ fn alone(prefixes: &[Prefix]) -> Vec<Vec<TokenId>> {
     let mut decoding = decoding();
     let mut written = Vec::new();
     for prefix in prefixes {
-        decoding.join(prefix.clone(), greedy(prefix));
+        decoding.join(prefix.clone(), greedy(prefix), 1);
         let mut tokens = Vec::new();
         while !decoding.is_idle() {
-            decoding.admit().unwrap();
-            tokens.extend(decoding.step().unwrap().into_iter().flat_map(|event| event.tokens));
+            tokens.extend(decoding.step().into_iter().flat_map(|event| event.tokens));
         }
         written.push(tokens);
     }
     written
-}
-
-#[test]
-fn rows_that_join_and_leave_between_steps_write_what_they_write_alone() {
-    let prefixes = prefixes();
-    let wanted = alone(&prefixes);
-    assert!(wanted.iter().collect::<std::collections::HashSet<_>>().len() > 6, "the texts differ too little to tell");
-    let mut decoding = decoding();
-    let mut found: HashMap<RequestId, Vec<TokenId>> = HashMap::new();
-    let mut ids = Vec::new();
-    let mut waiting = prefixes.iter();
-    let mut dropped = None;
-    // Two come, then one every second step; one leaves in the middle.
-    for step in 0.. {
-        let n_joining = if step == 0 { 2 } else { usize::from(step % 2 == 1) };
-        for prefix in waiting.by_ref().take(n_joining) {
-            ids.push(decoding.join(prefix.clone(), greedy(prefix)));
-        }
-        decoding.admit().unwrap();
-        for event in decoding.step().unwrap() {
-            found.entry(event.id).or_default().extend(event.tokens);
-        }
-        if step == 6 {
-            dropped = Some(ids[3]);
-            decoding.leave(ids[3]);
-        }
-        if decoding.is_idle() && waiting.len() == 0 {
-            break;
-        }
-    }
-    for (id, wanted) in ids.iter().zip(&wanted) {
-        let found = &found[id];
-        if Some(*id) == dropped {
-            assert!(found.len() < wanted.len() && wanted.starts_with(found));
-        } else {
-            assert_eq!(found, wanted);
-        }
-    }
 }
 
 /// Greedy search on rows that fork, change places and go: all of them carry the same text, so all must score alike.
@@ -153,14 +115,12 @@ fn forked_and_reordered_rows_keep_their_own_past() {
     let mut ids = Vec::new();
     for prefix in &prefixes {
         let options = GreedyOptions { ends: limit(prefix), ..GreedyOptions::default() };
-        ids.push(
-            decoding.join(prefix.clone(), Box::new(Shuffled { greedy: Greedy::new(&prefix.prompt, options), step: ids.len() })),
-        );
+        let search = Shuffled { greedy: Greedy::new(&prefix.prompt, options), step: ids.len() };
+        ids.push(decoding.join(prefix.clone(), Box::new(search), 5));
     }
     let mut found: HashMap<RequestId, Vec<TokenId>> = HashMap::new();
-    decoding.admit().unwrap();
     while !decoding.is_idle() {
-        for event in decoding.step().unwrap() {
+        for event in decoding.step() {
             found.entry(event.id).or_default().extend(event.tokens);
         }
     }
@@ -177,7 +137,11 @@ fn streamed_pieces_make_the_text_and_pictures_cost_one_pass() {
     let request = |sight| Request { sight, task: Task::Caption, generation: Generation::default() };
     let mut pieces = vec![String::new(); sights.len()];
     let requests: Vec<Request<'_>> = sights.iter().map(request).collect();
-    let together = engine.ask(&requests, |index, piece| pieces[index].push_str(piece)).unwrap();
+    let together = engine.ask(&requests, |index, piece| {
+        pieces[index].push_str(piece);
+        Flow::Continue(())
+    });
+    let together: Vec<Answer> = together.into_iter().map(Result::unwrap).collect();
     for ((picture, answer), pieces) in pictures.iter().zip(&together).zip(&pieces) {
         let alone = engine.answer(picture, Task::Caption, Generation::default()).unwrap();
         assert_eq!((&alone.text, &alone.tokens), (&answer.text, &answer.tokens));
@@ -201,6 +165,10 @@ fn random_bundle(name: &str) -> Engine {
     Engine::open(&root().join("tests/bundles").join(name), &RuntimeOptions::default()).unwrap()
 }
 
+fn go_on(_: usize, _: &str) -> Flow {
+    Flow::Continue(())
+}
+
 #[track_caller]
 fn says<T>(found: Result<T, Error>, said: &str) {
     let Err(error) = found else { panic!("`{said}` was to be said") };
@@ -212,23 +180,23 @@ fn each_text_of_a_batch_can_be_asked_for_its_fault_before_all_fail_with_it() {
     let mut engine = random_bundle("stage1");
     let sight = engine.see(&[&sample(0)]).unwrap().remove(0);
     let texts = ["a red star", "", "what is [SEP]?", "🎉\0"];
-    let faults: Vec<bool> = texts.iter().map(|text| engine.reading(text).is_err()).collect();
+    let faults: Vec<bool> = texts.iter().map(|text| engine.context().reading(text).is_err()).collect();
     assert_eq!(faults, [false, true, true, false]);
     let pairs: Vec<_> = texts.iter().map(|text| (&sight, *text)).collect();
-    says(engine.match_texts(&pairs), "the text is empty");
-    says(engine.embed_texts(&texts[2..]), "special token");
-    assert_eq!(engine.match_texts(&[pairs[0], pairs[3]]).unwrap().len(), 2);
-    let warnings = engine.reading(texts[3]).unwrap().warnings;
+    says(engine.seer().match_texts(&pairs), "the text is empty");
+    says(engine.seer().embed_texts(&texts[2..]), "special token");
+    assert_eq!(engine.seer().match_texts(&[pairs[0], pairs[3]]).unwrap().len(), 2);
+    let warnings = engine.context().reading(texts[3]).unwrap().warnings;
     let [Warning::NotInVocabulary { pieces, .. }] = &warnings[..] else { panic!("{warnings:?}") };
     assert_eq!(pieces, &["🎉", "\0"]);
     assert!(Warning::refuse_unknown(&warnings).is_err());
 
     let mut engine = random_bundle("t5");
     let (task, plain) = (Task::Ask("what?".into()), Generation::default());
-    let prompt = engine.check(&task, &plain).unwrap();
-    says(engine.candidate(&prompt, " "), "the text is empty");
-    says(engine.candidate(&prompt, &"red ".repeat(4000)), "behind this prompt there is room for");
-    assert!(!engine.candidate(&prompt, "漢").unwrap().warnings.is_empty());
+    let prompt = engine.context().check(&task, &plain).unwrap();
+    says(engine.context().candidate(&prompt, " "), "the text is empty");
+    says(engine.context().candidate(&prompt, &"red ".repeat(4000)), "behind this prompt there is room for");
+    assert!(!engine.context().candidate(&prompt, "漢").unwrap().warnings.is_empty());
     let sight = engine.see(&[&sample(0)]).unwrap().remove(0);
     says(engine.rank(&sight, &task, &["red", ""]), "the text is empty");
     says(engine.rank(&sight, &task, &[]), "no candidates");
@@ -244,23 +212,28 @@ fn what_is_asked_of_the_wrong_bundle_is_an_error() {
     let seen = |engine: &mut Engine| engine.see(&[&sample(0)]).unwrap().remove(0);
     let (by_t5, by_demo, by_stage1) = (seen(&mut t5), seen(&mut demo), seen(&mut stage1));
     let request = |sight| Request { sight, task: Task::Caption, generation: Generation::default() };
-    says(t5.ask(&[request(&by_t5), request(&by_demo)], |_, _| ()), other);
-    says(stage1.ask(&[request(&by_t5)], |_, _| ()), other);
+    let mut both = t5.ask(&[request(&by_t5), request(&by_demo)], go_on);
+    says(both.remove(1), other);
+    let alone = both.remove(0).unwrap().tokens;
+    says(stage1.ask(&[request(&by_t5)], go_on).remove(0), other);
     says(demo.rank(&by_stage1, &Task::Ask("what?".into()), &["red"]), other);
-    says(stage1.match_texts(&[(&by_demo, "a star")]), other);
+    says(stage1.seer().match_texts(&[(&by_demo, "a star")]), other);
     let mut again = random_bundle("t5");
-    let alone = t5.ask(&[request(&by_t5)], |_, _| ()).unwrap().remove(0).tokens;
-    assert_eq!(again.ask(&[request(&by_t5)], |_, _| ()).unwrap()[0].tokens, alone, "the same bundle, opened twice");
+    assert_eq!(t5.ask(&[request(&by_t5)], go_on).remove(0).unwrap().tokens, alone, "beside one that failed");
+    assert_eq!(again.ask(&[request(&by_t5)], go_on).remove(0).unwrap().tokens, alone, "the same bundle, opened twice");
 
-    says(t5.reading("a star"), "cannot embed");
-    says(t5.match_texts(&[(&by_t5, "a star")]), "cannot match");
-    says(stage1.check(&Task::Ask("what?".into()), &Generation::default()), "cannot ask");
-    says(stage1.check(&Task::Raw(TaskName::Match, "a".into()), &Generation::default()), "no text is written for the task match");
-    says(t5.check(&Task::Raw(TaskName::Embed, "a".into()), &Generation::default()), "cannot embed");
-    says(stage1.check(&Task::Raw(TaskName::Caption, "a".into()), &Generation::default()), "take no prompt");
-    assert!(t5.match_texts(&[]).is_err() && stage1.match_texts(&[]).unwrap().is_empty());
-    assert!(stage1.embed_texts(&[]).unwrap().is_empty() && stage1.embed_pairs(&[]).unwrap().is_empty());
-    assert!(t5.ask(&[], |_, _| ()).unwrap().is_empty());
+    says(t5.context().reading("a star"), "cannot embed");
+    says(t5.seer().match_texts(&[(&by_t5, "a star")]), "cannot match");
+    says(stage1.context().check(&Task::Ask("what?".into()), &Generation::default()), "cannot ask");
+    says(
+        stage1.context().check(&Task::Raw(TaskName::Match, "a".into()), &Generation::default()),
+        "no text is written for the task match",
+    );
+    says(t5.context().check(&Task::Raw(TaskName::Embed, "a".into()), &Generation::default()), "cannot embed");
+    says(stage1.context().check(&Task::Raw(TaskName::Caption, "a".into()), &Generation::default()), "take no prompt");
+    assert!(t5.seer().match_texts(&[]).is_err() && stage1.seer().match_texts(&[]).unwrap().is_empty());
+    assert!(stage1.seer().embed_texts(&[]).unwrap().is_empty() && stage1.seer().embed_pairs(&[]).unwrap().is_empty());
+    assert!(t5.ask(&[], go_on).is_empty());
 }
 
 #[test]
@@ -297,7 +270,7 @@ fn options_are_checked_whoever_asks() {
     for (generation, said) in cases {
         says(engine.answer(&sample(0), Task::Caption, generation), said);
     }
-    says(engine.check(&Task::AskAs("what?".into(), "{} {}".into()), &Generation::default()), "this one has 2");
+    says(engine.context().check(&Task::AskAs("what?".into(), "{} {}".into()), &Generation::default()), "this one has 2");
     // More beams than there are tokens: rows come as there are continuations.
     let wide = Generation { max_new_tokens: Some(2), strategy: beam(1000), log_probs: Some(usize::MAX), ..Generation::default() };
     let answer = engine.answer(&sample(0), Task::Caption, wide).unwrap();

@@ -4,10 +4,7 @@ use std::collections::BTreeSet;
 
 use super::files::is_plain;
 use super::interface::Interface;
-use super::{
-    Bundle, BundleError, Facts, Family, GenerationFacts, LanguageFacts, QformerTextFacts, Requirements, TaskName,
-    brief,
-};
+use super::{Bundle, BundleError, Facts, Family, GenerationFacts, LanguageFacts, QformerTextFacts, Requirements, TaskName, brief};
 use crate::pixels::{Preprocess, ResizeTo};
 
 /// No width, length or number in the facts is larger. It keeps products of three within 64 bits.

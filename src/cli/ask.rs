@@ -15,7 +15,7 @@ pub(super) fn run(command: &Ask) -> Result<(), Failure> {
     let mut failures = Failures::default();
     let check = |question: &str| {
         let task = task(question, write.prompt.as_deref());
-        write.read.accept(&engine.check(&task, &generation)?.warnings)?;
+        write.read.accept(&engine.context().check(&task, &generation)?.warnings)?;
         Ok(task)
     };
     let asked = failures.sift("question", &command.questions, check, as_it_is);
@@ -31,12 +31,9 @@ pub(super) fn run(command: &Ask) -> Result<(), Failure> {
     // Several answers are written side by side; on a terminal they would run into each other.
     printer.streams &= command.questions.len() == 1 && reranker.is_none();
     let mut printed = Ok(());
-    let mut answers = engine.ask(&requests, |_, piece| {
-        if printer.streams && printed.is_ok() {
-            printed = printer.piece(piece);
-        }
-    })?;
+    let found = engine.ask(&requests, |_, piece| printer.stream(&mut printed, piece));
     printed?;
+    let (asked, mut answers) = failures.keep("question", asked, found);
     if let Some(reranker) = &mut reranker {
         reranker.order(&picture, &mut answers)?;
     }

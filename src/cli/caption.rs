@@ -16,7 +16,7 @@ pub(super) fn run(command: &Caption) -> Result<(), Failure> {
     let write = &command.write;
     let (mut engine, generation) = writer(&command.model, write, TaskName::Caption)?;
     let task = write.prompt.clone().map_or(Task::Caption, |prompt| Task::Raw(TaskName::Caption, prompt));
-    write.read.accept(&engine.check(&task, &generation)?.warnings).map_err(Error::from)?;
+    write.read.accept(&engine.context().check(&task, &generation)?.warnings).map_err(Error::from)?;
     let (reranker, many) = (Reranker::open(write, &command.model)?, command.images.len() > 1);
     let mut captions = Captions { engine: &mut engine, reranker, task, generation, input: &write.input, many };
     let mut printer = Printer::new(&write.show);
@@ -39,15 +39,12 @@ impl Captions<'_> {
         let label = if self.many { format!("{}: ", image.display()) } else { String::new() };
         let request = Request { sight: &sight, task: self.task.clone(), generation: self.generation.clone() };
         let mut printed = if printer.streams { printer.begin(&label) } else { Ok(()) };
-        let mut answers = self.engine.ask(&[request], |_, piece| {
-            if printer.streams && printed.is_ok() {
-                printed = printer.piece(piece);
-            }
-        })?;
+        let found = self.engine.ask(&[request], |_, piece| printer.stream(&mut printed, piece)).remove(0);
         printed?;
+        let mut answer = found?;
         if let Some(reranker) = &mut self.reranker {
-            reranker.order(&picture, &mut answers)?;
+            reranker.order(&picture, std::slice::from_mut(&mut answer))?;
         }
-        Ok(printer.finish(&label, &Line::new(image, None, &answers[0]))?)
+        Ok(printer.finish(&label, &Line::new(image, None, &answer))?)
     }
 }

@@ -117,7 +117,7 @@ impl Embeddings<'_> {
         let command = self.command;
         let sound = self.sift(&command.items);
         let texts: Vec<&str> = sound.iter().map(|sound| sound.text).collect();
-        for (sound, embedding) in sound.iter().zip(self.engine.embed_texts(&texts)?) {
+        for (sound, embedding) in sound.iter().zip(self.engine.seer().embed_texts(&texts)?) {
             self.show(&Item::of(sound, None), one(embedding.pooled))?;
         }
         Ok(())
@@ -131,7 +131,7 @@ impl Embeddings<'_> {
         }
         let (_, sight) = look(&mut self.engine, Path::new(image), &self.command.input)?;
         let pairs: Vec<_> = sound.iter().map(|sound| (&sight, sound.text)).collect();
-        for (sound, pair) in sound.iter().zip(self.engine.embed_pairs(&pairs)?) {
+        for (sound, pair) in sound.iter().zip(self.engine.seer().embed_pairs(&pairs)?) {
             self.show(&Item::of(sound, Some(image)), pair.states)?;
         }
         Ok(())
@@ -140,7 +140,7 @@ impl Embeddings<'_> {
     fn sift<'t>(&mut self, texts: &'t [String]) -> Vec<Sound<'t, Vec<Warning>>> {
         let (command, engine) = (self.command, &self.engine);
         let check = |text: &str| {
-            let reading = engine.reading(text)?;
+            let reading = engine.context().reading(text)?;
             command.read.accept(&reading.warnings)?;
             Ok(reading.warnings)
         };

@@ -42,14 +42,32 @@ impl Failures {
         for (index, text) in texts.iter().enumerate() {
             match check(text) {
                 Ok(read) => sound.push(Sound { index, text, read }),
-                Err(source) => {
-                    let text = plain(&shortened(text)).into_owned();
-                    self.note(failed(index, Failure::Text { kind, place: index + 1, text, source: Box::new(source) }));
-                }
+                Err(source) => self.note(failed(index, of_text(kind, index, text, source))),
             }
         }
         sound
     }
+
+    /// Of texts that were worked on together, those of which something came, with it.
+    pub fn keep<'t, T, A>(
+        &mut self,
+        kind: &'static str,
+        texts: Vec<Sound<'t, T>>,
+        found: Vec<Result<A, Error>>,
+    ) -> (Vec<Sound<'t, T>>, Vec<A>) {
+        let kept = texts.into_iter().zip(found).filter_map(|(sound, found)| match found {
+            Ok(found) => Some((sound, found)),
+            Err(source) => {
+                self.note(of_text(kind, sound.index, sound.text, source));
+                None
+            }
+        });
+        kept.unzip()
+    }
+}
+
+fn of_text(kind: &'static str, index: usize, text: &str, source: Error) -> Failure {
+    Failure::Text { kind, place: index + 1, text: plain(&shortened(text)).into_owned(), source: Box::new(source) }
 }
 
 /// The failure as it is.

@@ -31,7 +31,7 @@ pub(super) fn run(command: &args::Match) -> Result<(), Failure> {
     let mut engine = command.model.load(bundle)?;
     let mut failures = Failures::default();
     let check = |text: &str| {
-        let reading = engine.reading(text)?;
+        let reading = engine.context().reading(text)?;
         command.read.accept(&reading.warnings)?;
         Ok(reading.warnings)
     };
@@ -42,7 +42,7 @@ pub(super) fn run(command: &args::Match) -> Result<(), Failure> {
     let (_, sight) = look(&mut engine, &command.image, &command.input)?;
     let pairs: Vec<_> = texts.iter().map(|text| (&sight, text.text)).collect();
     let mut timings = sight.timings().clone();
-    let found = timings.time(Stage::Match, || engine.match_texts(&pairs))?;
+    let found = timings.time(Stage::Match, || engine.seer().match_texts(&pairs))?;
     let mut printer = Printer::new(&command.show);
     let image = command.image.to_string_lossy();
     for (sound, found) in texts.iter().zip(found) {

@@ -10,12 +10,12 @@ use super::Failure;
 use super::args::{Input, Model, Show, Write};
 use super::plain::plain;
 use crate::bundle::TaskName;
-use crate::engine::{Answer, Candidate, Engine, Generation, Sight, TokenLogProb};
+use crate::engine::{Answer, Candidate, Engine, Flow, Generation, Sight, TokenLogProb};
 use crate::error::Error;
 use crate::pixels::Picture;
 use crate::prompt::check_template;
 use crate::text::Warning;
-use crate::timing::{Stage, Timings};
+use crate::timing::{Stage, Timings, milliseconds};
 
 /// One line of `--json`. README.md documents the keys.
 #[derive(Serialize)]
@@ -35,6 +35,10 @@ pub(super) struct Line<'a> {
     #[serde(skip_serializing_if = "<[_]>::is_empty")]
     pub warnings: &'a [Warning],
     pub timings_ms: &'a Timings,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub first_token_ms: Option<f64>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub token_gaps_ms: Vec<f64>,
 }
 
 /// Standard output with the form that was asked for.
@@ -82,10 +86,17 @@ impl<'a> Printer<'a> {
         self.out.flush()
     }
 
-    /// A piece of a streamed line.
-    pub fn piece(&mut self, piece: &str) -> std::io::Result<()> {
+    fn piece(&mut self, piece: &str) -> std::io::Result<()> {
         self.out.write_all(plain(piece).as_bytes())?;
         self.out.flush()
+    }
+
+    /// Shows each piece of a text as it comes; gives the text up once nobody reads it.
+    pub fn stream(&mut self, printed: &mut std::io::Result<()>, piece: &str) -> Flow {
+        if self.streams && printed.is_ok() {
+            *printed = self.piece(piece);
+        }
+        if printed.is_ok() { Flow::Continue(()) } else { Flow::Break(()) }
     }
 
     /// A finished text; of a streamed one only the end of the line is missing.
@@ -131,6 +142,8 @@ impl<'a> Line<'a> {
             log_probs: &answer.log_probs,
             warnings: &answer.warnings,
             timings_ms: &answer.timings,
+            first_token_ms: answer.first_token.map(milliseconds),
+            token_gaps_ms: answer.gaps.iter().copied().map(milliseconds).collect(),
         }
     }
 }
@@ -180,7 +193,7 @@ pub(super) fn writer(model: &Model, write: &Write, task: TaskName) -> Result<(En
     }
     let engine = model.load(bundle)?;
     for word in &write.search.bad_word {
-        generation.processors.bad_words.extend(engine.spellings(word)?);
+        generation.processors.bad_words.extend(engine.context().spellings(word)?);
     }
     Ok((engine, generation))
 }

@@ -31,11 +31,11 @@ struct Row<'a> {
 pub(super) fn run(command: &Rank) -> Result<(), Failure> {
     let mut engine = load(command)?;
     let task = task(&command.question, command.prompt.as_deref());
-    let prompt = engine.prompt(&task)?;
+    let prompt = engine.context().prompt(&task)?;
     command.read.accept(&prompt.warnings).map_err(Error::from)?;
     let mut failures = Failures::default();
     let check = |answer: &str| {
-        let candidate = engine.candidate(&prompt, answer)?;
+        let candidate = engine.context().candidate(&prompt, answer)?;
         command.read.accept(&candidate.warnings)?;
         Ok(candidate.warnings)
     };

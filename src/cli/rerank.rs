@@ -24,10 +24,10 @@ impl Reranker {
         let sight = self.0.see(&[picture])?.remove(0);
         for answer in answers.iter_mut().filter(|answer| !answer.candidates.is_empty()) {
             // A model may write nothing at all, or what the other bundle cannot read; that matches no picture.
-            let is_readable = |k: &usize| self.0.reading(&answer.candidates[*k].text).is_ok();
+            let is_readable = |k: &usize| self.0.context().reading(&answer.candidates[*k].text).is_ok();
             let written: Vec<usize> = (0..answer.candidates.len()).filter(is_readable).collect();
             let pairs: Vec<_> = written.iter().map(|k| (&sight, answer.candidates[*k].text.as_str())).collect();
-            let found: Vec<f32> = self.0.match_texts(&pairs)?.iter().map(|found| found.itm_probability).collect();
+            let found: Vec<f32> = self.0.seer().match_texts(&pairs)?.iter().map(|found| found.itm_probability).collect();
             answer.candidates.iter_mut().for_each(|candidate| candidate.itm_probability = Some(0.0));
             for (k, probability) in written.into_iter().zip(found) {
                 answer.candidates[k].itm_probability = Some(probability);

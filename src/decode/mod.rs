@@ -157,15 +157,15 @@ pub trait Model {
     /// Adds one row per prompt behind the live rows, and computes their scores. After an error the live rows are as before.
     fn prefill(&mut self, prompts: &[Self::Prompt]) -> Result<(), Self::Error>;
 
+    /// Forgets all live rows but these, which keep their order.
+    fn keep(&mut self, rows: &[usize]);
+
     /// Replaces the live rows by `picks`, each a continuation of an old row, and computes their scores. Old rows that nobody continues
     /// are gone.
     fn step(&mut self, picks: &[Pick]) -> Result<(), Self::Error>;
 
     /// The scores of consecutive rows that the last run computed; an error if they are not numbers.
     fn scores(&self, rows: Range<usize>) -> Result<Scores<'_>, Self::Error>;
-
-    /// Forgets every row.
-    fn clear(&mut self);
 }
 
 /// Chooses tokens for one request. It starts with one row.

@@ -93,7 +93,6 @@ impl<M: Model> StepLoop<M> {
         let before = self.waiting.len() + self.live.len();
         self.waiting.retain(|(_, request)| request.id != id);
         self.live.retain(|request| request.id != id);
-        self.forget_if_none_is_live();
         self.waiting.len() + self.live.len() < before
     }
 
@@ -117,15 +116,9 @@ impl<M: Model> StepLoop<M> {
         let mut events = Vec::new();
         let has_read = std::mem::take(&mut self.has_read);
         if !has_read || self.live.is_empty() {
-            let n_live = self.live.len();
-            self.admit(&mut events);
-            if self.live.len() > n_live {
-                self.has_read = true;
-                self.advance(n_live, &mut events);
-                return events;
-            }
+            self.has_read = self.admit(&mut events);
         }
-        if self.run(&mut events) {
+        if !self.has_read && self.run(&mut events) {
             self.advance(0, &mut events);
         }
         events
@@ -146,25 +139,35 @@ impl<M: Model> StepLoop<M> {
         self.n_rows = self.picks.len();
         let Err(error) = self.model.step(&self.picks) else { return true };
         events.extend(self.live.drain(..).map(|request| failed(request.id, error.clone())));
-        self.forget_if_none_is_live();
         false
     }
 
-    /// Reads the prompts of those in line for whom there is room.
-    fn admit(&mut self, events: &mut Vec<Event<M::Error>>) {
+    /// Reads the prompts of those in line for whom there is room; false if there are none.
+    fn admit(&mut self, events: &mut Vec<Event<M::Error>>) -> bool {
+        if self.waiting.is_empty() {
+            return false;
+        }
+        self.forget_the_gone();
         let (prompts, requests) = self.take_in(events);
-        if requests.is_empty() {
+        let has_read = !requests.is_empty();
+        self.read(prompts, requests, events);
+        has_read
+    }
+
+    fn read(&mut self, prompts: Vec<M::Prompt>, requests: Vec<Request>, events: &mut Vec<Event<M::Error>>) {
+        if prompts.is_empty() {
             return;
         }
         match self.model.prefill(&prompts) {
-            Ok(()) => requests.into_iter().for_each(|request| self.enter(request)),
+            Ok(()) => {
+                let first = self.live.len();
+                requests.into_iter().for_each(|request| self.enter(request));
+                self.advance(first, events);
+            }
             // One of several is at fault, perhaps: each gets a run of its own.
             Err(_) if prompts.len() > 1 => {
                 for (prompt, request) in prompts.into_iter().zip(requests) {
-                    match self.model.prefill(&[prompt]) {
-                        Ok(()) => self.enter(request),
-                        Err(error) => events.push(failed(request.id, error)),
-                    }
+                    self.read(vec![prompt], vec![request], events);
                 }
             }
             Err(error) => events.extend(requests.iter().map(|request| failed(request.id, error.clone()))),
@@ -220,14 +223,23 @@ impl<M: Model> StepLoop<M> {
         }
         let is_over = |id| events.iter().any(|event| event.id == id && event.end.is_some());
         self.live.retain(|request| !is_over(request.id));
-        self.forget_if_none_is_live();
+        if self.live.is_empty() {
+            self.forget_the_gone();
+        }
     }
 
-    fn forget_if_none_is_live(&mut self) {
-        if self.live.is_empty() {
-            self.n_rows = 0;
-            self.model.clear();
+    /// Frees the rows of requests that have ended or left.
+    fn forget_the_gone(&mut self) {
+        if self.live.iter().map(|request| request.n_rows).sum::<usize>() == self.n_rows {
+            return;
         }
+        let kept: Vec<usize> = self.live.iter().flat_map(|r| r.first_row..r.first_row + r.n_rows).collect();
+        self.n_rows = 0;
+        for request in &mut self.live {
+            request.first_row = self.n_rows;
+            self.n_rows += request.n_rows;
+        }
+        self.model.keep(&kept);
     }
 }
 
@@ -335,8 +347,8 @@ mod tests {
             if scores.iter().any(|score| score.is_nan()) { Err("not a number") } else { Ok(Scores::new(scores, VOCABULARY)) }
         }
 
-        fn clear(&mut self) {
-            self.rows.clear();
+        fn keep(&mut self, rows: &[usize]) {
+            self.rows = rows.iter().map(|row| self.rows[*row].clone()).collect();
         }
     }
 

@@ -1,12 +1,10 @@
 //! Pictures beside texts: matching, similarity, vectors.
 
-use super::{Engine, Reader, Sight};
+use super::see::{Reader, Seer, Sight};
 use crate::bundle::TaskName;
-use crate::decode::TokenId;
 use crate::error::Error;
-use crate::prompt::PromptError;
 use crate::stage1::{PairEmbedding, Stage1, TextEmbedding};
-use crate::text::{TokenBatch, Warning};
+use crate::text::TokenBatch;
 
 /// Pairs that run in one batch; more make no picture faster and cost memory.
 const BATCH: usize = 32;
@@ -22,32 +20,10 @@ pub struct Match {
     pub itc_similarity: f32,
 }
 
-/// What the Q-Former reads of a text.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Reading {
-    /// Token ids, special tokens included.
-    pub ids: Vec<TokenId>,
-    /// What of the text is not read as it stands.
-    pub warnings: Vec<Warning>,
-}
-
-impl Engine {
-    /// What a text becomes that is matched or embedded; an error if it cannot be. Several texts fail together where one of them fails
-    /// here, so ask this first of each.
-    pub fn reading(&self, text: &str) -> Result<Reading, Error> {
-        self.bundle.require(TaskName::Embed)?;
-        let parts = self.qformer_text.as_ref().zip(self.bundle.facts().qformer.text.as_ref());
-        let (tokenizer, facts) = parts.expect("stage 1 reads text");
-        if text.trim().is_empty() {
-            return Err(PromptError::EmptyText.into());
-        }
-        let read = tokenizer.encode_cut(text, facts).map_err(PromptError::from)?;
-        Ok(Reading { ids: read.ids, warnings: Warning::about(text, read.unknown, read.n_cut) })
-    }
-
+impl Seer {
     /// How well each text fits its picture. Pairs are read in batches; texts of different lengths give what they give alone.
     pub fn match_texts(&mut self, pairs: &[(&Sight, &str)]) -> Result<Vec<Match>, Error> {
-        self.bundle.require(TaskName::Match)?;
+        self.context.bundle.require(TaskName::Match)?;
         let texts: Vec<&str> = pairs.iter().map(|(_, text)| *text).collect();
         let embeddings = self.embed_texts(&texts)?;
         let read = self.embed_pairs(pairs)?;
@@ -61,7 +37,7 @@ impl Engine {
 
     /// Texts in the space of pictures and texts.
     pub fn embed_texts(&mut self, texts: &[&str]) -> Result<Vec<TextEmbedding>, Error> {
-        self.bundle.require(TaskName::Embed)?;
+        self.context.bundle.require(TaskName::Embed)?;
         let mut found = Vec::with_capacity(texts.len());
         for texts in texts.chunks(BATCH) {
             let batch = self.qformer_tokens(texts)?;
@@ -72,7 +48,7 @@ impl Engine {
 
     /// Pictures read together with a text each.
     pub fn embed_pairs(&mut self, pairs: &[(&Sight, &str)]) -> Result<Vec<PairEmbedding>, Error> {
-        self.bundle.require(TaskName::Match)?;
+        self.context.bundle.require(TaskName::Match)?;
         pairs.iter().try_for_each(|(sight, _)| self.know(sight))?;
         let mut found = Vec::with_capacity(pairs.len());
         for pairs in pairs.chunks(BATCH) {
@@ -84,8 +60,8 @@ impl Engine {
     }
 
     fn qformer_tokens(&self, texts: &[&str]) -> Result<TokenBatch, Error> {
-        let pad = self.bundle.facts().qformer.text.as_ref().map_or(0, |facts| facts.pad);
-        let ids = texts.iter().map(|text| Ok(self.reading(text)?.ids)).collect::<Result<Vec<_>, Error>>()?;
+        let pad = self.context.bundle.facts().qformer.text.as_ref().map_or(0, |facts| facts.pad);
+        let ids = texts.iter().map(|text| Ok(self.context.reading(text)?.ids)).collect::<Result<Vec<_>, Error>>()?;
         Ok(TokenBatch::new(&ids, pad))
     }
 

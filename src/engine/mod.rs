@@ -1,75 +1,52 @@
 //! Pictures and tasks → texts, probabilities and vectors. Everything above (command line, servers, benchmarks) talks to this.
+//!
+//! An engine has two halves with an owner each: the [`Seer`] looks at pictures, the [`Writer`] writes texts. [`Engine`] composes them on
+//! one thread; [`Engine::split`] hands them out, so that looking at a picture does not keep texts waiting.
 
+mod answer;
 mod compare;
+mod context;
 mod limits;
 mod rank;
+mod see;
 mod vocabulary;
 mod write;
+mod writing;
 
-use std::hash::{DefaultHasher, Hash, Hasher};
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
 
-use ndarray::Array2;
-
-use crate::bundle::{Bundle, BundleError, Family, TaskName};
-use crate::decode::{StepLoop, TokenId};
+use crate::bundle::Bundle;
 use crate::error::Error;
-use crate::language::{LanguageModel, Seen};
-use crate::pixels::{Picture, Pixels};
-use crate::prompt::{Prompt, PromptError, Task, Tokenizers};
-use crate::qformer::{Qformer, Queries, QueryCache};
-use crate::runtime::{Runtime, RuntimeError, RuntimeOptions};
-use crate::stage1::{ImageEmbedding, Stage1};
-use crate::text::{Text, Warning};
+use crate::language::{LanguageModel, Prefix, Seen};
+use crate::pixels::Picture;
+use crate::prompt::{Prompt, PromptError, Task};
+use crate::runtime::{Runtime, RuntimeOptions};
 use crate::timing::{Stage, Timings};
-use crate::vision::{ImageFeatures, Vision};
+use crate::vision::Vision;
 
-pub use compare::{Match, Reading};
-pub use rank::{Answered, Ranked};
-pub use write::{Alternative, Answer, Candidate, Generation, Request, TokenLogProb};
+pub use crate::decode::RequestId;
+pub use answer::{Alternative, Answer, Candidate, Generation, Request, TokenLogProb};
+pub use compare::Match;
+pub use context::{Answered, Context, Reading};
+pub use rank::Ranked;
+pub(crate) use see::Reader;
+pub use see::{Seer, Sight};
+pub use write::{Event, Order, Work, Writer};
 
 /// One loaded bundle. It belongs to one thread.
 pub struct Engine {
-    bundle: Bundle,
+    context: Arc<Context>,
     runtime: Runtime,
-    pub(crate) vision: Vision,
-    pub(crate) reader: Reader,
-    decoding: Option<StepLoop<LanguageModel>>,
-    /// The tokenizer of what writes.
-    text: Option<Arc<Text>>,
-    /// The tokenizer of what the Q-Former reads.
-    qformer_text: Option<Text>,
-    fingerprint: u64,
+    pub(crate) seer: Seer,
+    writer: Option<Writer>,
+    /// Events of requests that went on while others were asked.
+    held: Vec<Event>,
 }
 
-/// What reads image features.
-pub(crate) enum Reader {
-    /// For a language model.
-    Queries(Qformer),
-    /// For comparing pictures with texts.
-    Stage1(Box<Stage1>),
-}
-
-/// A picture that was looked at once and can be asked about many times.
-#[derive(Clone, Debug)]
-pub struct Sight {
-    read: Read,
-    /// [`fingerprint`] of the bundle that looked.
-    seen_by: u64,
-    timings: Timings,
-}
-
-/// What was made of the picture before anything was asked.
-#[derive(Clone, Debug)]
-enum Read {
-    /// Everything a language model needs.
-    Queries(Queries),
-    /// Features, for a Q-Former that reads questions too.
-    Features(Arc<Array2<f32>>),
-    /// Everything that stage 1 compares and continues.
-    Stage1 { features: Arc<Array2<f32>>, embedding: Arc<ImageEmbedding>, cached: Option<QueryCache> },
-}
+/// What is asked to go on; [`ControlFlow::Break`] gives up the request.
+pub type Flow = ControlFlow<()>;
 
 impl Engine {
     /// Opens a bundle on the runtime that `options` describe.
@@ -87,17 +64,25 @@ impl Engine {
             let reader = threads.spawn(|| Reader::open(&runtime, &bundle));
             (Vision::open(&runtime, &bundle), finished(reader), language.map(finished))
         });
-        let (vision, reader, decoding) = (vision?, reader?, language.transpose()?.map(StepLoop::new));
-        let text = writes.then(|| Text::open(&bundle, bundle.tokenizer())).transpose()?.map(Arc::new);
-        let qformer_text = bundle.facts().qformer.text.as_ref().map(|facts| Text::open(&bundle, &facts.tokenizer)).transpose()?;
-        vocabulary::check(&bundle, text.as_deref(), qformer_text.as_ref())?;
-        let fingerprint = fingerprint(&bundle);
-        Ok(Self { bundle, runtime, vision, reader, decoding, text, qformer_text, fingerprint })
+        let (vision, reader, language) = (vision?, reader?, language.transpose()?);
+        let context = Arc::new(Context::open(bundle)?);
+        let writer = language.map(|language| Writer::new(context.clone(), language));
+        Ok(Self { seer: Seer { context: context.clone(), vision, reader }, writer, context, runtime, held: Vec::new() })
+    }
+
+    /// The half that looks and the half that writes, if the bundle writes: each may have a thread of its own.
+    pub fn split(self) -> (Seer, Option<Writer>) {
+        (self.seer, self.writer)
+    }
+
+    /// The bundle with its tokenizers.
+    pub fn context(&self) -> &Arc<Context> {
+        &self.context
     }
 
     /// The bundle in use.
     pub fn bundle(&self) -> &Bundle {
-        &self.bundle
+        self.context.bundle()
     }
 
     /// The runtime in use.
@@ -105,129 +90,130 @@ impl Engine {
         &self.runtime
     }
 
-    /// Looks at pictures, all in one batch.
+    /// The half that looks.
+    pub fn seer(&mut self) -> &mut Seer {
+        &mut self.seer
+    }
+
+    /// As [`Seer::see`].
     pub fn see(&mut self, pictures: &[&Picture]) -> Result<Vec<Sight>, Error> {
-        if pictures.is_empty() {
-            return Ok(Vec::new());
-        }
+        self.seer.see(pictures)
+    }
+
+    /// Looks at one picture and writes one text.
+    pub fn answer(&mut self, picture: &Picture, task: Task, generation: Generation) -> Result<Answer, Error> {
+        self.context.check(&task, &generation)?;
+        let sights = self.see(&[picture])?;
+        let request = Request { sight: &sights[0], task, generation };
+        self.ask(&[request], |_, _| ControlFlow::Continue(())).remove(0)
+    }
+
+    /// Writes the texts of all requests together: each gets its answer, or why there is none. `on_text` gets each piece of text as soon as
+    /// it is settled, with the request's index, and may give the request up; of several texts for one request it gets the first.
+    pub fn ask(&mut self, requests: &[Request<'_>], on_text: impl FnMut(usize, &str) -> Flow) -> Vec<Result<Answer, Error>> {
+        let prompts: Vec<_> = requests.iter().map(|request| self.prompt(request)).collect();
+        let sound = || requests.iter().zip(&prompts).filter_map(|(request, prompt)| Some((request.sight, prompt.as_ref().ok()?)));
         let mut timings = Timings::default();
-        let pixels = timings.time(Stage::Preprocess, || Pixels::from_pictures(pictures, &self.bundle.facts().image))?;
-        let features = timings.time(Stage::Vision, || self.vision.encode(pixels))?;
-        let read = timings.time(Stage::Qformer, || self.reader.read(&features))?;
-        let seen_by = self.fingerprint;
-        Ok(read.into_iter().map(|read| Sight { read, seen_by, timings: timings.clone() }).collect())
+        let seen = timings.time(Stage::Qformer, || self.seer.seen_together(&sound().collect::<Vec<_>>()));
+        let mut seen = match seen {
+            Ok(seen) => seen.into_iter(),
+            Err(error) => return prompts.into_iter().map(|prompt| prompt.and(Err(error.clone().into()))).collect(),
+        };
+        let timings = self.seer.reads_questions().then_some(&timings);
+        let orders = requests.iter().zip(prompts).map(|(request, prompt)| {
+            let prompt = prompt?;
+            Ok(self.order(request, prompt, seen.next().expect("every prompt was read"), timings))
+        });
+        let orders = orders.collect();
+        self.finish(orders, on_text)
     }
 
-    /// The prompt that a task becomes, with what there is to say about it; an error if this bundle or its tokenizers cannot take it.
-    pub fn prompt(&self, task: &Task) -> Result<Prompt, Error> {
-        self.bundle.require(task.name())?;
-        let text = self.text.as_deref().ok_or(PromptError::NotWriting(task.name()))?;
-        let qformer = self.qformer_text.as_ref().zip(self.bundle.facts().qformer.text.as_ref());
-        Ok(task.prompt(&self.bundle, Tokenizers { text, qformer })?)
+    /// Puts a request in line; the events of later steps tell what comes of it.
+    pub fn join(&mut self, request: &Request<'_>) -> Result<RequestId, Error> {
+        let prompt = self.prompt(request)?;
+        let mut timings = Timings::default();
+        let seen = timings.time(Stage::Qformer, || self.seer.seen(&[(request.sight, &prompt)]))?.remove(0);
+        let order = self.order(request, prompt, seen, self.seer.reads_questions().then_some(&timings));
+        self.writer()?.join(order)
     }
 
-    /// Token ids of a word as it may stand in a text: at its beginning and behind a space. The vocabulary must have it.
-    pub fn spellings(&self, word: &str) -> Result<Vec<Vec<TokenId>>, Error> {
-        let text = self.text.as_deref().ok_or(PromptError::NotWriting(TaskName::Match))?;
-        let found = [text.encode_plain(word), text.encode_answer(word)];
-        let [alone, spaced] = found.map(|found| found.map_err(PromptError::from));
-        let (alone, spaced) = (alone?, spaced?);
-        Warning::refuse_unknown(&Warning::about(word, alone.unknown, 0)).map_err(PromptError::from)?;
-        let mut found = vec![alone.ids, spaced.ids];
-        found.dedup();
-        Ok(found)
+    /// As [`Writer::step`].
+    pub fn step(&mut self) -> Vec<Event> {
+        let mut events = std::mem::take(&mut self.held);
+        events.extend(self.writer.iter_mut().flat_map(Writer::step));
+        events
     }
 
-    /// Refuses what another bundle made of a picture.
-    fn know(&self, sight: &Sight) -> Result<(), PromptError> {
-        if sight.seen_by == self.fingerprint { Ok(()) } else { Err(PromptError::OtherBundle) }
+    /// As [`Writer::leave`]; an error if there is no such request, or no more.
+    pub fn leave(&mut self, id: RequestId) -> Result<Answer, Error> {
+        self.writer.as_mut().and_then(|writer| writer.leave(id)).ok_or(Error::NoSuchRequest(id))
+    }
+
+    /// Whether nothing is live or in line.
+    pub fn is_idle(&self) -> bool {
+        self.held.is_empty() && self.writer.as_ref().is_none_or(Writer::is_idle)
+    }
+
+    /// The half that writes; an error in a bundle that does not.
+    pub fn writer(&mut self) -> Result<&mut Writer, Error> {
+        self.writer.as_mut().ok_or(PromptError::NotWriting(crate::bundle::TaskName::Caption).into())
+    }
+
+    /// The prompt of a request about a picture that this bundle saw.
+    fn prompt(&self, request: &Request<'_>) -> Result<Prompt, Error> {
+        let prompt = self.context.check(&request.task, &request.generation)?;
+        self.seer.know(request.sight)?;
+        Ok(prompt)
+    }
+
+    fn order(&self, request: &Request<'_>, prompt: Prompt, seen: Seen, read: Option<&Timings>) -> Order {
+        let mut timings = request.sight.timings().clone();
+        timings.merge(read.unwrap_or(&Timings::default()));
+        let max_new_tokens = self.context.n_new(request, &prompt);
+        let prefix = Prefix { seen, prompt: prompt.ids, max_new_tokens };
+        Order { prefix, work: Work::Write(request.generation.clone()), warnings: prompt.warnings, timings }
+    }
+
+    /// Steps until all orders are done.
+    fn finish(
+        &mut self,
+        orders: Vec<Result<Order, Error>>,
+        mut on_text: impl FnMut(usize, &str) -> Flow,
+    ) -> Vec<Result<Answer, Error>> {
+        let Some(writer) = &mut self.writer else {
+            let not_writing = || PromptError::NotWriting(crate::bundle::TaskName::Caption).into();
+            return orders.into_iter().map(|order| order.and_then(|_| Err(not_writing()))).collect();
+        };
+        let joined = orders.into_iter().map(|order| writer.join(order?));
+        let (ids, mut found): (Vec<Option<RequestId>>, Vec<Option<Result<Answer, Error>>>) = joined
+            .map(|joined| match joined {
+                Ok(id) => (Some(id), None),
+                Err(error) => (None, Some(Err(error))),
+            })
+            .unzip();
+        while found.iter().any(Option::is_none) {
+            for event in writer.step() {
+                let Some(index) = ids.iter().position(|id| *id == Some(event.id)) else {
+                    self.held.push(event);
+                    continue;
+                };
+                let flow = if event.text.is_empty() { ControlFlow::Continue(()) } else { on_text(index, &event.text) };
+                found[index] = match flow {
+                    ControlFlow::Continue(()) => event.end,
+                    ControlFlow::Break(()) => event.end.or_else(|| writer.leave(event.id).map(Ok)),
+                };
+            }
+        }
+        found.into_iter().flatten().collect()
     }
 
     /// # Panics
     /// If the bundle does not write; [`Bundle::require`] comes first.
-    pub(crate) fn text(&self) -> &Text {
-        self.text.as_ref().expect("a bundle that writes has a tokenizer")
-    }
-
-    /// # Panics
-    /// As [`text`](Self::text).
     pub(crate) fn language(&mut self) -> &mut LanguageModel {
-        self.decoding.as_mut().expect("a bundle that writes has a language model").model()
-    }
-}
-
-impl Reader {
-    fn open(runtime: &Runtime, bundle: &Bundle) -> Result<Self, BundleError> {
-        match bundle.facts().family {
-            Family::Qformer => Stage1::open(runtime, bundle).map(Box::new).map(Self::Stage1),
-            Family::DecoderOnly | Family::EncoderDecoder => Qformer::open(runtime, bundle).map(Self::Queries),
-        }
-    }
-
-    fn read(&mut self, features: &ImageFeatures) -> Result<Vec<Read>, RuntimeError> {
-        let rows = || features.rows().map_err(|source| RuntimeError::Failed { graph: "vision".into(), doing: "copying", source });
-        match self {
-            Self::Queries(qformer) if qformer.reads_questions() => {
-                Ok(rows()?.into_iter().map(|row| Read::Features(Arc::new(row))).collect())
-            }
-            Self::Queries(qformer) => Ok(qformer.read(features, None)?.into_iter().map(Read::Queries).collect()),
-            Self::Stage1(stage1) => {
-                let read = |(features, (embedding, cached)): (Array2<f32>, (ImageEmbedding, Option<QueryCache>))| Read::Stage1 {
-                    features: Arc::new(features),
-                    embedding: Arc::new(embedding),
-                    cached,
-                };
-                Ok(rows()?.into_iter().zip(stage1.see(features)?).map(read).collect())
-            }
-        }
-    }
-}
-
-impl Sight {
-    /// What a text about the picture starts from, where no question changes it.
-    pub fn seen(&self) -> Option<Seen> {
-        match &self.read {
-            Read::Queries(queries) => Some(Seen::Queries(queries.clone())),
-            Read::Stage1 { cached, .. } => cached.clone().map(Seen::Cached),
-            Read::Features(_) => None,
-        }
-    }
-
-    /// The picture in the space of pictures and texts, in a bundle that compares them.
-    pub fn embedding(&self) -> Option<&ImageEmbedding> {
-        match &self.read {
-            Read::Stage1 { embedding, .. } => Some(embedding),
-            Read::Queries(_) | Read::Features(_) => None,
-        }
-    }
-
-    /// How long it took to look.
-    pub fn timings(&self) -> &Timings {
-        &self.timings
-    }
-
-    /// Adds time that was spent on the picture before the engine saw it.
-    pub fn add_timings(&mut self, timings: &Timings) {
-        self.timings.merge(timings);
-    }
-
-    fn features(&self) -> Option<&Array2<f32>> {
-        match &self.read {
-            Read::Features(features) | Read::Stage1 { features, .. } => Some(features),
-            Read::Queries(_) => None,
-        }
+        self.writer.as_mut().expect("a bundle that writes has a language model").model()
     }
 }
 
 fn finished<T>(thread: std::thread::ScopedJoinHandle<'_, T>) -> T {
     thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-}
-
-/// Tells bundles apart by the hashes of their files, for as long as the process lives.
-fn fingerprint(bundle: &Bundle) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    for (name, file) in &bundle.facts().files {
-        (name, &file.sha256).hash(&mut hasher);
-    }
-    hasher.finish()
 }

@@ -1,15 +1,14 @@
 //! Candidate answers by how probable the language model finds them.
 
+use super::write::{Order, Work};
 use super::{Engine, Sight};
-use crate::bundle::TaskName;
-use crate::decode::{TokenId, log_softmax};
+use crate::decode::TokenId;
 use crate::error::Error;
 use crate::language::Prefix;
 use crate::prompt::{Prompt, PromptError, Task};
-use crate::text::Warning;
 
-/// Candidates that run in one batch.
-const BATCH: usize = 16;
+/// Candidates that are read side by side. More would take memory and gain no time.
+const AT_ONCE: usize = 64;
 
 /// A candidate with its likelihood.
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
@@ -31,60 +30,39 @@ impl Ranked {
     }
 }
 
-/// A candidate behind its prompt, as the language model reads it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Answered {
-    /// Token ids, the end token included.
-    pub ids: Vec<TokenId>,
-    /// What of the candidate is not read as it stands.
-    pub warnings: Vec<Warning>,
-}
-
 impl Engine {
     /// Candidates for the answer to a task, in the order in which they were given. Each is read behind the prompt and ended by the first
-    /// end token, as `predict_class` of LAVIS does it. All fail together where one fails in [`candidate`](Self::candidate).
+    /// end token, as `predict_class` of LAVIS does it. All fail together where one fails in
+    /// [`candidate`](super::Context::candidate).
     pub fn rank(&mut self, sight: &Sight, task: &Task, candidates: &[&str]) -> Result<Vec<Ranked>, Error> {
         if candidates.is_empty() {
             return Err(PromptError::NoCandidates.into());
         }
-        let prompt = self.prompt(task)?;
-        let read = candidates.iter().map(|candidate| self.candidate(&prompt, candidate));
+        let prompt = self.context.prompt(task)?;
+        let read = candidates.iter().map(|candidate| self.context.candidate(&prompt, candidate));
         let tokens: Vec<Vec<TokenId>> = read.map(|read| Ok(read?.ids)).collect::<Result<_, Error>>()?;
-        let prefix = self.prefixes_of(&[sight], &[prompt])?.remove(0);
-        let mut sums = vec![0.0; tokens.len()];
-        let batch = self.texts_at_once(&prefix, tokens.iter().map(Vec::len).max().unwrap_or(1)).min(BATCH);
-        for (chunk, sums) in tokens.chunks(batch).zip(sums.chunks_mut(batch)) {
-            let texts: Vec<&[TokenId]> = chunk.iter().map(Vec::as_slice).collect();
-            let prefixes: Vec<&Prefix> = vec![&prefix; chunk.len()];
-            let mut read = vec![0; chunk.len()];
-            self.language().reread(&prefixes, &texts, |row, logits| {
-                let token = texts[row][read[row]] as usize;
-                sums[row] += log_softmax(logits).nth(token).unwrap_or(f32::NEG_INFINITY);
-                read[row] += 1;
-            })?;
+        let seen = self.seer.seen(&[(sight, &prompt)])?.remove(0);
+        let longest = tokens.iter().map(Vec::len).max().unwrap_or(0);
+        let prefix = Prefix { seen, prompt: prompt.ids.clone(), max_new_tokens: longest };
+        let mut ranked = Vec::with_capacity(tokens.len());
+        for (tokens, texts) in tokens.chunks(AT_ONCE).zip(candidates.chunks(AT_ONCE)) {
+            for (sum, (tokens, text)) in self.likelihoods(&prefix, &prompt, tokens)?.into_iter().zip(tokens.iter().zip(texts)) {
+                let (text, index) = ((*text).to_owned(), ranked.len());
+                ranked.push(Ranked { text, index, log_likelihood: sum, n_tokens: tokens.len() });
+            }
         }
-        let ranked = |(index, (text, tokens)): (usize, (&&str, &Vec<TokenId>))| Ranked {
-            text: (*text).to_owned(),
-            index,
-            log_likelihood: sums[index],
-            n_tokens: tokens.len(),
-        };
-        Ok(candidates.iter().zip(&tokens).enumerate().map(ranked).collect())
+        Ok(ranked)
     }
 
-    /// What a candidate becomes behind a prompt; an error if it cannot be ranked.
-    pub fn candidate(&self, prompt: &Prompt, answer: &str) -> Result<Answered, Error> {
-        if answer.trim().is_empty() {
-            return Err(PromptError::EmptyText.into());
-        }
-        let text = self.text.as_deref().ok_or(PromptError::NotWriting(TaskName::Match))?;
-        let read = text.encode_answer(answer).map_err(PromptError::from)?;
-        let mut ids = read.ids;
-        ids.extend(self.bundle.language().token_ids.eos.first());
-        let room = self.bundle.room_behind(prompt.ids.len());
-        if ids.len() > room {
-            return Err(PromptError::AnswerTooLong { found: ids.len(), room }.into());
-        }
-        Ok(Answered { ids, warnings: Warning::about(answer, read.unknown, 0) })
+    fn likelihoods(&mut self, prefix: &Prefix, prompt: &Prompt, texts: &[Vec<TokenId>]) -> Result<Vec<f32>, Error> {
+        let (work, warnings) = (Work::Read(texts.to_vec()), prompt.warnings.clone());
+        let order = Order { prefix: prefix.clone(), work, warnings, timings: Default::default() };
+        let answer = self.finish(vec![Ok(order)], |_, _| std::ops::ControlFlow::Continue(())).remove(0)?;
+        let score = |score: Option<f32>| score.unwrap_or(f32::NEG_INFINITY);
+        Ok(match answer.candidates.as_slice() {
+            // One text is the answer itself.
+            [] => vec![score(answer.score)],
+            several => several.iter().map(|candidate| score(candidate.score)).collect(),
+        })
     }
 }

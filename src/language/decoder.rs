@@ -86,7 +86,7 @@ impl Decoder {
                 into.copy_from(&self.graph, from, &encoded)?;
             }
         }
-        self.rows.grow(room.rows);
+        self.rows.resize(room.rows);
         self.lanes = Some(lanes);
         Ok(())
     }
@@ -94,8 +94,11 @@ impl Decoder {
     /// Adds one row an opening behind the live rows. `encoded` has a slot an opening. There must be room.
     pub fn open_rows(&mut self, openings: &[Opening<'_>], encoded: Option<Encoded>) -> Result<(), RuntimeError> {
         let n_encoded = |row: usize| encoded.as_ref().map_or(1, |encoded| encoded.lengths[row]);
-        let row = |(slot, opening): (usize, &Opening<'_>)| {
-            Row { slot, length: opening.n_positions(), offset: opening.offset(), n_encoded: n_encoded(slot) }
+        let row = |(slot, opening): (usize, &Opening<'_>)| Row {
+            slot,
+            length: opening.n_positions(),
+            offset: opening.offset(),
+            n_encoded: n_encoded(slot),
         };
         let read: Vec<Row> = openings.iter().enumerate().map(row).collect();
         let (longest, mut encoded) = (read.iter().map(|row| row.length).max().unwrap_or(0), encoded);
@@ -128,7 +131,8 @@ impl Decoder {
     /// Logits of consecutive rows of the last run.
     pub fn scores(&self, rows: Range<usize>) -> Result<Scores<'_>, RuntimeError> {
         let step = || Some((0, self.lanes.as_ref()?.logits()?));
-        let (first, logits) = self.opened.as_ref().map(|(first, logits)| (*first, logits)).or_else(step).expect("rows were computed");
+        let (first, logits) =
+            self.opened.as_ref().map(|(first, logits)| (*first, logits)).or_else(step).expect("rows were computed");
         let (values, size) = (logits.f32().map_err(|source| self.graph.failed("reading logits", source))?, self.facts.vocab_size);
         let values = &values[(rows.start - first) * size..(rows.end - first) * size];
         if values.iter().any(|value| value.is_nan()) {
@@ -137,10 +141,9 @@ impl Decoder {
         Ok(Scores::new(values, size))
     }
 
-    /// Forgets every row.
-    pub fn clear(&mut self) {
-        self.rows.clear();
-        self.opened = None;
+    /// Forgets all live rows but these.
+    pub fn keep(&mut self, rows: &[usize]) {
+        self.rows.keep(rows);
     }
 
     /// Runs openings through `cache`, slot by slot; gives the logits behind each.

@@ -44,13 +44,6 @@ impl Layouts {
     pub fn of(facts: &LanguageFacts) -> Self {
         Self { past: Layout::from(&facts.kv_cache), encoded: facts.cross_attention.as_ref().map(Layout::from) }
     }
-
-    /// Bytes of lanes that give this room.
-    pub fn bytes(&self, room: Room) -> u64 {
-        let encoded = self.encoded.as_ref().map_or(0, |layout| layout.bytes_per_position().saturating_mul(room.read as u64));
-        let past = self.past.bytes_per_position().saturating_mul(capacity(room) as u64);
-        (room.rows as u64).saturating_mul(past.saturating_add(encoded))
-    }
 }
 
 fn capacity(room: Room) -> usize {

@@ -13,8 +13,10 @@ use std::ops::Range;
 use crate::decode::{Model, Pick, Room, Scores, TokenId};
 use crate::qformer::{Queries, QueryCache};
 use crate::runtime::{Memory, Runtime, RuntimeError};
+use cache::Layout;
 use decoder::{Decoder, Opening};
 use encoder::{Encoded, Encoder};
+use lanes::CAPACITY_STEP;
 
 /// What one text starts from: what was seen, prompt, and room for what is to be written.
 #[derive(Clone, Debug)]
@@ -76,7 +78,15 @@ impl LanguageModel {
         let encoder = (family == Family::EncoderDecoder).then(|| Encoder::open(runtime, bundle)).transpose()?;
         let (token_ids, vocab_size) = (bundle.language().token_ids.clone(), bundle.language().vocab_size);
         let start = token_ids.decoder_start.into_iter().collect();
-        Ok(Self { decoder: Decoder::open(runtime, bundle)?, encoder, family, token_ids, vocab_size, memory: runtime.memory(), start })
+        Ok(Self {
+            decoder: Decoder::open(runtime, bundle)?,
+            encoder,
+            family,
+            token_ids,
+            vocab_size,
+            memory: runtime.memory(),
+            start,
+        })
     }
 
     /// Token ids in front of the new ones, as the reference's searches see them: with the image token in the place of every query, or
@@ -97,14 +107,27 @@ impl LanguageModel {
         encoder.encode(prefixes, layout).map(Some)
     }
 
-    /// Bytes of keys, values and logits that this much room takes.
-    pub fn bytes(&self, room: Room) -> u64 {
-        // Logits where the graph writes them, and where searches change them.
-        let logits = (room.rows as u64).saturating_mul(8 * self.vocab_size as u64);
-        self.decoder.layouts().bytes(room).saturating_add(logits)
+    /// Bytes of keys and values that one position takes.
+    pub fn position_bytes(&self) -> u64 {
+        self.decoder.layouts().past.bytes_per_position()
     }
 
-    fn allowed(&self) -> u64 {
+    /// Bytes that a row takes besides, where an encoder read so many positions: logits where the graph writes them and where searches
+    /// change them, keys and values of what was encoded.
+    pub fn row_bytes(&self, n_read: usize) -> u64 {
+        let encoded = self.decoder.layouts().encoded.as_ref().map_or(0, Layout::bytes_per_position);
+        encoded.saturating_mul(n_read as u64).saturating_add(8 * self.vocab_size as u64)
+    }
+
+    /// Bytes of keys, values and logits that this much room takes.
+    pub fn bytes(&self, room: Room) -> u64 {
+        let positions = room.positions.next_multiple_of(CAPACITY_STEP) as u64;
+        let row = self.position_bytes().saturating_mul(positions).saturating_add(self.row_bytes(room.read));
+        row.saturating_mul(room.rows as u64)
+    }
+
+    /// Bytes that may be taken, those that are held included.
+    pub fn allowed_bytes(&self) -> u64 {
         self.memory.allowed(self.bytes(self.decoder.room()))
     }
 }
@@ -139,14 +162,19 @@ impl Model for LanguageModel {
         let both = Room { positions: now.positions.max(wanted.positions), read: now.read.max(wanted.read), ..wanted };
         let doubled = Room { rows: wanted.rows.max(now.rows * 2), ..both };
         let candidates = if is_idle { [wanted, wanted] } else { [doubled, both] };
-        let allowed = self.allowed();
+        let allowed = self.allowed_bytes();
         let Some(room) = candidates.into_iter().find(|room| self.bytes(*room) <= allowed) else { return Ok(has) };
         self.decoder.resize(room)?;
         Ok(true)
     }
 
     fn no_room(&self, wanted: Room) -> RuntimeError {
-        RuntimeError::NoRoom { rows: wanted.rows, positions: wanted.positions, needed: self.bytes(wanted), allowed: self.allowed() }
+        RuntimeError::NoRoom {
+            rows: wanted.rows,
+            positions: wanted.positions,
+            needed: self.bytes(wanted),
+            allowed: self.allowed_bytes(),
+        }
     }
 
     fn prefill(&mut self, prefixes: &[Prefix]) -> Result<(), RuntimeError> {
@@ -164,7 +192,7 @@ impl Model for LanguageModel {
         self.decoder.scores(rows)
     }
 
-    fn clear(&mut self) {
-        self.decoder.clear();
+    fn keep(&mut self, rows: &[usize]) {
+        self.decoder.keep(rows);
     }
 }

@@ -70,8 +70,9 @@ impl Rows {
         self.slots.len()
     }
 
-    /// Adds free slots.
-    pub fn grow(&mut self, n_slots: usize) {
+    /// Goes on with so many slots at least, of which only those of live rows hold what they held.
+    pub fn resize(&mut self, n_slots: usize) {
+        self.slots.iter_mut().filter(|slot| !slot.is_taken).for_each(|slot| *slot = Slot::default());
         self.slots.resize_with(n_slots.max(self.slots.len()), Slot::default);
     }
 
@@ -115,10 +116,11 @@ impl Rows {
         self.slots.iter_mut().filter(|slot| !slot.is_taken).for_each(|slot| slot.past.clear());
     }
 
-    /// Frees every slot.
-    pub fn clear(&mut self) {
-        self.live.clear();
+    /// Forgets all live rows but these.
+    pub fn keep(&mut self, rows: &[usize]) {
+        self.live = rows.iter().map(|row| self.live[*row]).collect();
         self.slots.iter_mut().for_each(|slot| slot.is_taken = false);
+        self.live.iter().for_each(|row| self.slots[row.slot].is_taken = true);
     }
 
     /// The slot that needs the fewest copies to hold what `row` holds.
@@ -126,7 +128,8 @@ impl Rows {
         let same = |slot: &Slot| slots[row.slot].past.iter().zip(&slot.past).take_while(|(a, b)| a == b).count();
         let free = slots.iter().enumerate().filter(|(_, slot)| !slot.is_taken);
         // Of equals the first.
-        let (start, to) = free.map(|(to, slot)| (same(slot), to)).rev().max_by_key(|(same, _)| *same).expect("there is a slot for every row");
+        let (start, to) =
+            free.map(|(to, slot)| (same(slot), to)).rev().max_by_key(|(same, _)| *same).expect("there is a slot for every row");
         let (from, end) = (row.slot, row.length);
         if start < end {
             moves.past.push(Move { from, to, start, end });
@@ -145,5 +148,133 @@ impl Rows {
     fn stamp(&mut self) -> u64 {
         self.n_stamps += 1;
         self.n_stamps
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::decode::Random;
+
+    /// Slots as a graph and its copies leave them: what stands at each position, and what was encoded.
+    #[derive(Default)]
+    struct Memory {
+        past: Vec<Vec<u64>>,
+        encoded: Vec<u64>,
+    }
+
+    const NOISE: u64 = u64::MAX;
+
+    impl Memory {
+        fn resize(&mut self, rows: &Rows) {
+            let kept = |slot: usize| rows.live().iter().any(|row| row.slot == slot);
+            for slot in (0..self.past.len()).filter(|slot| !kept(*slot)) {
+                (self.past[slot], self.encoded[slot]) = (vec![NOISE; 64], NOISE);
+            }
+            self.past.resize(rows.n_slots(), vec![NOISE; 64]);
+            self.encoded.resize(rows.n_slots(), NOISE);
+        }
+
+        fn copy(&mut self, moves: &Moves, n_copied: &mut usize) {
+            for all in [&moves.past, &moves.encoded] {
+                assert!(all.iter().all(|step| all.iter().all(|other| step.from != other.to)), "a slot is read and written");
+            }
+            for Move { from, to, start, end } in moves.past.iter().copied() {
+                let moved = self.past[from][start..end].to_vec();
+                self.past[to][start..end].copy_from_slice(&moved);
+                *n_copied += end - start;
+            }
+            moves.encoded.iter().for_each(|step| self.encoded[step.to] = self.encoded[step.from]);
+        }
+    }
+
+    fn below(random: &mut Random, n: usize) -> usize {
+        (random.uniform() * n as f64) as usize
+    }
+
+    /// What each live row is to find in its slot.
+    type Wanted = Vec<(Vec<u64>, u64)>;
+
+    fn open(rows: &mut Rows, memory: &mut Memory, wanted: &mut Wanted, random: &mut Random) {
+        let past: Vec<u64> = (0..1 + below(random, 9)).map(|_| random.bits() >> 1).collect();
+        let encoded = random.bits() >> 1;
+        let row = rows.open(Row { slot: 0, length: past.len(), offset: 0, n_encoded: 3 });
+        memory.past[row.slot][..past.len()].copy_from_slice(&past);
+        memory.encoded[row.slot] = encoded;
+        wanted.push((past, encoded));
+    }
+
+    fn step(rows: &mut Rows, memory: &mut Memory, wanted: &mut Wanted, parents: &[usize], random: &mut Random) -> usize {
+        let mut n_copied = 0;
+        memory.copy(&rows.fork(parents), &mut n_copied);
+        *wanted = parents.iter().map(|parent| wanted[*parent].clone()).collect();
+        rows.advance();
+        for slot in 0..memory.past.len() {
+            match rows.live().iter().position(|row| row.slot == slot) {
+                Some(row) => {
+                    let new = random.bits() >> 1;
+                    memory.past[slot][rows.live()[row].length - 1] = new;
+                    wanted[row].0.push(new);
+                }
+                None => memory.past[slot][0] = NOISE,
+            }
+        }
+        for (row, (past, encoded)) in rows.live().iter().zip(&*wanted) {
+            assert_eq!((&memory.past[row.slot][..row.length], memory.encoded[row.slot]), (past.as_slice(), *encoded));
+        }
+        n_copied
+    }
+
+    #[test]
+    fn every_row_finds_its_own_past_whatever_forks_comes_and_goes() {
+        for seed in 0..300 {
+            let (mut random, mut rows, mut memory, mut wanted) =
+                (Random::new(seed), Rows::default(), Memory::default(), Wanted::new());
+            for _ in 0..40 {
+                for _ in 0..below(&mut random, 3) {
+                    rows.resize(rows.live().len() + 1 + below(&mut random, 3));
+                    memory.resize(&rows);
+                    open(&mut rows, &mut memory, &mut wanted, &mut random);
+                }
+                if below(&mut random, 4) == 0 {
+                    let kept: Vec<usize> = (0..wanted.len()).filter(|_| below(&mut random, 3) > 0).collect();
+                    rows.keep(&kept);
+                    wanted = kept.iter().map(|row| wanted[*row].clone()).collect();
+                }
+                if wanted.is_empty() {
+                    continue;
+                }
+                let n_rows = 1 + below(&mut random, rows.n_slots());
+                let short: Vec<usize> = (0..wanted.len()).filter(|row| wanted[*row].0.len() < 60).collect();
+                let parents: Vec<usize> =
+                    (0..n_rows).filter_map(|_| short.get(below(&mut random, short.len().max(1))).copied()).collect();
+                step(&mut rows, &mut memory, &mut wanted, &parents, &mut random);
+            }
+        }
+    }
+
+    #[test]
+    fn beams_copy_their_prefix_once_and_then_only_what_differs() {
+        let (mut random, mut rows, mut memory, mut wanted) = (Random::new(3), Rows::new(5), Memory::default(), Wanted::new());
+        memory.resize(&rows);
+        open(&mut rows, &mut memory, &mut wanted, &mut random);
+        let length = wanted[0].0.len();
+        let mut step = |parents: &[usize]| step(&mut rows, &mut memory, &mut wanted, parents, &mut random);
+        assert_eq!(step(&[0; 5]), 4 * length);
+        assert_eq!(step(&[0, 1, 2, 3, 4]), 0);
+        assert_eq!(step(&[4, 2, 0, 1, 3]), 0, "rows that change places stay in their slots");
+        assert_eq!(step(&[0, 0, 1, 2, 3]), 3, "what was written behind the prefix");
+        assert_eq!(step(&[0, 1, 2, 3, 4]), 0);
+        assert_eq!(step(&[0, 0, 2, 3, 4]), 2, "of two that parted two steps ago, two positions");
+    }
+
+    #[test]
+    fn slots_of_rows_that_are_gone_are_free_at_once() {
+        let mut rows = Rows::new(2);
+        let row = Row { slot: 0, length: 3, offset: 0, n_encoded: 1 };
+        assert_eq!([rows.open(row).slot, rows.open(row).slot], [0, 1]);
+        rows.keep(&[1]);
+        assert_eq!(rows.open(row).slot, 0);
+        assert_eq!(rows.live().iter().map(|row| row.slot).collect::<Vec<_>>(), [1, 0]);
     }
 }

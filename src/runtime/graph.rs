@@ -1,6 +1,7 @@
 //! One ONNX graph in a session, checked against what the bundle says of it.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use ort::environment::Environment;
 use ort::memory::{AllocationDevice, Allocator, AllocatorType, MemoryInfo, MemoryType};
@@ -9,7 +10,7 @@ use ort::session::{IoBinding, Session, SessionInputValue};
 use ort::value::{DynTensor, Outlet, ValueType};
 
 use super::tensor::element_type;
-use super::{Provider, Runtime, RuntimeError, Tensor, provider};
+use super::{Cancel, Provider, Runtime, RuntimeError, Tensor, provider};
 use crate::bundle::{Bundle, BundleError, Dimension, Dtype, GraphFacts, TensorFacts, brief};
 
 /// Where a tensor lies.
@@ -28,6 +29,7 @@ pub struct Graph {
     facts: GraphFacts,
     session: Session,
     device: MemoryInfo<'static>,
+    cancel: Cancel,
 }
 
 /// Inputs and outputs tied to a graph for many runs.
@@ -56,12 +58,17 @@ impl Graph {
         check(bundle, name, "input", session.inputs(), &bundle.graph(name).inputs)?;
         check(bundle, name, "output", session.outputs(), &bundle.graph(name).outputs)?;
         let device = device(runtime).map_err(unloadable)?;
-        Ok(Self { name, facts: bundle.graph(name).clone(), session, device })
+        Ok(Self { name, facts: bundle.graph(name).clone(), session, device, cancel: Cancel::new() })
+    }
+
+    /// Lets `cancel` stop every later run.
+    pub fn set_cancel(&mut self, cancel: Cancel) {
+        self.cancel = cancel;
     }
 
     /// One run; the outputs lie where `outputs_on` says.
     pub fn run(&mut self, inputs: &[(&str, &Tensor)], outputs_on: Place) -> Result<Outputs, RuntimeError> {
-        let tensors = self.try_run(inputs, outputs_on).map_err(|source| not_run(self.name, source))?;
+        let tensors = self.try_run(inputs, outputs_on).map_err(|source| self.not_run(source))?;
         self.check_shapes(inputs, &tensors)?;
         Ok(Outputs { graph: self.name, tensors })
     }
@@ -91,10 +98,12 @@ impl Graph {
     }
 
     fn try_run(&mut self, inputs: &[(&str, &Tensor)], outputs_on: Place) -> Result<Vec<(String, Tensor)>, ort::Error> {
+        let options = self.cancel.options()?;
         if outputs_on == Place::Host {
             let inputs: Vec<(String, SessionInputValue<'_>)> =
                 inputs.iter().map(|(name, tensor)| ((*name).to_owned(), (&tensor.0).into())).collect();
-            return tensors(self.session.run(inputs)?.into_iter().map(|(name, value)| (name.to_owned(), value)));
+            let outputs = self.session.run_with_options(inputs, &options)?;
+            return tensors(outputs.into_iter().map(|(name, value)| (name.to_owned(), value)));
         }
         let mut binding = self.session.create_binding()?;
         for (name, tensor) in inputs {
@@ -104,7 +113,7 @@ impl Graph {
         for name in &names {
             binding.bind_output_to_device(name, &self.device)?;
         }
-        let mut outputs = self.session.run_binding(&binding)?;
+        let mut outputs = self.session.run_binding_with_options(&binding, &options)?;
         tensors(names.into_iter().filter_map(|name| outputs.remove(&name).map(|value| (name, value))))
     }
 
@@ -121,7 +130,9 @@ impl Graph {
 
     /// One run over what is bound.
     pub fn run_bound(&mut self, bound: &Binding) -> Result<(), RuntimeError> {
-        self.session.run_binding(&bound.binding).map(drop).map_err(|source| not_run(self.name, source))
+        let options = self.cancel.options();
+        let done = options.and_then(|options| self.session.run_binding_with_options(&bound.binding, &options).map(drop));
+        done.map_err(|source| self.not_run(source))
     }
 
     /// A tensor of zeros (on a device: of anything) that can be bound as input and output alike.
@@ -137,7 +148,22 @@ impl Graph {
 
     /// An error of this graph.
     pub fn failed(&self, doing: &'static str, source: ort::Error) -> RuntimeError {
-        RuntimeError::Failed { graph: self.name.into(), doing, source }
+        RuntimeError::Failed { graph: self.name.into(), doing, source: source.into() }
+    }
+
+    /// Memory and devices fail on their own; all else that a graph refuses on inputs as its facts have them is its own fault.
+    fn not_run(&self, source: ort::Error) -> RuntimeError {
+        let graph = self.name.to_owned();
+        if self.cancel.is_cancelled() {
+            return RuntimeError::Cancelled { graph };
+        }
+        let said = source.to_string().to_lowercase();
+        let machine = ["alloc", "memory", "cuda", "cudnn", "cublas", "tensorrt"].iter().any(|word| said.contains(word));
+        let reason = sentence(&source.to_string());
+        match machine {
+            true => RuntimeError::Failed { graph, doing: "running", source: Arc::new(ort::Error::new(reason)) },
+            false => RuntimeError::Refused { graph, reason },
+        }
     }
 }
 
@@ -159,7 +185,7 @@ impl Outputs {
         let values = self.take(name).to_f32().map_err(|source| RuntimeError::Failed {
             graph: self.graph.into(),
             doing: "copying outputs",
-            source,
+            source: source.into(),
         })?;
         if values.iter().any(|value| !value.is_finite()) {
             return Err(RuntimeError::NotANumber { graph: self.graph.into(), output: name.into() });
@@ -182,15 +208,13 @@ impl Binding {
     }
 
     fn failed(&self, source: ort::Error) -> RuntimeError {
-        RuntimeError::Failed { graph: self.graph.into(), doing: "binding", source }
+        RuntimeError::Failed { graph: self.graph.into(), doing: "binding", source: source.into() }
     }
 }
 
 fn session(environment: &Environment, runtime: &Runtime, bundle: &Bundle, name: &str) -> Result<Session, ort::Error> {
     let mut builder = Session::builder(environment)?.with_optimization_level(GraphOptimizationLevel::All)?;
-    if let Some(threads) = runtime.options.threads {
-        builder = builder.with_intra_threads(threads.get())?;
-    }
+    builder = runtime.options.pool().apply(runtime.threads, builder)?;
     let cache = runtime.cache(bundle.folder());
     builder = provider::register(builder, runtime.provider, runtime.options.device, Some(&cache))?;
     builder.commit_from_file(bundle.path(&bundle.graph(name).file))
@@ -207,18 +231,6 @@ fn device(runtime: &Runtime) -> Result<MemoryInfo<'static>, ort::Error> {
 fn tensors(values: impl Iterator<Item = (String, ort::value::DynValue)>) -> Result<Vec<(String, Tensor)>, ort::Error> {
     let tensor = |value: ort::value::DynValue| value.downcast().map_err(|error| ort::Error::new(error.to_string()));
     values.map(|(name, value)| Ok((name, Tensor(tensor(value)?)))).collect()
-}
-
-/// Memory and devices fail on their own; all else that a graph refuses on inputs as its facts have them is its own fault.
-fn not_run(graph: &'static str, source: ort::Error) -> RuntimeError {
-    let said = source.to_string().to_lowercase();
-    let machine = ["alloc", "memory", "cuda", "cudnn", "cublas", "tensorrt"].iter().any(|word| said.contains(word));
-    match machine {
-        true => {
-            RuntimeError::Failed { graph: graph.into(), doing: "running", source: ort::Error::new(sentence(&source.to_string())) }
-        }
-        false => RuntimeError::Refused { graph: graph.into(), reason: sentence(&source.to_string()) },
-    }
 }
 
 /// What ONNX Runtime says, in one line and without the places in its own sources.

@@ -9,6 +9,8 @@ use std::sync::{Mutex, PoisonError};
 use ort::environment::Environment;
 use ort::logging::LogLevel;
 
+use super::threads::Threads;
+
 /// A library that was loaded.
 #[derive(Clone, Debug)]
 pub struct Library {
@@ -68,23 +70,33 @@ pub enum LibraryError {
 }
 
 /// A process has one ONNX Runtime with one environment, shared by every engine in it.
-static LOADED: Mutex<Option<(Library, Environment)>> = Mutex::new(None);
+#[derive(Clone, Debug)]
+pub(super) struct Loaded {
+    pub library: Library,
+    pub environment: Environment,
+    /// The environment's own, for every session that asks for the same.
+    pub threads: Threads,
+}
 
-pub(super) fn load(named: Option<&Path>) -> Result<(Library, Environment), LibraryError> {
+static LOADED: Mutex<Option<Loaded>> = Mutex::new(None);
+
+/// Loads the library, or hands out what is loaded; `threads` are those of the first to come.
+pub(super) fn load(named: Option<&Path>, threads: Threads) -> Result<Loaded, LibraryError> {
     let (path, source) = find(named)?;
     let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some((library, environment)) = loaded.as_ref() {
-        return match library.path == path {
-            true => Ok((library.clone(), environment.clone())),
-            false => Err(LibraryError::Another { path, loaded: library.path.clone() }),
+    if let Some(loaded) = loaded.as_ref() {
+        return match loaded.library.path == path {
+            true => Ok(loaded.clone()),
+            false => Err(LibraryError::Another { path, loaded: loaded.library.path.clone() }),
         };
     }
-    let environment = ort::init_from(&path).map_err(LibraryError::Unloadable)?.with_name("blip2");
-    let environment = environment.build().map_err(LibraryError::Environment)?;
+    let builder = ort::init_from(&path).map_err(LibraryError::Unloadable)?.with_name("blip2");
+    let environment = threads.pool().and_then(|pool| builder.with_global_thread_pool(pool).build());
+    let environment = environment.map_err(LibraryError::Environment)?;
     // Every error comes back as one; ONNX Runtime would print it a second time, with its stack.
     environment.set_log_level(LogLevel::Fatal);
     let library = Library { version: loaded_version(&path), path, source };
-    Ok(loaded.insert((library, environment)).clone())
+    Ok(loaded.insert(Loaded { library, environment, threads }).clone())
 }
 
 fn find(named: Option<&Path>) -> Result<(PathBuf, Source), LibraryError> {

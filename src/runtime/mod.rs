@@ -1,19 +1,26 @@
 //! ONNX Runtime: the library, execution providers, graphs and tensors. The only door to `ort` and `half`.
 
+mod cancel;
 mod graph;
 mod library;
 mod memory;
 mod provider;
 mod tensor;
+mod threads;
 
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use ort::environment::Environment;
 
+use library::Loaded;
+use threads::Threads;
+
+pub use cancel::Cancel;
 pub use graph::{Binding, Graph, Outputs, Place};
-pub use memory::Memory;
 pub use library::{Library, LibraryError, Source};
+pub use memory::Memory;
 pub use provider::{Provider, ProviderChoice, ProviderError};
 pub use tensor::{Tensor, f32_from};
 
@@ -26,7 +33,8 @@ pub struct RuntimeOptions {
     pub provider: ProviderChoice,
     /// Which GPU.
     pub device: u32,
-    /// Threads inside an operator; ONNX Runtime's own choice (one a core) when absent.
+    /// Threads inside an operator; ONNX Runtime's own choice (one a core) when absent. All sessions of a process share the pool of its
+    /// first [`Runtime`]; those of a later one that asks for another number have a pool each.
     pub threads: Option<NonZeroUsize>,
     /// Where TensorRT keeps built engines; beside the bundle's files when absent.
     pub cache: Option<PathBuf>,
@@ -42,6 +50,8 @@ pub struct Runtime {
     library: Library,
     provider: Provider,
     options: RuntimeOptions,
+    /// The environment's.
+    threads: Threads,
 }
 
 /// Why the runtime cannot be used.
@@ -74,8 +84,8 @@ const MOST_THREADS: usize = 256;
 /// What ONNX Runtime reports.
 pub type GraphError = ort::Error;
 
-/// A graph failed while it ran.
-#[derive(Debug, thiserror::Error)]
+/// A graph failed while it ran. Cheap to clone: one failed run may belong to many requests.
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum RuntimeError {
     /// ONNX Runtime reports an error.
     #[error("{graph}: {doing} failed")]
@@ -85,7 +95,13 @@ pub enum RuntimeError {
         /// What was tried.
         doing: &'static str,
         /// What ONNX Runtime says.
-        source: ort::Error,
+        source: Arc<ort::Error>,
+    },
+    /// It was stopped from outside; see [`Cancel`].
+    #[error("{graph}: the run was stopped from outside")]
+    Cancelled {
+        /// Which graph.
+        graph: String,
     },
     /// The graph cannot run on what it is made for.
     #[error("{graph}: the graph cannot run: {reason}")]
@@ -139,15 +155,21 @@ impl RuntimeError {
     }
 }
 
+impl RuntimeOptions {
+    fn pool(&self) -> Threads {
+        Threads { count: self.threads, spin: true }
+    }
+}
+
 impl Runtime {
     /// Finds and loads the library and settles on a provider.
     pub fn load(options: &RuntimeOptions) -> Result<Self, UnavailableError> {
         if let Some(threads) = options.threads.filter(|threads| threads.get() > MOST_THREADS) {
             return Err(UnavailableError::Threads(threads));
         }
-        let (library, environment) = library::load(options.library.as_deref())?;
+        let Loaded { library, environment, threads } = library::load(options.library.as_deref(), options.pool())?;
         let provider = provider::choose(&environment, options)?;
-        Ok(Self { environment, library, provider, options: options.clone() })
+        Ok(Self { environment, library, provider, options: options.clone(), threads })
     }
 
     /// The library in use.

@@ -61,7 +61,7 @@ pub(super) fn choose(environment: &Environment, options: &RuntimeOptions) -> Res
 pub(super) fn probe(environment: &Environment, provider: Provider, options: &RuntimeOptions) -> Result<(), ProviderError> {
     let open = || -> Result<Session, ort::Error> {
         let builder = Session::builder(environment)?;
-        register(builder, provider, options.device, None)?.with_intra_threads(1)?.commit_from_memory(PROBE)
+        register(builder, provider, options.device, None)?.commit_from_memory(PROBE)
     };
     open().map(drop).map_err(|source| ProviderError::Unusable { provider, source })
 }

@@ -11,9 +11,9 @@ use ndarray::{Array, Array1, Array2, Array3, Axis, Dimension};
 
 use crate::bundle::TaskName;
 use crate::decode::{Model, TokenId};
-use crate::engine::{Engine, Generation, Reader, Request};
+use crate::engine::{Engine, Flow, Generation, Reader, Request};
 use crate::error::Error;
-use crate::language::{Prefix, Seen};
+use crate::language::{LanguageModel, Prefix, Seen};
 use crate::pixels::{Limits, Picture, Pixels};
 use crate::prompt::Task;
 use crate::qformer::Queries;
@@ -74,13 +74,13 @@ impl Checker<'_> {
         self.check_within("pixels", largest_difference(found.iter(), wanted.iter()));
 
         let features: Array2<f32> = self.recorded(&self.case.features)?;
-        let found = self.engine.vision.encode(Pixels(wanted.insert_axis(Axis(0))))?;
+        let found = self.engine.seer.vision.encode(Pixels(wanted.insert_axis(Axis(0))))?;
         let found = found.0.to_f32().map_err(|source| failed("vision", source))?;
         self.check_relative("features", found.iter(), features.iter());
 
         let queries: Array2<f32> = self.recorded(&self.case.queries)?;
         let features = self.features()?;
-        let found = match &mut self.engine.reader {
+        let found = match &mut self.engine.seer.reader {
             Reader::Queries(qformer) if qformer.reads_questions() => return Ok(()),
             Reader::Queries(qformer) => qformer.read(&features, None)?.remove(0).0,
             Reader::Stage1(stage1) => Arc::new(stage1.see(&features)?.remove(0).0.states),
@@ -93,7 +93,7 @@ impl Checker<'_> {
     fn seen(&mut self, written: &Written) -> Result<Option<Seen>, Error> {
         let queries: Array2<f32> = self.recorded(&self.case.queries)?;
         let features = self.features()?;
-        match &mut self.engine.reader {
+        match &mut self.engine.seer.reader {
             Reader::Stage1(stage1) => Ok(stage1.see(&features)?.remove(0).1.map(Seen::Cached)),
             Reader::Queries(qformer) => {
                 if let Some(ids) = &written.question_ids {
@@ -107,22 +107,21 @@ impl Checker<'_> {
     }
 
     fn stages_of_the_text(&mut self, task: Task, written: &Written) -> Result<(), Error> {
-        let prompt = self.engine.prompt(&task)?;
+        let prompt = self.engine.context().prompt(&task)?;
         self.check_equal("prompt", &prompt.ids, &written.prompt_ids);
         if let Some(seen) = self.seen(written)? {
             let logits: Array1<f32> = self.recorded(&written.first_logits)?;
-            let mut found = Vec::new();
             let prefix = Prefix { seen, prompt: written.prompt_ids.clone(), max_new_tokens: 1 };
-            self.engine.language().prefill(&[prefix], &mut found)?;
-            self.engine.language().clear();
+            let found = first_logits(self.engine.language(), prefix)?;
             self.check_relative("first_logits", found.iter(), logits.iter());
         }
         let picture = self.picture()?;
         let sights = self.engine.see(&[&picture])?;
         let generation = Generation { max_new_tokens: Some(written.max_new_tokens), ..Generation::default() };
-        let answer = self.engine.ask(&[Request { sight: &sights[0], task, generation }], |_, _| ())?.remove(0);
+        let request = Request { sight: &sights[0], task, generation };
+        let answer = self.engine.ask(&[request], |_, _| Flow::Continue(())).remove(0)?;
         self.check_equal("tokens", &answer.tokens, &written.tokens);
-        let decoded = self.engine.text().decode(&written.tokens);
+        let decoded = self.engine.context().decode(&written.tokens);
         let holds = decoded == written.text && answer.text == written.text;
         self.report("text", holds, format!("`{}`, recorded `{}`", answer.text, written.text));
         Ok(())
@@ -140,7 +139,7 @@ impl Checker<'_> {
         let picture = self.picture()?;
         let sight = self.engine.see(&[&picture])?.remove(0);
         let pairs: Vec<_> = texts.iter().map(|text| (&sight, text.text.as_str())).collect();
-        let together = self.engine.match_texts(&pairs)?;
+        let together = self.engine.seer().match_texts(&pairs)?;
         for (wanted, together) in texts.iter().zip(together) {
             let pair = self.pair(&wanted.input_ids)?;
             self.check_relative("itm_logits", pair.itm_logits.iter(), wanted.itm_logits.iter());
@@ -155,7 +154,7 @@ impl Checker<'_> {
         let states: Array2<f32> = self.recorded(&wanted.multimodal_states)?;
         self.check_relative("multimodal_states", pair.states.iter(), states.iter());
         let (features, text) = (self.features()?, TokenBatch::new(std::slice::from_ref(&wanted.input_ids), 0));
-        let Reader::Stage1(stage1) = &mut self.engine.reader else { return Ok(()) };
+        let Reader::Stage1(stage1) = &mut self.engine.seer.reader else { return Ok(()) };
         let (image, text) = (stage1.see(&features)?.remove(0).0, stage1.read(&text)?.remove(0));
         let embeds: Array2<f32> = self.recorded(&wanted.image_embeds)?;
         self.check_relative("image_embeds", image.queries.iter(), embeds.iter());
@@ -168,7 +167,7 @@ impl Checker<'_> {
     fn pair(&mut self, ids: &[TokenId]) -> Result<PairEmbedding, Error> {
         let features: Array2<f32> = self.recorded(&self.case.features)?;
         let text = TokenBatch::new(&[ids.to_vec()], 0);
-        match &mut self.engine.reader {
+        match &mut self.engine.seer.reader {
             Reader::Stage1(stage1) => Ok(stage1.compare(&[&features], &text)?.remove(0)),
             Reader::Queries(_) => Err(self.engine.bundle().require(TaskName::Match).err().map_or_else(
                 || golden::refused(self.engine.bundle(), golden::FILE, "matches texts, which this family cannot".into()).into(),
@@ -223,8 +222,20 @@ impl Checker<'_> {
     }
 }
 
+/// Logits behind a prefix; no request may be live.
+fn first_logits(model: &mut LanguageModel, prefix: Prefix) -> Result<Vec<f32>, RuntimeError> {
+    let room = model.room(&prefix);
+    if !model.reserve(room)? {
+        return Err(model.no_room(room));
+    }
+    model.prefill(&[prefix])?;
+    let found = model.scores(0..1)?.row(0).to_vec();
+    model.keep(&[]);
+    Ok(found)
+}
+
 fn failed(graph: &str, source: GraphError) -> RuntimeError {
-    RuntimeError::Failed { graph: graph.into(), doing: "copying", source }
+    RuntimeError::Failed { graph: graph.into(), doing: "copying", source: source.into() }
 }
 
 /// NaN counts as infinitely far away, and so does a missing value.

@@ -1,0 +1,177 @@
+//! The half that looks: pictures → what texts start from, and pictures beside texts.
+
+use std::sync::Arc;
+
+use ndarray::Array2;
+
+use super::context::Context;
+use crate::bundle::{Bundle, BundleError, Family};
+use crate::error::Error;
+use crate::language::Seen;
+use crate::pixels::{Picture, Pixels};
+use crate::prompt::{Prompt, PromptError};
+use crate::qformer::{Qformer, Queries, QueryCache};
+use crate::runtime::{Runtime, RuntimeError};
+use crate::stage1::{ImageEmbedding, Stage1};
+use crate::text::TokenBatch;
+use crate::timing::{Stage, Timings};
+use crate::vision::{ImageFeatures, Vision};
+
+/// The image encoder and the Q-Former. They belong to one thread.
+pub struct Seer {
+    pub(super) context: Arc<Context>,
+    pub(crate) vision: Vision,
+    pub(crate) reader: Reader,
+}
+
+/// What reads image features.
+pub(crate) enum Reader {
+    /// For a language model.
+    Queries(Qformer),
+    /// For comparing pictures with texts.
+    Stage1(Box<Stage1>),
+}
+
+/// A picture that was looked at once and can be asked about many times.
+#[derive(Clone, Debug)]
+pub struct Sight {
+    read: Read,
+    /// [`Context::fingerprint`] of the bundle that looked.
+    seen_by: u64,
+    timings: Timings,
+}
+
+/// What was made of the picture before anything was asked.
+#[derive(Clone, Debug)]
+enum Read {
+    /// Everything a language model needs.
+    Queries(Queries),
+    /// Features, for a Q-Former that reads questions too.
+    Features(Arc<Array2<f32>>),
+    /// Everything that stage 1 compares and continues.
+    Stage1 { features: Arc<Array2<f32>>, embedding: Arc<ImageEmbedding>, cached: Option<QueryCache> },
+}
+
+impl Seer {
+    /// What is known of the bundle.
+    pub fn context(&self) -> &Arc<Context> {
+        &self.context
+    }
+
+    /// Looks at pictures, all in one batch.
+    pub fn see(&mut self, pictures: &[&Picture]) -> Result<Vec<Sight>, Error> {
+        if pictures.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut timings = Timings::default();
+        let pixels = timings.time(Stage::Preprocess, || Pixels::from_pictures(pictures, &self.context.bundle.facts().image))?;
+        let features = timings.time(Stage::Vision, || self.vision.encode(pixels))?;
+        let read = timings.time(Stage::Qformer, || self.reader.read(&features))?;
+        let seen_by = self.context.fingerprint();
+        Ok(read.into_iter().map(|read| Sight { read, seen_by, timings: timings.clone() }).collect())
+    }
+
+    /// What texts behind prompts start from: made with each question in mind where the Q-Former reads it, all in one batch.
+    pub fn seen(&mut self, asked: &[(&Sight, &Prompt)]) -> Result<Vec<Seen>, Error> {
+        asked.iter().try_for_each(|(sight, _)| self.know(sight))?;
+        Ok(self.seen_together(asked)?)
+    }
+
+    /// As [`seen`](Self::seen), of pictures that this bundle saw.
+    pub(super) fn seen_together(&mut self, asked: &[(&Sight, &Prompt)]) -> Result<Vec<Seen>, RuntimeError> {
+        let Reader::Queries(qformer) = &mut self.reader else {
+            return Ok(asked.iter().filter_map(|(sight, _)| sight.seen()).collect());
+        };
+        let Some(facts) = &self.context.bundle.facts().qformer.text else {
+            return Ok(asked.iter().filter_map(|(sight, _)| sight.seen()).collect());
+        };
+        if asked.is_empty() {
+            return Ok(Vec::new());
+        }
+        let questions: Vec<_> = asked.iter().filter_map(|(_, prompt)| prompt.question_ids.clone()).collect();
+        let questions = TokenBatch::new(&questions, facts.pad);
+        let features: Vec<_> = asked.iter().filter_map(|(sight, _)| sight.features()).collect();
+        let features = ImageFeatures::from_rows(&features).map_err(|source| qformer.failed("copying features", source))?;
+        Ok(qformer.read(&features, Some(&questions))?.into_iter().map(Seen::Queries).collect())
+    }
+
+    /// Whether looking is over only when the question is known.
+    pub fn reads_questions(&self) -> bool {
+        matches!(&self.reader, Reader::Queries(qformer) if qformer.reads_questions())
+    }
+
+    /// Refuses what another bundle made of a picture.
+    pub(super) fn know(&self, sight: &Sight) -> Result<(), PromptError> {
+        if sight.seen_by == self.context.fingerprint() { Ok(()) } else { Err(PromptError::OtherBundle) }
+    }
+}
+
+impl Reader {
+    pub(super) fn open(runtime: &Runtime, bundle: &Bundle) -> Result<Self, BundleError> {
+        match bundle.facts().family {
+            Family::Qformer => Stage1::open(runtime, bundle).map(Box::new).map(Self::Stage1),
+            Family::DecoderOnly | Family::EncoderDecoder => Qformer::open(runtime, bundle).map(Self::Queries),
+        }
+    }
+
+    fn read(&mut self, features: &ImageFeatures) -> Result<Vec<Read>, RuntimeError> {
+        let rows = || {
+            let failed = |source: crate::runtime::GraphError| RuntimeError::Failed {
+                graph: "vision".into(),
+                doing: "copying",
+                source: source.into(),
+            };
+            features.rows().map_err(failed)
+        };
+        match self {
+            Self::Queries(qformer) if qformer.reads_questions() => {
+                Ok(rows()?.into_iter().map(|row| Read::Features(Arc::new(row))).collect())
+            }
+            Self::Queries(qformer) => Ok(qformer.read(features, None)?.into_iter().map(Read::Queries).collect()),
+            Self::Stage1(stage1) => {
+                let read = |(features, (embedding, cached)): (Array2<f32>, (ImageEmbedding, Option<QueryCache>))| Read::Stage1 {
+                    features: Arc::new(features),
+                    embedding: Arc::new(embedding),
+                    cached,
+                };
+                Ok(rows()?.into_iter().zip(stage1.see(features)?).map(read).collect())
+            }
+        }
+    }
+}
+
+impl Sight {
+    /// What a text about the picture starts from, where no question changes it.
+    pub fn seen(&self) -> Option<Seen> {
+        match &self.read {
+            Read::Queries(queries) => Some(Seen::Queries(queries.clone())),
+            Read::Stage1 { cached, .. } => cached.clone().map(Seen::Cached),
+            Read::Features(_) => None,
+        }
+    }
+
+    /// The picture in the space of pictures and texts, in a bundle that compares them.
+    pub fn embedding(&self) -> Option<&ImageEmbedding> {
+        match &self.read {
+            Read::Stage1 { embedding, .. } => Some(embedding),
+            Read::Queries(_) | Read::Features(_) => None,
+        }
+    }
+
+    /// How long it took to look.
+    pub fn timings(&self) -> &Timings {
+        &self.timings
+    }
+
+    /// Adds time that was spent on the picture before the engine saw it.
+    pub fn add_timings(&mut self, timings: &Timings) {
+        self.timings.merge(timings);
+    }
+
+    pub(super) fn features(&self) -> Option<&Array2<f32>> {
+        match &self.read {
+            Read::Features(features) | Read::Stage1 { features, .. } => Some(features),
+            Read::Queries(_) => None,
+        }
+    }
+}
