@@ -40,7 +40,7 @@ class Layers:
         words = self.read(name + "word_embeddings.weight", cfg.vocab_size, self.width)
         places = self.read(name + "position_embeddings.weight", cfg.max_position_embeddings, self.width)
         x = g.rows(words, ids)
-        end = g.op("Shape", [x], start=1, end=2)
+        end = g.n_tokens(ids, x)
         return str(g.op("Add", [x, g.op("Slice", [g.weight(places), g.constant([0]), end, g.constant([0])])]))
 
     def query_tokens(self, n_queries: int) -> np.ndarray:

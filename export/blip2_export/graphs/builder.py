@@ -189,6 +189,10 @@ class Graph(ABC):
         """The rows `ids` of a table as float32."""
 
     @abstractmethod
+    def n_tokens(self, ids: str, rows: str) -> str:
+        """int64 [1]: how many `ids` each text has, of which `rows` were picked."""
+
+    @abstractmethod
     def mask(self, real: str) -> Mask:
         """Of keys that are real where int32 [batch, keys] has a 1."""
 

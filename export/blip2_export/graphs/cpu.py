@@ -21,6 +21,9 @@ class CpuGraph(Graph):
         """16-bit rows are lifted after they are picked."""
         return self.lifted(self.op("Gather", [self.raw(table), ids], axis=0), table)
 
+    def n_tokens(self, ids: str, rows: str) -> str:
+        return self.op("Shape", [ids], start=1, end=2)
+
     def mask(self, real: str) -> Mask:
         return Mask(padding=real)
 

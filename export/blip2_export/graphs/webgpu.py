@@ -23,6 +23,10 @@ class WebGpuGraph(Graph):
         """The table is lifted whole when the graph loads: not every device has 16-bit numbers."""
         return self.op("Gather", [self.stored(table), ids], axis=0)
 
+    def n_tokens(self, ids: str, rows: str) -> str:
+        """Even the shape of int64 would be asked on the processor."""
+        return self.op("Shape", [rows], start=1, end=2)
+
     def mask(self, real: str) -> Mask:
         hidden = self.op("Gather", [self.constant([MASKED, 0], np.float32), real], axis=0)
         return Mask(bias=self.op("Unsqueeze", [hidden, self.constant([1, 2])]))
