@@ -68,7 +68,7 @@ class Graphs:
         lengths = np.array(list(map(len, prompts))) + (0 if opening is None else opening.shape[1])
         slots = self.slots(len(prompts), int(lengths.max()) + n_new, seen=seen)
         positions = np.tile(np.arange(lengths.max()), (len(prompts), 1))
-        logits = first = self.decode(slots, ids, positions, lengths, lengths[:, None] - 1, opening)[:, 0]
+        logits = first = slots.run(ids, positions, lengths, lengths[:, None] - 1, opening)[:, 0]
         live, written = np.arange(len(prompts)), [[] for _ in prompts]
         for _ in range(n_new):
             tokens = logits.argmax(-1)
@@ -79,7 +79,7 @@ class Graphs:
                 break
             slots.keep(going)
             live, lengths, new = live[going], lengths[going] + 1, tokens[going, None]
-            logits = self.decode(slots, new, lengths[:, None] - 1, lengths, np.zeros_like(new))[:, 0]
+            logits = slots.run(new, lengths[:, None] - 1, lengths, np.zeros_like(new))[:, 0]
         return first, written
 
     def encode(self, queries: np.ndarray, prompts: list[list[int]]) -> dict[str, np.ndarray]:
@@ -91,8 +91,4 @@ class Graphs:
         return {"encoder_lengths": lengths, **dict(zip(names, values, strict=True))}
 
     def slots(self, n_rows: int, capacity: int, n_idle: int = 2, seen: dict[str, np.ndarray] | None = None) -> Slots:
-        return Slots(self.facts, self.place, n_rows, capacity, n_idle, seen)
-
-    def decode(self, slots: Slots, *new: np.ndarray | None) -> np.ndarray:
-        """As `Slots.run`."""
-        return slots.run(self.sessions["decoder"], *new)
+        return Slots(self, n_rows, capacity, n_idle, seen)

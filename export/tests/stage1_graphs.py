@@ -42,7 +42,7 @@ class Stage1Graphs:
             positions = np.tile(np.arange(start, start + new.shape[1]), (len(live), 1))
             start += new.shape[1]
             lengths, last = np.full(len(live), n_queries + start), np.full((len(live), 1), new.shape[1] - 1)
-            logits = slots.run(self.sessions["decoder"], new, positions, lengths, last)[:, 0]
+            logits = slots.run(new, positions, lengths, last)[:, 0]
             picks = logits.argmax(-1)
             for row, step, pick in zip(live, logits, picks, strict=True):
                 steps[row].append(step)
@@ -57,7 +57,7 @@ class Stage1Graphs:
     def slots(self, features: np.ndarray, capacity: int, n_idle: int = 2) -> Slots:
         """A row for each picture, whose queries stand in the cache."""
         cache, seen = self.facts["language"]["kv_cache"], self.run("qformer", image_features=features)
-        slots = Slots(self.facts, self.place, len(features), capacity, n_idle)
+        slots = Slots(self, len(features), capacity, n_idle)
         for i in range(cache["n_layers"]):
             for part in ("key", "value"):
                 slots.put(cache[f"past_{part}"].format(i), seen[f"query.{i}.{part}"])

@@ -144,7 +144,7 @@ def test_flan_t5_decodes_alike_at_every_past_length(
     slots = graphs.slots(n_rows, sum(chunks) + 3, 2 if n_rows > 1 else 0, seen)
     for n in chunks:
         new, positions = slice(start, start + n), np.tile(np.arange(start, start + n), (n_rows, 1))
-        found = graphs.decode(slots, ids[:, new], positions, np.full(n_rows, start + n), positions - start)
+        found = slots.run(ids[:, new], positions, np.full(n_rows, start + n), positions - start)
         assert_close(found, wanted[:, new], f"logits behind {start} positions")
         start += n
 
@@ -166,7 +166,7 @@ def test_rows_in_any_slots_decode_as_they_would_alone_while_others_leave(case, s
     slots = graphs.slots(len(ids), ids.shape[1], n_idle=3, seen=seen)
     assert (slots.of_rows != np.arange(len(ids))).any() and slots.of_rows.max() >= len(ids), "rows lie in order"
     positions = np.tile(np.arange(lengths.max()), (len(ids), 1))
-    found = graphs.decode(slots, ids[:, : lengths.max()], positions, lengths, positions)
+    found = slots.run(ids[:, : lengths.max()], positions, lengths, positions)
     for row, length in enumerate(lengths):
         assert_close(found[row, :length], wanted[row, :length], f"row {row}")
     live = np.arange(len(ids))
@@ -175,7 +175,7 @@ def test_rows_in_any_slots_decode_as_they_would_alone_while_others_leave(case, s
         slots.keep(staying)
         live = live[staying]
         at = lengths[live, None]
-        found = graphs.decode(slots, np.take_along_axis(ids[live], at, axis=1), at, at[:, 0] + 1, np.zeros_like(at))
+        found = slots.run(np.take_along_axis(ids[live], at, axis=1), at, at[:, 0] + 1, np.zeros_like(at))
         for logits, row in zip(found, live, strict=True):
             assert_close(logits[0], wanted[row, lengths[row]], f"row {row} behind {lengths[row]} positions")
         lengths[live] += 1

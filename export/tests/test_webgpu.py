@@ -149,9 +149,9 @@ def test_only_places_of_new_positions_are_written_and_in_place(
         graphs, lengths = Graphs(folder, where), np.array([9, 4])
         slots, ids = graphs.slots(2, 16), np.random.default_rng(3).integers(5, 90, (2, 9))
         positions = np.tile(np.arange(9), (2, 1))
-        graphs.decode(slots, ids, positions, lengths, lengths[:, None] - 1)
+        slots.run(ids, positions, lengths, lengths[:, None] - 1)
         before = [where.fetch(buffer) for buffer in slots.past.values()]
-        graphs.decode(slots, ids[:, :1], lengths[:, None], lengths + 1, np.zeros((2, 1)))
+        slots.run(ids[:, :1], lengths[:, None], lengths + 1, np.zeros((2, 1)))
         caches.append([where.fetch(buffer) for buffer in slots.past.values()])
         idle = np.setdiff1d(np.arange(slots.n), slots.of_rows)
         for old, new in zip(before, caches[-1], strict=True):

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from blip2_export.graphs.builder import Graph, New
+from blip2_export.graphs.builder import Attend, Graph, New
 from blip2_export.graphs.heads import Heads
 from blip2_export.read.checkpoint import Checkpoint, CheckpointError
 
@@ -29,11 +29,9 @@ class Decoder:
 class Cached:
     """Attention of every layer over the cache."""
 
-    def __init__(
-        self, g: Graph, new: New, heads: Heads, scale: float, bias: str = "", rotary: tuple[np.ndarray, ...] = ()
-    ) -> None:
-        self._g, self._heads = g, heads
-        self._attend = g.over_cache(new, heads, scale, bias, rotary)
+    def __init__(self, g: Graph, heads: Heads, attend: Attend) -> None:
+        """`attend`: the graph's `over_cache`."""
+        self._g, self._heads, self._attend = g, heads, attend
 
     def attend(self, layer: int, qkv: str) -> str:
         """Of rows, whose packed projections are given."""

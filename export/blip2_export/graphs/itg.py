@@ -25,7 +25,8 @@ def build(out: Output, checkpoint: Checkpoint, cfg: Blip2QFormerConfig, data: Da
     width, vocab = cfg.hidden_size, cfg.vocab_size
     words = layers.read(WORDS, vocab, width)
     new = declare_inputs(g, words, reads_queries=False, offset=n_queries)
-    cached = Cached(g, new, layers.cached_heads, layers.heads.width**-0.5)
+    heads = layers.cached_heads
+    cached = Cached(g, heads, g.over_cache(new, heads, heads.width**-0.5))
     learned = layers.read("embeddings.position_embeddings.weight", cfg.max_position_embeddings, width)
     x = g.op("Add", [new.embeds, g.op("Gather", [g.weight(learned), new.positions], axis=0)])
     x = layers.embedding_norm(x)
@@ -38,7 +39,7 @@ def build(out: Output, checkpoint: Checkpoint, cfg: Blip2QFormerConfig, data: Da
     if HEAD_BIAS not in checkpoint.tied(BIAS):
         raise UnsupportedError(f"`{HEAD_BIAS}` is not equal to `{BIAS}`; which of them holds cannot be told")
     head = own_head(checkpoint, WORDS, HEAD, words.shape)
-    return finish(g, x, head, words, layers.cached_heads, cfg.num_hidden_layers, bias)
+    return finish(g, x, head, words, heads, cfg.num_hidden_layers, bias)
 
 
 def _attention(layers: Layers, cached: Cached, i: int, x: str) -> str:

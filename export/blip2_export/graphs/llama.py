@@ -65,7 +65,8 @@ def build(out: Output, checkpoint: Checkpoint, cfg: LlamaConfig) -> Decoder:
     new = declare_inputs(g, table, reads_queries=True)
     b = _Builder(g, checkpoint, cfg)
     rotary = _rotary_tables(cfg, b.heads.padded // 2)
-    x, cached = new.embeds, Cached(g, new, b.heads, b.heads.width**-0.5, rotary=rotary)
+    attend = g.over_cache(new, b.heads, b.heads.width**-0.5, rotary=rotary)
+    x, cached = new.embeds, Cached(g, b.heads, attend)
     for i in range(cfg.num_hidden_layers):
         x = b.layer(i, x, cached)
     x = b.norm("norm", select(g, x, cfg.hidden_size))

@@ -64,7 +64,7 @@ def build(out: Output, checkpoint: Checkpoint, cfg: OPTConfig) -> Decoder:
     width, narrow, vocab = cfg.hidden_size, cfg.word_embed_proj_dim, cfg.vocab_size
     table = b.read("embed_tokens.weight", vocab, narrow)
     new = declare_inputs(g, table, reads_queries=True)
-    x, cached = new.embeds, Cached(g, new, b.heads, b.heads.width**-0.5)
+    x, cached = new.embeds, Cached(g, b.heads, g.over_cache(new, b.heads, b.heads.width**-0.5))
     if narrow != width:
         x = g.linear(x, b.read("project_in.weight", width, narrow), None)
     learned = b.read("embed_positions.weight", cfg.max_position_embeddings + _POSITION_OFFSET, width)

@@ -139,7 +139,7 @@ def _decoder(g: Graph, checkpoint: Checkpoint, cfg: T5Config) -> Decoder:
     table = _table(checkpoint, cfg)
     new = declare_inputs(g, table, reads_queries=False)
     lengths = g.input("encoder_lengths", "int32", ["slots"])
-    cached = Cached(g, new, s.heads, 1.0, _cache_bias(s, new.positions))
+    cached = Cached(g, s.heads, g.over_cache(new, s.heads, 1.0, _cache_bias(s, new.positions)))
     x, read = new.embeds, g.mask_behind(lengths, "cross.0.key", 2)
     for i in range(cfg.num_decoder_layers):
         name = f"block.{i}.layer."
