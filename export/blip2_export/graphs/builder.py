@@ -121,7 +121,7 @@ class Graph(ABC):
         return names[0] if len(names) == 1 else names
 
     def constant(self, value: Any, dtype: type = np.int64) -> str:
-        """A small constant; equal ones are shared."""
+        """A constant; equal ones are shared."""
         array = np.asarray(value, dtype)
         key = (array.tobytes(), array.shape, array.dtype.str)
         if key not in self._constants:
@@ -244,12 +244,12 @@ class Graph(ABC):
 
     def count(self, end: str) -> str:
         """float32 0, 1, … below `end`, int64 [1] and at most the positions of the graph."""
-        numbers = self.raw(np.arange(self._n_positions, dtype=np.float32))
+        numbers = self.constant(np.arange(self._n_positions), np.float32)
         return self.op("Slice", [numbers, self.constant([0]), end])
 
     def int32(self, ids: str, below: int | None = None) -> str:
         """int64 ids from 0 as int32: positions of the graph, or numbers `below` another. A Gather runs on every device."""
-        return self.op("Gather", [self.raw(np.arange(below or self._n_positions, dtype=np.int32)), ids], axis=0)
+        return self.op("Gather", [self.constant(np.arange(below or self._n_positions), np.int32), ids], axis=0)
 
     def activation(self, x: str, name: str) -> str:
         """The activation that `transformers` calls `name`."""

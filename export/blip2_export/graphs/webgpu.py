@@ -1,7 +1,8 @@
 """Graphs that ONNX Runtime's WebGPU provider runs whole: every node on the device, weights folded to float32 when it loads.
 
-Attention is made of plain operators: the provider's own ones are wrong from 32 new positions on where subgroups are narrow
-(SwiftShader). Arithmetic on int64 and casts of it would run on the processor, so ids become other numbers by Gather.
+Attention is made of plain operators: where 32 queries or more meet as many keys, the provider's own are wrong on SwiftShader by
+a tenth, and they take no padding mask. Arithmetic on int64 and casts of it would run on the processor, so ids become other numbers
+by Gather.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ class WebGpuGraph(Graph):
     def _attention(self, q: str, kv: list[str], heads: Heads, mask: str, scale: float) -> str:
         """Keys and values by heads stay as they are: it is the queries that are turned, which in a step are few."""
         n, n_kv, width = heads.n, heads.n_kv, heads.padded
-        q = self.op("Mul", [q, self.constant(scale, np.float32)])
+        if scale != 1:
+            q = self.op("Mul", [q, self.constant(scale, np.float32)])
         q = self.op("Reshape", [q, self.constant([0, 0, n_kv, n // n_kv, width])])
         q = self.op("Transpose", [q], perm=[0, 2, 4, 3, 1])
         q = self.op("Reshape", [q, self.constant([0, 0, 0, -1])])
