@@ -3,13 +3,15 @@
 
 PYTHON ?= python3
 MODEL_PYTHON := export/.venv/bin/python
-WORK ?= target/demo
+SWIFTSHADER := target/swiftshader
 SCENES ?= 1000
 GENERATIONS ?= 10000
 FUZZ_COUNT ?= 100000
+SHAPE ?= medium
+ROUNDS ?= 5
 
 .DEFAULT_GOAL := help
-.PHONY: help run setup setup-export build test test-rust test-python fmt demo-models evaluate parity fuzz clean
+.PHONY: help run setup setup-webgpu setup-export build test test-rust test-python fmt demo-models evaluate parity bench fuzz clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -23,6 +25,19 @@ setup: .venv/.stamp ## ONNX Runtime for the engine
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r export/runtime.txt
 	touch $@
+
+setup-webgpu: .venv/.webgpu $(SWIFTSHADER)/.stamp ## the WebGPU plugin, and a device in software to test it on
+
+.venv/.webgpu: .venv/.stamp export/webgpu.txt
+	-.venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r export/webgpu.txt && touch $@
+	@test -e $@ || echo "skipped: no WebGPU plugin for this system"
+
+# Debian's browser brings a Vulkan device that needs no GPU; it is unpacked, not installed, so that nobody has to be root.
+$(SWIFTSHADER)/.stamp:
+	mkdir -p $(SWIFTSHADER)
+	-cd $(SWIFTSHADER) && apt-get download -qq chromium-common && dpkg -x *.deb . && \
+		mv usr/lib/chromium/*vk_swiftshader* usr/lib/chromium/libvulkan.so.1 . && rm -r *.deb usr && touch .stamp
+	@test -e $@ || echo "skipped: no software device, for apt-get cannot download chromium-common here"
 
 setup-export: export/.venv/.stamp ## PyTorch and transformers for export/
 
@@ -51,6 +66,7 @@ fmt: setup-export ## format Rust and Python
 	cargo fmt
 	cd export && .venv/bin/ruff format . && .venv/bin/ruff check --fix .
 
+demo-models: WORK ?= target/demo
 demo-models: setup-export ## train the models of models/ from nothing (hours; goes on after a kill)
 	$(call demo,demo-opt,--stage stage2 --llm opt)
 	$(call demo,demo-t5,--stage stage2 --llm t5)
@@ -69,6 +85,10 @@ evaluate: setup-export setup build ## how true every bundle under models/ is on 
 
 parity: setup-export setup build ## GENERATIONS texts of random checkpoints of every family in the engine and in transformers
 	PYTHONPATH=export $(MODEL_PYTHON) -m blip2_export parity --all --generations $(GENERATIONS)
+
+bench: WORK ?= target/bench
+bench: setup-export setup build ## the engine and transformers in turns on a random model of SHAPE, ROUNDS times; models stay in WORK
+	PYTHONPATH=export $(MODEL_PYTHON) -m blip2_export bench --shape $(SHAPE) --rounds $(ROUNDS) --work $(WORK)
 
 fuzz: ## FUZZ_COUNT damaged pictures of all formats: none panics, takes 2 seconds or 1 GB
 	FUZZ_COUNT=$(FUZZ_COUNT) cargo test --release --locked --test fuzz -- --ignored --nocapture --test-threads=1

@@ -34,6 +34,7 @@
 //! - Knowledge of the language model's family begins at [`language::Prefix`].
 //! - One loop ([`decode::StepLoop`]) drives every live request; the same request gives the same tokens alone and beside others.
 //! - The KV cache is written in place; a decode step allocates no tensor.
+//! - Tensors stay where graphs run. Copies between host and device happen where tensors are bound, and are counted.
 //! - A provider that was asked for runs or is an error, never a quiet CPU run.
 //!
 //! # To add X, touch Y
@@ -42,7 +43,7 @@
 //! |---|---|
 //! | a checkpoint of a known shape | nothing here: a bundle |
 //! | a language model of a new shape | a [`bundle::Family`], what its decoder reads first in `language/mod.rs`, its graph in `export/` |
-//! | an execution provider | `runtime/provider.rs`, a feature in `Cargo.toml` |
+//! | an execution provider | `runtime/provider.rs`, a feature in `Cargo.toml`; one that is a plugin: a line in `runtime/plugin.rs` |
 //! | a decoding strategy | `decode/<name>.rs` with a [`decode::Search`] |
 //! | a command | `cli/<name>.rs`, a variant in `cli/args.rs` |
 

@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use blip2::Error;
+use blip2::bundle::BundleError;
 use blip2::cli::{self, Failure};
 use blip2::prompt::PromptError;
 use blip2::runtime::UnavailableError;
@@ -37,7 +38,7 @@ fn of_engine(error: &Error) -> u8 {
         Error::Runtime(_) => 1,
         Error::Strategy(_) | Error::Prompt(PromptError::Template(_)) | Error::Unavailable(UnavailableError::Threads(_)) => 2,
         Error::Picture(_) | Error::Prompt(_) | Error::NoSuchRequest(_) => 3,
+        Error::Unavailable(_) | Error::Bundle(BundleError::Unfit { .. }) => 5,
         Error::Bundle(_) => 4,
-        Error::Unavailable(_) => 5,
     }
 }

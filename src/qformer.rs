@@ -3,16 +3,16 @@
 
 use std::sync::Arc;
 
-use ndarray::{Array2, Array3};
+use ndarray::{Array2, Axis};
 
 use crate::bundle::{Bundle, BundleError};
-use crate::runtime::{Cancel, Graph, GraphError, Place, Runtime, RuntimeError, Tensor};
+use crate::runtime::{Cancel, Graph, GraphError, Mover, Place, Row, Runtime, RuntimeError, Tensor};
 use crate::text::TokenBatch;
-use crate::vision::ImageFeatures;
+use crate::vision::{ImageFeatures, PictureFeatures};
 
-/// `[queries, hidden]` of one picture, projected to the language model's width. Cheap to clone.
+/// `[queries, hidden]` of one picture, projected to the language model's width, in the batch that was read together. Cheap to clone.
 #[derive(Clone, Debug)]
-pub struct Queries(pub Arc<Array2<f32>>);
+pub struct Queries(pub Row);
 
 /// Keys and values of the query tokens in every self-attention layer, for the Q-Former's own text. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -25,6 +25,7 @@ pub struct QueryCache {
 #[derive(Debug)]
 pub struct Qformer {
     graph: Graph,
+    mover: Mover,
     reads_questions: bool,
 }
 
@@ -32,7 +33,7 @@ impl Qformer {
     /// Loads the graph.
     pub fn open(runtime: &Runtime, bundle: &Bundle) -> Result<Self, BundleError> {
         let reads_questions = bundle.facts().qformer.text.is_some();
-        Ok(Self { graph: Graph::open(runtime, bundle, "qformer")?, reads_questions })
+        Ok(Self { graph: Graph::open(runtime, bundle, "qformer")?, mover: Mover::new(runtime), reads_questions })
     }
 
     /// Whether queries depend on the question.
@@ -52,13 +53,26 @@ impl Qformer {
 
     /// Reads a batch; one [`Queries`] per picture. A Q-Former that reads questions needs one for each picture.
     pub fn read(&mut self, features: &ImageFeatures, questions: Option<&TokenBatch>) -> Result<Vec<Queries>, RuntimeError> {
-        let mut inputs = vec![("image_features", &features.0)];
+        let mut inputs = vec![("image_features", &*features.0)];
         let question = questions.map(|questions| ids_and_mask(&self.graph, questions)).transpose()?;
         if let Some((ids, mask)) = &question {
             inputs.extend([("question_ids", ids), ("question_mask", mask)]);
         }
-        let queries: Array3<f32> = self.graph.run(&inputs, Place::Host)?.array("queries")?;
-        Ok(queries.outer_iter().map(|row| Queries(Arc::new(row.to_owned()))).collect())
+        let queries = self.graph.run(&inputs, Place::Device)?.finite("queries")?;
+        Ok(Row::all(Arc::new(queries)).map(Queries).collect())
+    }
+
+    /// As [`read`](Self::read), of pictures that may come from several batches.
+    ///
+    /// # Panics
+    /// If there are none.
+    pub fn read_pictures(
+        &mut self,
+        pictures: &[&PictureFeatures],
+        questions: Option<&TokenBatch>,
+    ) -> Result<Vec<Queries>, RuntimeError> {
+        let features = ImageFeatures::stack(&mut self.mover, pictures)?;
+        self.read(&features, questions)
     }
 }
 
@@ -66,6 +80,19 @@ impl Qformer {
 pub(crate) fn ids_and_mask(graph: &Graph, texts: &TokenBatch) -> Result<(Tensor, Tensor), RuntimeError> {
     let tensor = |values| Tensor::from_i64(values).map_err(|source| graph.failed("copying token ids", source));
     Ok((tensor(texts.ids.clone())?, tensor(texts.mask.clone())?))
+}
+
+impl Queries {
+    /// From values on the host.
+    pub fn on_host(values: Array2<f32>) -> Result<Self, GraphError> {
+        let tensor = Tensor::from_f32(values.insert_axis(Axis(0)))?;
+        Ok(Self(Row::all(Arc::new(tensor)).next().expect("a tensor of one row has a row")))
+    }
+
+    /// Query tokens.
+    pub fn n_queries(&self) -> usize {
+        self.0.shape()[0]
+    }
 }
 
 impl QueryCache {

@@ -5,9 +5,9 @@ use ndarray::{Array2, Array3, Axis};
 
 use crate::bundle::{Bundle, BundleError, query_cache};
 use crate::qformer::{QueryCache, ids_and_mask};
-use crate::runtime::{Cancel, Graph, Place, Runtime, RuntimeError};
+use crate::runtime::{Cancel, Graph, Mover, Place, Runtime, RuntimeError};
 use crate::text::TokenBatch;
-use crate::vision::ImageFeatures;
+use crate::vision::{ImageFeatures, PictureFeatures};
 
 /// A picture in the space of pictures and texts.
 #[derive(Clone, Debug, PartialEq)]
@@ -40,6 +40,7 @@ pub struct Stage1 {
     qformer: Graph,
     text: Graph,
     pair: Graph,
+    mover: Mover,
     /// Outputs that hold the queries' keys and values, in the decoder's order; none where nothing writes.
     cached: Vec<String>,
 }
@@ -74,7 +75,8 @@ impl Stage1 {
         let cache = bundle.facts().language.as_ref().map(|language| &language.kv_cache);
         let cached = cache.into_iter().flat_map(|cache| cache.tensors()).map(|(layer, side)| query_cache(layer, side));
         let open = |graph| Graph::open(runtime, bundle, graph);
-        Ok(Self { qformer: open("qformer")?, text: open("qformer_text")?, pair: open("qformer_itm")?, cached: cached.collect() })
+        let (qformer, text, pair) = (open("qformer")?, open("qformer_text")?, open("qformer_itm")?);
+        Ok(Self { qformer, text, pair, mover: Mover::new(runtime), cached: cached.collect() })
     }
 
     /// Lets `cancel` stop every later run.
@@ -86,7 +88,8 @@ impl Stage1 {
 
     /// Reads a batch of pictures; with each embedding comes what the Q-Former's own text starts from, where it can write.
     pub fn see(&mut self, features: &ImageFeatures) -> Result<Vec<(ImageEmbedding, Option<QueryCache>)>, RuntimeError> {
-        let mut outputs = self.qformer.run(&[("image_features", &features.0)], Place::Host)?;
+        let place = |name: &str| if self.cached.iter().any(|cached| cached == name) { Place::Device } else { Place::Host };
+        let mut outputs = self.qformer.run_to(&[("image_features", &features.0)], place)?;
         let states: Array3<f32> = outputs.array("query_states")?;
         let queries: Array3<f32> = outputs.array("image_embeds")?;
         let cached = QueryCache::rows(self.cached.iter().map(|name| outputs.take(name)).collect());
@@ -105,11 +108,11 @@ impl Stage1 {
         Ok(embeds.outer_iter().map(|text| TextEmbedding { pooled: text.row(0).to_vec() }).collect())
     }
 
-    /// Reads pictures, `[positions, hidden]` each, together with as many texts.
-    pub fn compare(&mut self, features: &[&Array2<f32>], texts: &TokenBatch) -> Result<Vec<PairEmbedding>, RuntimeError> {
-        let features = ImageFeatures::from_rows(features).map_err(|source| self.pair.failed("copying features", source))?;
+    /// Reads pictures together with as many texts.
+    pub fn compare(&mut self, pictures: &[&PictureFeatures], texts: &TokenBatch) -> Result<Vec<PairEmbedding>, RuntimeError> {
+        let features = ImageFeatures::stack(&mut self.mover, pictures)?;
         let (ids, mask) = ids_and_mask(&self.pair, texts)?;
-        let inputs = [("image_features", &features.0), ("input_ids", &ids), ("attention_mask", &mask)];
+        let inputs = [("image_features", &*features.0), ("input_ids", &ids), ("attention_mask", &mask)];
         let mut outputs = self.pair.run(&inputs, Place::Host)?;
         let logits: Array2<f32> = outputs.array("itm_logits")?;
         let states: Array3<f32> = outputs.array("multimodal_states")?;

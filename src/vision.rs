@@ -1,14 +1,20 @@
 //! [`Pixels`] → [`ImageFeatures`]: the frozen image encoder.
 
-use ndarray::{Array2, ArrayView2, Axis, Ix3};
+use std::sync::Arc;
+
+use ndarray::Array3;
 
 use crate::bundle::{Bundle, BundleError};
 use crate::pixels::Pixels;
-use crate::runtime::{Cancel, Graph, GraphError, Place, Runtime, RuntimeError, Tensor};
+use crate::runtime::{Cancel, Graph, GraphError, Mover, Place, Row, Runtime, RuntimeError, Tensor};
 
 /// `[batch, positions, hidden]`: class token and patches after the last layer norm. They stay where the graph runs.
-#[derive(Debug)]
-pub struct ImageFeatures(pub Tensor);
+#[derive(Clone, Debug)]
+pub struct ImageFeatures(pub Arc<Tensor>);
+
+/// `[positions, hidden]` of one picture, in the batch that it was encoded in. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct PictureFeatures(pub Row);
 
 /// The image encoder.
 #[derive(Debug)]
@@ -29,24 +35,27 @@ impl Vision {
     pub fn encode(&mut self, pixels: Pixels) -> Result<ImageFeatures, RuntimeError> {
         let pixels = Tensor::from_f32(pixels.0).map_err(|source| self.0.failed("copying pixels", source))?;
         let mut outputs = self.0.run(&[("pixel_values", &pixels)], Place::Device)?;
-        Ok(ImageFeatures(outputs.take("image_features")))
+        Ok(ImageFeatures(Arc::new(outputs.take("image_features"))))
     }
 }
 
 impl ImageFeatures {
-    /// Puts pictures, `[positions, hidden]` each, into one batch.
-    ///
-    /// # Panics
-    /// If their shapes differ.
-    pub fn from_rows(rows: &[&Array2<f32>]) -> Result<Self, GraphError> {
-        let views: Vec<ArrayView2<'_, f32>> = rows.iter().map(|row| row.view()).collect();
-        let batch = ndarray::stack(Axis(0), &views).expect("features of one image encoder have one shape");
-        Tensor::from_f32(batch).map(Self)
+    /// From values on the host.
+    pub fn on_host(values: Array3<f32>) -> Result<Self, GraphError> {
+        Tensor::from_f32(values).map(Arc::new).map(Self)
     }
 
-    /// The pictures one by one, on the host.
-    pub fn rows(&self) -> Result<Vec<Array2<f32>>, GraphError> {
-        let all = self.0.to_f32()?.into_dimensionality::<Ix3>().expect("the rank was checked when the graph was opened");
-        Ok(all.outer_iter().map(|row| row.to_owned()).collect())
+    /// Puts pictures into one batch, where they lie.
+    ///
+    /// # Panics
+    /// If there are none, or their shapes differ.
+    pub fn stack(mover: &mut Mover, pictures: &[&PictureFeatures]) -> Result<Self, RuntimeError> {
+        let rows: Vec<&Row> = pictures.iter().map(|picture| &picture.0).collect();
+        mover.stack(&rows).map(Self)
+    }
+
+    /// The pictures one by one.
+    pub fn rows(&self) -> impl ExactSizeIterator<Item = PictureFeatures> {
+        Row::all(self.0.clone()).map(PictureFeatures)
     }
 }

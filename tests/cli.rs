@@ -24,7 +24,7 @@ fn sample(index: usize) -> String {
 
 fn command<I: AsRef<OsStr>>(args: impl IntoIterator<Item = I>) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_blip2"));
-    command.args(args).env_remove("BLIP2_MODEL").current_dir(root());
+    command.args(args).env_remove("BLIP2_MODEL").env("BLIP2_PROVIDER", "cpu").current_dir(root());
     command
 }
 
@@ -438,7 +438,7 @@ fn a_wrong_command_line_is_explained() {
     fails(["caption"], 2, "IMAGE");
     fails(["ask", &sample(0)], 2, "QUESTION");
     fails(["paint", &sample(0)], 2, "unrecognized subcommand");
-    fails(["caption", "--provider", "abacus", &sample(0)], 2, "auto, cpu, cuda and tensorrt are known");
+    fails(["caption", "--provider", "abacus", &sample(0)], 2, "auto, cpu, cuda, tensorrt, webgpu, openvino are known");
     fails(["caption", "--threads", "0", &sample(0)], 2, "threads");
     fails(["caption", "--threads", "100000", &sample(0)], 2, "100000 threads");
     fails(["caption", "--max-new-tokens", "3", "--min-new-tokens", "4", &sample(0)], 2, "at least 4 new tokens are wanted, and 3");
@@ -466,9 +466,13 @@ fn what_the_machine_lacks_is_named() {
     assert_eq!(output.status.code(), Some(5));
     let doctor = works(["doctor"]);
     assert!(doctor.contains("ONNX Runtime 1.") && doctor.contains("cpu          usable"), "{doctor}");
-    for provider in ["cuda", "tensorrt"] {
+    let chosen = command(["caption", &sample(0)]).env_remove("BLIP2_PROVIDER").output().unwrap();
+    let taken = doctor.lines().find_map(|line| line.strip_prefix("auto         takes ")).unwrap();
+    assert!(err(&chosen).starts_with(&format!("blip2: runs on {taken}")) && err(&chosen).lines().count() == 1, "{}", err(&chosen));
+    assert!(taken == "tensorrt" || err(&chosen).contains("tensorrt: "), "why not the others: {}", err(&chosen));
+    for provider in ["cuda", "tensorrt", "webgpu", "openvino"] {
         if doctor.lines().any(|line| line.starts_with(provider) && line.contains("not usable")) {
-            fails(["caption", "--provider", provider, &sample(0)], 5, "`blip2 doctor` lists what is");
+            fails(["caption", "--provider", provider, &sample(0)], 5, &format!("provider `{provider}` "));
             fails(["doctor", "--provider", provider], 5, "usable");
         }
     }

@@ -75,10 +75,10 @@ fn order(engine: &mut Engine, random: &mut Random, sight: &Sight, index: usize) 
         Work::Read(answers.iter().map(|answer| engine.context().candidate(&prompt, answer).unwrap().ids).collect())
     } else {
         // Nothing ends the text before its time, or the model's own end tokens do.
-        let min_new_tokens = if index % 2 == 0 { max_new_tokens } else { 0 };
+        let min_new_tokens = if index.is_multiple_of(2) { max_new_tokens } else { 0 };
         let processors = Processors { min_new_tokens, ..Processors::default() };
-        let log_probs = (index % 3 == 0).then_some(2);
-        Work::Write(Generation { processors, strategy: strategy(random), log_probs, ..Generation::default() })
+        let log_probs = index.is_multiple_of(3).then_some(2);
+        Work::Write(Box::new(Generation { processors, strategy: strategy(random), log_probs, ..Generation::default() }))
     };
     let max_new_tokens = if matches!(work, Work::Read(_)) { room.min(16) } else { max_new_tokens };
     Order { prefix: Prefix { seen, prompt: prompt.ids, max_new_tokens }, work, warnings: Vec::new(), timings: Default::default() }

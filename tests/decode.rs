@@ -7,13 +7,8 @@ use std::convert::Infallible;
 use std::ops::Range;
 
 use blip2::decode::{
-<<<<<<< HEAD
-    Beam, BeamOptions, BeamSample, EarlyStopping, Ends, Greedy, GreedyOptions, Model, Pick, Processors, Room, Sample,
-    SampleOptions, Scores, Search, StepLoop, TokenId, Warpers,
-=======
-    Beam, BeamOptions, BeamSample, EarlyStopping, Ends, Forced, Greedy, GreedyOptions, Model, Pick, Processors, Random, Sample,
-    SampleOptions, Scores, Search, StepLoop, Stop, TokenId, Warpers, log_softmax,
->>>>>>> decode
+    Beam, BeamOptions, BeamSample, EarlyStopping, Ends, Forced, Greedy, GreedyOptions, Model, Pick, Processors, Random, Room,
+    Sample, SampleOptions, Scores, Search, StepLoop, Stop, TokenId, Warpers, log_softmax,
 };
 use serde_json::Value;
 

@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "convert": {"read", "graphs", "bundle"},
     "scenes": {"engine"},
     "check": {"read", "reference", "bundle", "scenes", "engine", "vocabulary"},
+    "measure": {"read", "graphs", "reference", "bundle", "engine", "check"},
     "train": {"graphs", "scenes", "vocabulary"},
 }
 

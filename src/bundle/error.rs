@@ -129,6 +129,21 @@ pub enum BundleError {
         /// What ONNX Runtime says.
         reason: String,
     },
+    /// The provider that was asked for does not run all of a graph.
+    #[error(
+        "{}: {graph} does not fit provider {provider}: {reason}; convert the checkpoint for it, choose another, or give --allow-fallback",
+        .folder.display()
+    )]
+    Unfit {
+        /// The bundle.
+        folder: PathBuf,
+        /// Name of the graph.
+        graph: String,
+        /// Name of the provider.
+        provider: String,
+        /// What it does not run.
+        reason: String,
+    },
     /// The tokenizer file is not understood.
     #[error("{}: {file} is not a tokenizer: {reason}", .folder.display())]
     Tokenizer {

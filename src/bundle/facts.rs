@@ -343,6 +343,9 @@ impl Dtype {
         matches!(self, Self::Float32 | Self::Float16 | Self::Bfloat16)
     }
 
+    /// Every type.
+    pub const ALL: [Self; 5] = [Self::Float32, Self::Float16, Self::Bfloat16, Self::Int64, Self::Int32];
+
     /// Bytes of one element.
     pub fn size(self) -> usize {
         match self {

@@ -17,9 +17,6 @@ pub const MAX_TOKENIZER_BYTES: u64 = 64 << 20;
 /// Largest `golden.json`.
 pub const MAX_GOLDEN_BYTES: u64 = 16 << 20;
 
-/// Where TensorRT keeps what it built.
-const BUILT: &str = ".tensorrt";
-
 impl Bundle {
     /// The whole content of a file of at most `limit` bytes.
     pub fn read(&self, file: &str, limit: u64) -> Result<Vec<u8>, BundleError> {
@@ -39,7 +36,16 @@ impl Bundle {
         Ok(())
     }
 
-    /// Files in the folder that the facts do not list; nothing reads them. What TensorRT built there does not count.
+    /// One hash of what all files are called and hold: the same for the same bundle wherever it lies.
+    pub fn hash(&self) -> String {
+        let mut hasher = Sha256::new();
+        for (file, facts) in &self.facts.files {
+            hasher.update(format!("{file} {}\n", facts.sha256));
+        }
+        hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    /// Files in the folder that the facts do not list; nothing reads them.
     pub fn unlisted(&self) -> Vec<String> {
         let (mut folders, mut found) = (vec![PathBuf::new()], Vec::new());
         while let Some(folder) = folders.pop() {
@@ -47,7 +53,7 @@ impl Bundle {
                 let inside = folder.join(entry.file_name());
                 let name = inside.to_string_lossy().replace('\\', "/");
                 match entry.file_type() {
-                    _ if name == FACTS || name == BUILT => {}
+                    _ if name == FACTS => {}
                     Ok(kind) if kind.is_dir() => folders.push(inside),
                     _ if self.facts.files.contains_key(&name) => {}
                     _ => found.push(name),

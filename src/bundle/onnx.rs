@@ -3,7 +3,7 @@
 //!
 //! Field numbers are those of `onnx.proto`; fields that do not matter here are not named and so never read.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use prost::Message;
@@ -127,6 +127,17 @@ impl Bundle {
         }
         self.check_opsets(&opsets)?;
         Ok(n_words)
+    }
+
+    /// The operators that a graph needs.
+    ///
+    /// # Panics
+    /// As [`graph`](Self::graph).
+    pub fn operators(&self, graph: &str) -> Result<BTreeSet<String>, BundleError> {
+        let file = &self.graph(graph).file;
+        let not_onnx = |error: prost::DecodeError| self.refused(file, format!("is not an ONNX file: {error}"));
+        let model = ModelProto::decode(self.read(file, MAX_GRAPH_BYTES)?.as_slice()).map_err(not_onnx)?;
+        Ok(model.graph.into_iter().flat_map(|graph| graph.node).map(|node| node.op_type).collect())
     }
 
     fn check_opsets(&self, used: &BTreeMap<String, i64>) -> Result<(), BundleError> {

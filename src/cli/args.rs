@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use clap::{Parser, Subcommand};
 
 use super::Failure;
+use super::plain::plain;
 use crate::bundle::{Bundle, GenerationFacts, TaskName};
 use crate::decode::{EarlyStopping, Processors, Strategy, Warpers};
 use crate::engine::{Engine, Generation};
@@ -314,10 +315,10 @@ pub(super) struct ModelFolder {
 pub(super) struct Model {
     #[command(flatten)]
     pub folder: ModelFolder,
-    /// Where graphs run: auto, cpu, cuda or tensorrt; auto takes the first that works of tensorrt, cuda and cpu
-    #[arg(long, value_name = "NAME", default_value_t = ProviderChoice::Auto)]
+    /// Where graphs run: auto, cpu, cuda, tensorrt, webgpu or openvino; auto takes the first that works of tensorrt, cuda and cpu
+    #[arg(long, value_name = "NAME", env = "BLIP2_PROVIDER", default_value_t = ProviderChoice::Auto)]
     pub provider: ProviderChoice,
-    /// Which GPU
+    /// Which of the provider's devices
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub device: u32,
     /// Threads inside an operator; one a core if absent
@@ -326,7 +327,13 @@ pub(super) struct Model {
     /// ONNX Runtime's library or its folder; searched for if absent (ORT_DYLIB_PATH, beside the executable, virtual environments)
     #[arg(long, value_name = "PATH")]
     pub onnxruntime: Option<PathBuf>,
-    /// Where TensorRT keeps built engines [default: .tensorrt in the bundle]
+    /// The library of the provider's plugin, or its folder; searched for if absent (beside ONNX Runtime, virtual environments)
+    #[arg(long, value_name = "PATH", env = "BLIP2_EP_LIBRARY", hide_short_help = true)]
+    pub ep_library: Option<PathBuf>,
+    /// Let operators that the named provider does not have run on the processor
+    #[arg(long, hide_short_help = true)]
+    pub allow_fallback: bool,
+    /// Where TensorRT keeps built engines [default: blip2/tensorrt in the user's cache folder]
     #[arg(long, value_name = "DIR", hide_short_help = true)]
     pub cache: Option<PathBuf>,
     /// Memory for the KV cache and logits of the texts that are written together [default: three quarters of what is free; on a GPU, all]
@@ -340,9 +347,18 @@ impl Model {
         Ok(Bundle::open(&self.folder.path())?)
     }
 
+    /// What graphs run on. Where nobody named it, standard error says what it is, and why it is nothing faster.
+    pub fn runtime(&self) -> Result<Runtime, Error> {
+        let runtime = Runtime::load(&self.into())?;
+        if self.provider == ProviderChoice::Auto {
+            eprintln!("blip2: runs on {}", plain(&runtime.choice().to_string()));
+        }
+        Ok(runtime)
+    }
+
     /// Loads a bundle's graphs where the user wants them.
     pub fn load(&self, bundle: Bundle) -> Result<Engine, Error> {
-        Engine::load(bundle, Runtime::load(&self.into())?)
+        Engine::load(bundle, self.runtime()?)
     }
 }
 
@@ -359,6 +375,8 @@ impl From<&Model> for RuntimeOptions {
             provider: model.provider,
             device: model.device,
             threads: model.threads,
+            ep_library: model.ep_library.clone(),
+            allow_fallback: model.allow_fallback,
             cache: model.cache.clone(),
             max_cache_bytes: model.max_cache_bytes,
         }

@@ -3,6 +3,7 @@
 use std::io::{Write as _, stdout};
 
 use super::args::Doctor;
+use super::plain::plain;
 use super::{Failure, chain};
 use crate::bundle::Bundle;
 use crate::error::Error;
@@ -20,15 +21,17 @@ pub(super) fn run(command: &Doctor) -> Result<(), Failure> {
     let library = runtime.library();
     writeln!(out, "ONNX Runtime {}, {} ({})", library.version, library.path.display(), library.source)?;
     let mut usable = Vec::new();
-    for provider in Provider::ALL {
+    for provider in Provider::all() {
         match runtime.probe(provider) {
             Ok(()) => {
                 writeln!(out, "{:12} usable", provider.to_string())?;
                 usable.push(provider);
             }
-            Err(error) => writeln!(out, "{:12} not usable: {}", provider.to_string(), reason(&error))?,
+            Err(error) => writeln!(out, "{:12} not usable: {}", provider.to_string(), plain(&error.reason()))?,
         }
     }
+    let auto = Provider::AUTO.into_iter().find(|provider| usable.contains(provider)).unwrap_or(Provider::Cpu);
+    writeln!(out, "auto         takes {auto}")?;
     let folder = command.model.folder.path();
     match Bundle::open(&folder) {
         Ok(bundle) => writeln!(out, "bundle       {}: {} is complete", folder.display(), bundle.facts().name)?,
@@ -39,10 +42,6 @@ pub(super) fn run(command: &Doctor) -> Result<(), Failure> {
         ProviderChoice::Only(asked) if !usable.contains(&asked) => Err(Failure::Nothing),
         _ => Ok(()),
     }
-}
-
-fn reason(error: &(dyn std::error::Error + 'static)) -> String {
-    error.source().map_or_else(|| error.to_string(), chain)
 }
 
 /// Those that decide how fast int8 and float32 run.

@@ -7,7 +7,6 @@ use super::args::Verify;
 use crate::bundle::Bundle;
 use crate::engine::Engine;
 use crate::error::Error;
-use crate::runtime::Runtime;
 use crate::verify;
 
 pub(super) fn run(command: &Verify) -> Result<(), Failure> {
@@ -25,7 +24,7 @@ pub(super) fn run(command: &Verify) -> Result<(), Failure> {
         eprintln!("blip2: {}: {file:?} is not listed in bundle.json; nothing reads it", folder.display());
     }
 
-    let runtime = Runtime::load(&(&command.model).into()).map_err(Error::from)?;
+    let runtime = command.model.runtime()?;
     let mut engine = Engine::load(bundle, runtime)?;
     writeln!(out, "ok    graphs load on {} and are what bundle.json says", engine.runtime().provider())?;
     if !verify::has_golden(&engine) {

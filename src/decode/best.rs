@@ -81,20 +81,39 @@ fn best_first(a: &Scored, b: &Scored) -> std::cmp::Ordering {
     b.score.total_cmp(&a.score).then(a.at.cmp(&b.at))
 }
 
-/// How many of `keys`, walked from the smallest, go by while the sum of their weights, begun at `sum`, `holds`. Afterwards they stand in front.
-pub(super) fn walk(mut keys: &mut [u64], mut sum: f64, weight: impl Fn(u64) -> f32, holds: impl Fn(f32) -> bool) -> usize {
-    let mut done = 0;
-    while !keys.is_empty() {
-        let half = keys.len().div_ceil(2);
-        keys.select_nth_unstable(half - 1);
-        let more = sum + keys[..half].iter().map(|key| f64::from(weight(*key))).sum::<f64>();
-        if holds(more as f32) {
-            (done, sum, keys) = (done + half, more, &mut keys[half..]);
-        } else if half == 1 {
-            break;
-        } else {
-            keys = &mut keys[..half];
-        }
+/// Walks `keys` from the smallest while the sum of their weights `holds`; gives the first that does not go by. The upper half of a key is a
+/// float from 0 up, and equal keys there are none.
+#[derive(Debug, Default)]
+pub(super) struct Walk {
+    /// Weights by the exponent and the first bits of the float: only one bucket's keys need an order.
+    buckets: Vec<f64>,
+    keys: Vec<u64>,
+}
+
+impl Walk {
+    pub(super) fn first_over(
+        &mut self,
+        keys: impl Iterator<Item = u64> + Clone,
+        weight: impl Fn(u64) -> f32,
+        holds: impl Fn(f32) -> bool,
+    ) -> Option<u64> {
+        let bucket = |key: u64| (key >> 51) as usize;
+        self.buckets.clear();
+        self.buckets.resize(1 << 13, 0.0);
+        keys.clone().for_each(|key| self.buckets[bucket(key)] += f64::from(weight(key)));
+        let mut sum = 0.0;
+        let over = self.buckets.iter().position(|of_bucket| {
+            let goes_by = holds((sum + of_bucket) as f32);
+            sum += if goes_by { *of_bucket } else { 0.0 };
+            !goes_by
+        })?;
+        self.keys.clear();
+        self.keys.extend(keys.filter(|key| bucket(*key) == over));
+        self.keys.sort_unstable();
+        let first = self.keys.iter().find(|key| {
+            sum += f64::from(weight(**key));
+            !holds(sum as f32)
+        });
+        first.or(self.keys.last()).copied()
     }
-    done
 }

@@ -82,10 +82,10 @@ impl Shortlist {
     /// The token where `luck`, from 0 to 1, falls.
     fn draw(&self, luck: f64) -> TokenId {
         const BLOCK: usize = 256;
-        let mut left = luck * sum(&self.probabilities, |probability| probability);
+        let mut left = luck * sum(&self.probabilities);
         let mut last = 0;
         for (index, block) in self.probabilities.chunks(BLOCK).enumerate() {
-            let of_block = sum(block, |probability| probability);
+            let of_block = sum(block);
             // A block is passed as a whole where that cannot be for the sake of rounding.
             if left > of_block * (1.0 + 1e-9) {
                 left -= of_block;

@@ -359,7 +359,9 @@ mod tests {
 
     /// What each request wrote, and how it ended.
     #[derive(Default)]
-    struct Found(Vec<(RequestId, Vec<TokenId>, Option<Result<Finish, &'static str>>)>);
+    struct Found(Vec<(RequestId, Vec<TokenId>, End)>);
+
+    type End = Option<Result<Finish, &'static str>>;
 
     impl Found {
         fn drain(&mut self, all: &mut StepLoop<Backwards>) {
@@ -384,12 +386,12 @@ mod tests {
             assert!(all.model().n_runs <= before + 2, "what is settled waits for the next run");
         }
 
-        fn of(&self, id: RequestId) -> Option<(&[TokenId], Option<Result<Finish, &'static str>>)> {
+        fn of(&self, id: RequestId) -> Option<(&[TokenId], End)> {
             self.0.iter().find(|(found, ..)| *found == id).map(|(_, tokens, end)| (tokens.as_slice(), *end))
         }
     }
 
-    const STOP: Option<Result<Finish, &str>> = Some(Ok(Finish::Stop));
+    const STOP: End = Some(Ok(Finish::Stop));
 
     #[test]
     fn every_request_gets_its_own_tokens_beside_others() {

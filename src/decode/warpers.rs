@@ -1,8 +1,8 @@
 //! What shapes the distribution that is drawn from, in the order of `transformers`: temperature, top-k, top-p, min-p, typical.
 
 use super::TokenId;
-use super::best::{BLOCK, Best, walk};
-use super::softmax::{largest, log_sum_exp, softmax, sum};
+use super::best::{BLOCK, Best, Walk};
+use super::softmax::{largest, log_sum_exp, softmax};
 
 /// How a distribution is shaped. The default leaves it as it is.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -122,7 +122,7 @@ struct Choice {
     /// Ascending.
     places: Vec<usize>,
     best: Best,
-    keys: Vec<u64>,
+    walk: Walk,
 }
 
 impl Choice {
@@ -157,25 +157,18 @@ impl Choice {
 
     /// Summed from the smallest, as the reference does, those go whose sum so far is at most `tail`; of equals the later ones go first.
     fn stay_before_tail(&mut self, probabilities: &[f32], tail: f32) {
-        // What lies below comes to half the tail at most: it goes whatever its order.
-        let floor = 0.5 * tail / probabilities.len() as f32;
-        let below = sum(probabilities, |probability| if probability < floor { probability } else { 0.0 });
-        self.stay_from(probabilities, floor);
         let key = |place: usize| key(probabilities[place], u32::MAX as usize - place);
-        self.keys.clear();
-        self.keys.extend(self.places.iter().map(|place| key(*place)));
-        let n_gone = walk(&mut self.keys, below, value, |sum| sum <= tail);
-        let least = self.keys[n_gone..].iter().min().copied().unwrap_or(u64::MAX);
+        let keys = (0..probabilities.len()).map(key);
+        let least = self.walk.first_over(keys, value, |sum| sum <= tail).unwrap_or(u64::MAX);
+        self.stay_from(probabilities, value(least));
         self.places.retain(|place| key(*place) >= least);
     }
 
-    /// The nearness of the last that is needed to reach `mass`, from the nearest on.
+    /// The nearness of the last that is needed to reach `mass`, from the nearest on; −∞ if all do not.
     fn reach(&mut self, nearness: &[f32], probabilities: &[f32], mass: f32) -> f32 {
-        self.keys.clear();
-        self.keys.extend(nearness.iter().enumerate().map(|(place, nearness)| key(-nearness, place)));
-        let n_below = walk(&mut self.keys, 0.0, |key| probabilities[key as u32 as usize], |sum| sum < mass);
-        let last = self.keys[n_below..].iter().min().or(self.keys.iter().max());
-        last.map_or(f32::NEG_INFINITY, |last| -value(*last))
+        let keys = nearness.iter().enumerate().map(|(place, nearness)| key(-nearness, place));
+        let weight = |key: u64| probabilities[key as u32 as usize];
+        self.walk.first_over(keys, weight, |sum| sum < mass).map_or(f32::NEG_INFINITY, |last| -value(last))
     }
 }
 

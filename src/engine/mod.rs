@@ -22,7 +22,7 @@ use crate::error::Error;
 use crate::language::{LanguageModel, Prefix, Seen};
 use crate::pixels::Picture;
 use crate::prompt::{Prompt, PromptError, Task};
-use crate::runtime::{Runtime, RuntimeOptions};
+use crate::runtime::{Cancel, Runtime, RuntimeOptions};
 use crate::timing::{Stage, Timings};
 use crate::vision::Vision;
 
@@ -93,6 +93,14 @@ impl Engine {
     /// The half that looks.
     pub fn seer(&mut self) -> &mut Seer {
         &mut self.seer
+    }
+
+    /// Lets `cancel` stop every later run of either half, within the node that it is in.
+    pub fn set_cancel(&mut self, cancel: Cancel) {
+        self.seer.set_cancel(cancel.clone());
+        if let Some(writer) = &mut self.writer {
+            writer.set_cancel(cancel);
+        }
     }
 
     /// As [`Seer::see`].
@@ -171,7 +179,7 @@ impl Engine {
         timings.merge(read.unwrap_or(&Timings::default()));
         let max_new_tokens = self.context.n_new(request, &prompt);
         let prefix = Prefix { seen, prompt: prompt.ids, max_new_tokens };
-        Order { prefix, work: Work::Write(request.generation.clone()), warnings: prompt.warnings, timings }
+        Order { prefix, work: Work::Write(Box::new(request.generation.clone())), warnings: prompt.warnings, timings }
     }
 
     /// Steps until all orders are done.
@@ -184,13 +192,12 @@ impl Engine {
             let not_writing = || PromptError::NotWriting(crate::bundle::TaskName::Caption).into();
             return orders.into_iter().map(|order| order.and_then(|_| Err(not_writing()))).collect();
         };
-        let joined = orders.into_iter().map(|order| writer.join(order?));
-        let (ids, mut found): (Vec<Option<RequestId>>, Vec<Option<Result<Answer, Error>>>) = joined
-            .map(|joined| match joined {
-                Ok(id) => (Some(id), None),
-                Err(error) => (None, Some(Err(error))),
-            })
-            .unzip();
+        let mut ids: Vec<Option<RequestId>> = Vec::with_capacity(orders.len());
+        let mut found: Vec<Option<Result<Answer, Error>>> = Vec::with_capacity(orders.len());
+        for joined in orders.into_iter().map(|order| writer.join(order?)) {
+            ids.push(joined.as_ref().ok().copied());
+            found.push(joined.err().map(Err));
+        }
         while found.iter().any(Option::is_none) {
             for event in writer.step() {
                 let Some(index) = ids.iter().position(|id| *id == Some(event.id)) else {

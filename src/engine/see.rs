@@ -2,8 +2,6 @@
 
 use std::sync::Arc;
 
-use ndarray::Array2;
-
 use super::context::Context;
 use crate::bundle::{Bundle, BundleError, Family};
 use crate::error::Error;
@@ -11,11 +9,11 @@ use crate::language::Seen;
 use crate::pixels::{Picture, Pixels};
 use crate::prompt::{Prompt, PromptError};
 use crate::qformer::{Qformer, Queries, QueryCache};
-use crate::runtime::{Runtime, RuntimeError};
+use crate::runtime::{Cancel, Runtime, RuntimeError};
 use crate::stage1::{ImageEmbedding, Stage1};
 use crate::text::TokenBatch;
 use crate::timing::{Stage, Timings};
-use crate::vision::{ImageFeatures, Vision};
+use crate::vision::{ImageFeatures, PictureFeatures, Vision};
 
 /// The image encoder and the Q-Former. They belong to one thread.
 pub struct Seer {
@@ -47,15 +45,25 @@ enum Read {
     /// Everything a language model needs.
     Queries(Queries),
     /// Features, for a Q-Former that reads questions too.
-    Features(Arc<Array2<f32>>),
+    Features(PictureFeatures),
     /// Everything that stage 1 compares and continues.
-    Stage1 { features: Arc<Array2<f32>>, embedding: Arc<ImageEmbedding>, cached: Option<QueryCache> },
+    Stage1 { features: PictureFeatures, embedding: Arc<ImageEmbedding>, cached: Option<QueryCache> },
 }
 
 impl Seer {
     /// What is known of the bundle.
     pub fn context(&self) -> &Arc<Context> {
         &self.context
+    }
+
+    /// Lets `cancel` stop every later run, within the node that it is in: a picture that nobody waits for any more. It stays cancelled, so
+    /// each picture that may be given up gets one of its own.
+    pub fn set_cancel(&mut self, cancel: Cancel) {
+        self.vision.set_cancel(cancel.clone());
+        match &mut self.reader {
+            Reader::Queries(qformer) => qformer.set_cancel(cancel),
+            Reader::Stage1(stage1) => stage1.set_cancel(cancel),
+        }
     }
 
     /// Looks at pictures, all in one batch.
@@ -91,8 +99,7 @@ impl Seer {
         let questions: Vec<_> = asked.iter().filter_map(|(_, prompt)| prompt.question_ids.clone()).collect();
         let questions = TokenBatch::new(&questions, facts.pad);
         let features: Vec<_> = asked.iter().filter_map(|(sight, _)| sight.features()).collect();
-        let features = ImageFeatures::from_rows(&features).map_err(|source| qformer.failed("copying features", source))?;
-        Ok(qformer.read(&features, Some(&questions))?.into_iter().map(Seen::Queries).collect())
+        Ok(qformer.read_pictures(&features, Some(&questions))?.into_iter().map(Seen::Queries).collect())
     }
 
     /// Whether looking is over only when the question is known.
@@ -115,26 +122,14 @@ impl Reader {
     }
 
     fn read(&mut self, features: &ImageFeatures) -> Result<Vec<Read>, RuntimeError> {
-        let rows = || {
-            let failed = |source: crate::runtime::GraphError| RuntimeError::Failed {
-                graph: "vision".into(),
-                doing: "copying",
-                source: source.into(),
-            };
-            features.rows().map_err(failed)
-        };
         match self {
-            Self::Queries(qformer) if qformer.reads_questions() => {
-                Ok(rows()?.into_iter().map(|row| Read::Features(Arc::new(row))).collect())
-            }
+            Self::Queries(qformer) if qformer.reads_questions() => Ok(features.rows().map(Read::Features).collect()),
             Self::Queries(qformer) => Ok(qformer.read(features, None)?.into_iter().map(Read::Queries).collect()),
             Self::Stage1(stage1) => {
-                let read = |(features, (embedding, cached)): (Array2<f32>, (ImageEmbedding, Option<QueryCache>))| Read::Stage1 {
-                    features: Arc::new(features),
-                    embedding: Arc::new(embedding),
-                    cached,
+                let read = |(features, (embedding, cached)): (PictureFeatures, (ImageEmbedding, Option<QueryCache>))| {
+                    Read::Stage1 { features, embedding: Arc::new(embedding), cached }
                 };
-                Ok(rows()?.into_iter().zip(stage1.see(features)?).map(read).collect())
+                Ok(features.rows().zip(stage1.see(features)?).map(read).collect())
             }
         }
     }
@@ -168,7 +163,7 @@ impl Sight {
         self.timings.merge(timings);
     }
 
-    pub(super) fn features(&self) -> Option<&Array2<f32>> {
+    pub(super) fn features(&self) -> Option<&PictureFeatures> {
         match &self.read {
             Read::Features(features) | Read::Stage1 { features, .. } => Some(features),
             Read::Queries(_) => None,

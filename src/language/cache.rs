@@ -1,10 +1,7 @@
 //! Keys and values: one slot a row in one buffer per layer and side.
 
-use std::ops::Range;
-
-use super::rows::Move;
 use crate::bundle::{CrossAttentionFacts, Dtype, KvCacheFacts};
-use crate::runtime::{Binding, Graph, Outputs, Place, RuntimeError, Tensor};
+use crate::runtime::{Binding, Graph, Move, Mover, Outputs, Place, RuntimeError, Tensor};
 
 /// Which tensors of a graph hold keys and values, and their shape `[slots, n_heads, capacity, head_dim]`.
 #[derive(Clone, Debug)]
@@ -101,82 +98,25 @@ impl Cache {
     }
 
     /// Copies rows of another cache into this one.
-    pub fn copy_from(&mut self, graph: &Graph, other: &Self, moves: &[Move]) -> Result<(), RuntimeError> {
-        self.copy_tensors(graph, other.layers.iter().map(|layer| &layer.buffer), moves)
+    pub fn copy_from(&mut self, mover: &mut Mover, other: &Self, moves: &[Move]) -> Result<(), RuntimeError> {
+        self.copy_tensors(mover, other.layers.iter().map(|layer| &layer.buffer), moves)
     }
 
     /// Copies rows of tensors `[rows, n_heads, positions, head_dim]`, in this cache's order, into this cache.
     pub fn copy_tensors<'a>(
         &mut self,
-        graph: &Graph,
+        mover: &mut Mover,
         tensors: impl Iterator<Item = &'a Tensor>,
         moves: &[Move],
     ) -> Result<(), RuntimeError> {
-        let moving = |source| graph.failed("moving rows of the KV cache", source);
-        for (layer, other) in self.layers.iter_mut().zip(tensors) {
-            let (to, from) = (Strides::of(&layer.buffer), Strides::of(other));
-            let copied = other.read_f32(|values| {
-                layer.buffer.edit_f32(|into| {
-                    for step in moves {
-                        to.copy(into, values, from, step);
-                    }
-                })
-            });
-            copied.and_then(|edited| edited).map_err(moving)?;
-        }
-        Ok(())
+        self.layers.iter_mut().zip(tensors).try_for_each(|(layer, other)| mover.copy(other, &mut layer.buffer, moves))
     }
 
     /// Copies rows within this cache. No slot is both read and written.
-    pub fn copy_within(&mut self, graph: &Graph, moves: &[Move]) -> Result<(), RuntimeError> {
+    pub fn copy_within(&mut self, mover: &mut Mover, moves: &[Move]) -> Result<(), RuntimeError> {
         if moves.is_empty() {
             return Ok(());
         }
-        for layer in &mut self.layers {
-            let strides = Strides::of(&layer.buffer);
-            let edit = |values: &mut [f32]| {
-                for step in moves {
-                    strides.copy_within(values, step);
-                }
-            };
-            layer.buffer.edit_f32(edit).map_err(|source| graph.failed("moving rows of the KV cache", source))?;
-        }
-        Ok(())
-    }
-}
-
-#[derive(Clone, Copy)]
-struct Strides {
-    n_heads: usize,
-    capacity: usize,
-    head_dim: usize,
-}
-
-impl Strides {
-    fn of(buffer: &Tensor) -> Self {
-        let shape = buffer.shape();
-        Self { n_heads: shape[1], capacity: shape[2], head_dim: shape[3] }
-    }
-
-    fn start(self, slot: usize, head: usize) -> usize {
-        (slot * self.n_heads + head) * self.capacity * self.head_dim
-    }
-
-    fn copy(self, into: &mut [f32], values: &[f32], from: Self, step: &Move) {
-        for head in 0..self.n_heads {
-            into[self.part(step.to, head, step)].copy_from_slice(&values[from.part(step.from, head, step)]);
-        }
-    }
-
-    fn copy_within(self, values: &mut [f32], step: &Move) {
-        for head in 0..self.n_heads {
-            values.copy_within(self.part(step.from, head, step), self.part(step.to, head, step).start);
-        }
-    }
-
-    /// Where the moved positions of a head lie in a slot.
-    fn part(self, slot: usize, head: usize, step: &Move) -> Range<usize> {
-        let start = self.start(slot, head);
-        start + step.start * self.head_dim..start + step.end * self.head_dim
+        self.layers.iter_mut().try_for_each(|layer| mover.copy_within(&mut layer.buffer, moves))
     }
 }

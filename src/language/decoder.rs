@@ -6,16 +6,17 @@ use super::cache::Cache;
 use super::encoder::Encoded;
 use super::inputs::{Inputs, Size, batch};
 use super::lanes::{Lanes, Layouts};
-use super::rows::{Move, Row, Rows};
+use super::rows::{Row, Rows};
 use crate::bundle::{Bundle, BundleError, Dtype, LanguageFacts};
 use crate::decode::{Pick, Room, Scores, TokenId};
 use crate::qformer::{Queries, QueryCache};
-use crate::runtime::{Graph, Place, Runtime, RuntimeError, Tensor};
+use crate::runtime::{Cancel, Graph, Move, Mover, Place, Runtime, RuntimeError, Tensor};
 
 /// The decoder graph with the keys and values of all live rows.
 #[derive(Debug)]
 pub struct Decoder {
     graph: Graph,
+    mover: Mover,
     facts: LanguageFacts,
     layouts: Layouts,
     rows: Rows,
@@ -42,7 +43,7 @@ impl Opening<'_> {
 
     /// Positions in the cache before the first token.
     pub fn n_positions(&self) -> usize {
-        self.offset() + self.queries.map_or(0, |queries| queries.0.nrows()) + self.tokens.len()
+        self.offset() + self.queries.map_or(0, |queries| queries.n_queries()) + self.tokens.len()
     }
 }
 
@@ -51,7 +52,13 @@ impl Decoder {
     pub fn open(runtime: &Runtime, bundle: &Bundle) -> Result<Self, BundleError> {
         let (graph, facts) = (Graph::open(runtime, bundle, "decoder")?, bundle.language().clone());
         let layouts = Layouts::of(&facts);
-        Ok(Self { graph, facts, layouts, rows: Rows::default(), lanes: None, opened: None })
+        let mover = Mover::new(runtime);
+        Ok(Self { graph, mover, facts, layouts, rows: Rows::default(), lanes: None, opened: None })
+    }
+
+    /// Lets `cancel` stop every later run.
+    pub fn set_cancel(&mut self, cancel: Cancel) {
+        self.graph.set_cancel(cancel);
     }
 
     /// Names and shapes of keys and values.
@@ -80,10 +87,10 @@ impl Decoder {
         if let Some(old) = &self.lanes {
             let stays = |row: &Row, end| Move { from: row.slot, to: row.slot, start: 0, end };
             let past: Vec<Move> = self.rows.live().iter().map(|row| stays(row, row.length)).collect();
-            lanes.cache.copy_from(&self.graph, &old.cache, &past)?;
+            lanes.cache.copy_from(&mut self.mover, &old.cache, &past)?;
             if let (Some(into), Some(from)) = (&mut lanes.encoded, &old.encoded) {
                 let encoded: Vec<Move> = self.rows.live().iter().map(|row| stays(row, row.n_encoded)).collect();
-                into.copy_from(&self.graph, from, &encoded)?;
+                into.copy_from(&mut self.mover, from, &encoded)?;
             }
         }
         self.rows.resize(room.rows);
@@ -110,9 +117,9 @@ impl Decoder {
             let step = |(from, to): (&Row, &Row)| Move { from: from.slot, to: to.slot, start: 0, end: end(from) };
             read.iter().zip(&rows).map(step).collect::<Vec<Move>>()
         };
-        lanes.cache.copy_from(&self.graph, &cache, &moves(|row| row.length))?;
+        lanes.cache.copy_from(&mut self.mover, &cache, &moves(|row| row.length))?;
         if let (Some(into), Some(encoded)) = (&mut lanes.encoded, &encoded) {
-            into.copy_from(&self.graph, &encoded.cache, &moves(|row| row.n_encoded))?;
+            into.copy_from(&mut self.mover, &encoded.cache, &moves(|row| row.n_encoded))?;
         }
         self.opened = Some((first, logits));
         Ok(())
@@ -122,7 +129,7 @@ impl Decoder {
     pub fn step(&mut self, picks: &[Pick]) -> Result<(), RuntimeError> {
         let parents: Vec<usize> = picks.iter().map(|pick| pick.parent).collect();
         let lanes = self.lanes.as_mut().expect("rows that are live have lanes");
-        lanes.take(&self.graph, &self.rows.fork(&parents))?;
+        lanes.take(&mut self.mover, &self.rows.fork(&parents))?;
         self.rows.advance();
         self.opened = None;
         lanes.step(&mut self.graph, &self.facts, self.rows.live(), picks)
@@ -157,11 +164,11 @@ impl Decoder {
         for (to, opening) in openings.iter().enumerate() {
             if let Some(cached) = opening.cached {
                 let step = Move { from: cached.row(), to, start: 0, end: cached.n_positions() };
-                cache.copy_tensors(&self.graph, cached.tensors(), &[step])?;
+                cache.copy_tensors(&mut self.mover, cached.tensors(), &[step])?;
             }
         }
         let queries: Vec<&Queries> = openings.iter().filter_map(|opening| opening.queries).collect();
-        let queries = self.graph.takes("queries").then(|| batch(&self.graph, &queries)).transpose()?;
+        let queries = self.graph.takes("queries").then(|| batch(&mut self.mover, &queries)).transpose()?;
         let tokens: Vec<&[TokenId]> = openings.iter().map(|opening| opening.tokens).collect();
         let longest = tokens.iter().map(|tokens| tokens.len()).max().unwrap_or(0);
         let size = Size { rows: rows.len(), slots: rows.len(), tokens: longest };

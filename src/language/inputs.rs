@@ -1,15 +1,17 @@
 //! What one run of the decoder reads besides the cache: rows of tokens, where they stand, and which slot belongs to which row.
 
+use std::sync::Arc;
+
 use super::rows::Row;
 use crate::bundle::{Dtype, LanguageFacts};
 use crate::decode::TokenId;
 use crate::qformer::Queries;
-use crate::runtime::{Binding, Graph, GraphError, Place, RuntimeError, Tensor};
+use crate::runtime::{Binding, Graph, GraphError, Mover, Place, RuntimeError, Tensor};
 
 /// Host tensors of one shape; they may be written again for every run.
 #[derive(Debug)]
 pub struct Inputs {
-    queries: Option<Tensor>,
+    queries: Option<Arc<Tensor>>,
     ids: Tensor,
     positions: Tensor,
     lengths: Tensor,
@@ -33,7 +35,7 @@ pub struct Size {
 
 impl Inputs {
     /// Inputs for runs of this size, behind these queries, `[rows, queries, hidden]`, where the graph takes any.
-    pub fn new(graph: &Graph, facts: &LanguageFacts, size: Size, queries: Option<Tensor>) -> Result<Self, RuntimeError> {
+    pub fn new(graph: &Graph, facts: &LanguageFacts, size: Size, queries: Option<Arc<Tensor>>) -> Result<Self, RuntimeError> {
         let Size { rows, slots, tokens } = size;
         let n_queries = queries.as_ref().map_or(0, |queries| queries.shape()[1]);
         let host = |dtype, shape: &[usize]| graph.allocate(dtype, shape, Place::Host);
@@ -107,15 +109,16 @@ impl Inputs {
             ("row_slots", &self.row_slots),
             ("logits_at", &self.logits_at),
         ];
-        let some = [("queries", &self.queries), ("encoder_lengths", &self.encoder_lengths)];
-        let some = some.into_iter().filter_map(|(name, tensor)| Some((name, tensor.as_ref()?)));
+        let some = [("queries", self.queries.as_deref()), ("encoder_lengths", self.encoder_lengths.as_ref())];
+        let some = some.into_iter().filter_map(|(name, tensor)| Some((name, tensor?)));
         known.into_iter().chain(some).try_for_each(|(name, tensor)| binding.input(name, tensor))
     }
 }
 
-/// The queries of several rows as one tensor; rows without get none.
-pub fn batch(graph: &Graph, queries: &[&Queries]) -> Result<Tensor, RuntimeError> {
-    let rows: Vec<_> = queries.iter().map(|queries| queries.0.view()).collect();
-    let batch = ndarray::stack(ndarray::Axis(0), &rows).expect("queries of one Q-Former have one shape");
-    Tensor::from_f32(batch).map_err(|source| graph.failed("copying queries", source))
+/// The queries of several rows as one tensor, where they lie.
+///
+/// # Panics
+/// If there are none.
+pub fn batch(mover: &mut Mover, queries: &[&Queries]) -> Result<Arc<Tensor>, RuntimeError> {
+    mover.stack(&queries.iter().map(|queries| &queries.0).collect::<Vec<_>>())
 }

@@ -1,12 +1,14 @@
 //! The buffers of live rows: a slot each for keys and values, and what a step reads and writes. A step allocates nothing while the number
 //! of rows stays.
 
+use std::sync::Arc;
+
 use super::cache::{Cache, Layout};
 use super::inputs::{Inputs, Size};
 use super::rows::{Moves, Row};
 use crate::bundle::{Dtype, LanguageFacts};
 use crate::decode::{Pick, Room};
-use crate::runtime::{Binding, Graph, Place, RuntimeError, Tensor};
+use crate::runtime::{Binding, Graph, Mover, Place, RuntimeError, Tensor};
 
 /// Capacities are multiples of this, so that requests of nearly equal length share buffers.
 pub const CAPACITY_STEP: usize = 64;
@@ -71,10 +73,10 @@ impl Lanes {
     }
 
     /// Copies within the slots.
-    pub fn take(&mut self, graph: &Graph, moves: &Moves) -> Result<(), RuntimeError> {
-        self.cache.copy_within(graph, &moves.past)?;
+    pub fn take(&mut self, mover: &mut Mover, moves: &Moves) -> Result<(), RuntimeError> {
+        self.cache.copy_within(mover, &moves.past)?;
         match &mut self.encoded {
-            Some(encoded) => encoded.copy_within(graph, &moves.encoded),
+            Some(encoded) => encoded.copy_within(mover, &moves.encoded),
             None => Ok(()),
         }
     }
@@ -100,7 +102,7 @@ impl Lanes {
     fn resized(&mut self, graph: &Graph, facts: &LanguageFacts, n_rows: usize) -> Result<Step, RuntimeError> {
         let size = Size { rows: n_rows, slots: self.cache.n_slots(), tokens: 1 };
         let none = graph.takes("queries").then(|| graph.allocate(Dtype::Float32, &[n_rows, 0, facts.hidden], Place::Host));
-        let inputs = Inputs::new(graph, facts, size, none.transpose()?)?;
+        let inputs = Inputs::new(graph, facts, size, none.transpose()?.map(Arc::new))?;
         let mut logits = graph.allocate(Dtype::Float32, &[n_rows, 1, facts.vocab_size], Place::Host)?;
         self.binding.output("logits", &mut logits)?;
         Ok(Step { n_rows, inputs, logits })

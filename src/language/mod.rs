@@ -12,7 +12,7 @@ use std::ops::Range;
 
 use crate::decode::{Model, Pick, Room, Scores, TokenId};
 use crate::qformer::{Queries, QueryCache};
-use crate::runtime::{Memory, Runtime, RuntimeError};
+use crate::runtime::{Budget, Cancel, Runtime, RuntimeError};
 use cache::Layout;
 use decoder::{Decoder, Opening};
 use encoder::{Encoded, Encoder};
@@ -54,7 +54,7 @@ impl Prefix {
     }
 
     fn n_positions(&self) -> usize {
-        self.queries().map_or(0, |queries| queries.0.nrows()) + self.prompt.len()
+        self.queries().map_or(0, |queries| queries.n_queries()) + self.prompt.len()
     }
 }
 
@@ -66,7 +66,7 @@ pub struct LanguageModel {
     family: Family,
     token_ids: TokenIds,
     vocab_size: usize,
-    memory: Memory,
+    budget: Budget,
     /// What a decoder behind an encoder reads first.
     start: Vec<TokenId>,
 }
@@ -84,9 +84,17 @@ impl LanguageModel {
             family,
             token_ids,
             vocab_size,
-            memory: runtime.memory(),
+            budget: runtime.budget(),
             start,
         })
+    }
+
+    /// Lets `cancel` stop every later run.
+    pub fn set_cancel(&mut self, cancel: Cancel) {
+        if let Some(encoder) = &mut self.encoder {
+            encoder.set_cancel(cancel.clone());
+        }
+        self.decoder.set_cancel(cancel);
     }
 
     /// Token ids in front of the new ones, as the reference's searches see them: with the image token in the place of every query, or
@@ -95,7 +103,7 @@ impl LanguageModel {
         match self.family {
             Family::EncoderDecoder => self.start.clone(),
             Family::DecoderOnly | Family::Qformer => {
-                let n_queries = prefix.queries().map_or(0, |queries| queries.0.nrows());
+                let n_queries = prefix.queries().map_or(0, |queries| queries.n_queries());
                 let queries = self.token_ids.image.into_iter().flat_map(|token| std::iter::repeat_n(token, n_queries));
                 queries.chain(prefix.prompt.iter().copied()).collect()
             }
@@ -121,14 +129,19 @@ impl LanguageModel {
 
     /// Bytes of keys, values and logits that this much room takes.
     pub fn bytes(&self, room: Room) -> u64 {
-        let positions = room.positions.next_multiple_of(CAPACITY_STEP) as u64;
+        let positions = Self::capacity(room) as u64;
         let row = self.position_bytes().saturating_mul(positions).saturating_add(self.row_bytes(room.read));
         row.saturating_mul(room.rows as u64)
     }
 
+    /// Positions that a slot is made for.
+    pub fn capacity(room: Room) -> usize {
+        room.positions.next_multiple_of(CAPACITY_STEP)
+    }
+
     /// Bytes that may be taken, those that are held included.
     pub fn allowed_bytes(&self) -> u64 {
-        self.memory.allowed(self.bytes(self.decoder.room()))
+        self.budget.allowed(self.bytes(self.decoder.room()))
     }
 }
 

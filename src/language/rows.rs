@@ -3,6 +3,8 @@
 //! Slots stay where they are. The first continuation of a row stays in its slot; others get free slots, and only those positions are
 //! copied that differ from what stands there already: rows of one request share their prefix, and mostly more.
 
+use crate::runtime::Move;
+
 /// A row that is live.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Row {
@@ -14,19 +16,6 @@ pub struct Row {
     pub offset: usize,
     /// Positions of what the encoder made of its prefix; 1 where there is no encoder.
     pub n_encoded: usize,
-}
-
-/// Positions `start..end` on their way from one slot to another.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Move {
-    /// Slot they come from.
-    pub from: usize,
-    /// Slot they go to.
-    pub to: usize,
-    /// First position.
-    pub start: usize,
-    /// Behind the last position.
-    pub end: usize,
 }
 
 /// What rows that fork take along.

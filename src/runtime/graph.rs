@@ -1,16 +1,15 @@
 //! One ONNX graph in a session, checked against what the bundle says of it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use ort::environment::Environment;
-use ort::memory::{AllocationDevice, Allocator, AllocatorType, MemoryInfo, MemoryType};
-use ort::session::builder::GraphOptimizationLevel;
-use ort::session::{IoBinding, Session, SessionInputValue};
+use ort::memory::Allocator;
+use ort::session::{IoBinding, Session};
 use ort::value::{DynTensor, Outlet, ValueType};
 
+use super::placement::Placement;
 use super::tensor::element_type;
-use super::{Cancel, Provider, Runtime, RuntimeError, Tensor, provider};
+use super::{Cancel, Mover, Provider, Runtime, RuntimeError, Tensor};
 use crate::bundle::{Bundle, BundleError, Dimension, Dtype, GraphFacts, TensorFacts, brief};
 
 /// Where a tensor lies.
@@ -26,9 +25,9 @@ pub enum Place {
 #[derive(Debug)]
 pub struct Graph {
     name: &'static str,
-    facts: GraphFacts,
+    facts: Box<GraphFacts>,
     session: Session,
-    device: MemoryInfo<'static>,
+    runtime: Runtime,
     cancel: Cancel,
 }
 
@@ -37,6 +36,9 @@ pub struct Graph {
 pub struct Binding {
     graph: &'static str,
     binding: IoBinding,
+    runtime: Runtime,
+    /// Bytes of each output that every run brings to the host.
+    brought: BTreeMap<String, usize>,
 }
 
 /// What a run gave, by name.
@@ -49,16 +51,20 @@ pub struct Outputs {
 impl Graph {
     /// Loads the graph that the bundle calls `name`.
     pub fn open(runtime: &Runtime, bundle: &Bundle, name: &'static str) -> Result<Self, BundleError> {
-        let unloadable = |reason: ort::Error| BundleError::Unloadable {
+        refuse_attention(runtime, bundle, name)?;
+        let (placement, _turn) = (Placement::default(), runtime.turn());
+        let session = session(runtime, bundle, name, &placement).map_err(|reason| BundleError::Unloadable {
             folder: bundle.folder().to_path_buf(),
             graph: name.into(),
             reason: sentence(&reason.to_string()),
-        };
-        let session = session(&runtime.environment, runtime, bundle, name).map_err(unloadable)?;
+        })?;
+        let strangers = placement.strangers();
+        if !strangers.is_empty() {
+            return Err(unfit(runtime, bundle, name, format!("it does not run {strangers}")));
+        }
         check(bundle, name, "input", session.inputs(), &bundle.graph(name).inputs)?;
         check(bundle, name, "output", session.outputs(), &bundle.graph(name).outputs)?;
-        let device = device(runtime).map_err(unloadable)?;
-        Ok(Self { name, facts: bundle.graph(name).clone(), session, device, cancel: Cancel::new() })
+        Ok(Self { name, facts: Box::new(bundle.graph(name).clone()), session, runtime: runtime.clone(), cancel: Cancel::new() })
     }
 
     /// Lets `cancel` stop every later run.
@@ -66,9 +72,14 @@ impl Graph {
         self.cancel = cancel;
     }
 
-    /// One run; the outputs lie where `outputs_on` says.
+    /// One run; the outputs lie where `outputs_on` says. Inputs on the host may be of another floating-point type than the graph's.
     pub fn run(&mut self, inputs: &[(&str, &Tensor)], outputs_on: Place) -> Result<Outputs, RuntimeError> {
-        let tensors = self.try_run(inputs, outputs_on).map_err(|source| self.not_run(source))?;
+        self.run_to(inputs, |_| outputs_on)
+    }
+
+    /// One run; `place` says of each output where it shall lie.
+    pub fn run_to(&mut self, inputs: &[(&str, &Tensor)], place: impl Fn(&str) -> Place) -> Result<Outputs, RuntimeError> {
+        let tensors = self.try_run(inputs, place).map_err(|source| self.not_run(source))?;
         self.check_shapes(inputs, &tensors)?;
         Ok(Outputs { graph: self.name, tensors })
     }
@@ -97,30 +108,45 @@ impl Graph {
         Ok(())
     }
 
-    fn try_run(&mut self, inputs: &[(&str, &Tensor)], outputs_on: Place) -> Result<Vec<(String, Tensor)>, ort::Error> {
-        let options = self.cancel.options()?;
-        if outputs_on == Place::Host {
-            let inputs: Vec<(String, SessionInputValue<'_>)> =
-                inputs.iter().map(|(name, tensor)| ((*name).to_owned(), (&tensor.0).into())).collect();
-            let outputs = self.session.run_with_options(inputs, &options)?;
-            return tensors(outputs.into_iter().map(|(name, value)| (name.to_owned(), value)));
-        }
+    fn try_run(&mut self, inputs: &[(&str, &Tensor)], place: impl Fn(&str) -> Place) -> Result<Vec<(String, Tensor)>, ort::Error> {
+        let _turn = self.runtime.turn();
         let mut binding = self.session.create_binding()?;
         for (name, tensor) in inputs {
+            let fitted = self.fitted(name, tensor)?;
+            let tensor = fitted.as_ref().unwrap_or(tensor);
+            self.runtime.count(tensor, Place::Device);
             binding.bind_input(*name, &tensor.0)?;
         }
-        let names: Vec<String> = self.session.outputs().iter().map(|output| output.name().to_owned()).collect();
-        for name in &names {
-            binding.bind_output_to_device(name, &self.device)?;
+        let places = self.session.outputs().iter().map(|output| (output.name().to_owned(), place(output.name())));
+        let places: Vec<(String, Place)> = places.collect();
+        for (name, place) in &places {
+            binding.bind_output_to_device(name, &self.runtime.memory(*place))?;
         }
+        let options = self.cancel.options()?;
         let mut outputs = self.session.run_binding_with_options(&binding, &options)?;
-        tensors(names.into_iter().filter_map(|name| outputs.remove(&name).map(|value| (name, value))))
+        let mut tensors = Vec::with_capacity(places.len());
+        for (name, place) in places {
+            let Some(value) = outputs.remove(&name) else { continue };
+            let tensor = Tensor::from_value(value)?;
+            if place == Place::Host && self.runtime.has_device() {
+                self.runtime.counters().down(tensor.n_bytes());
+            }
+            tensors.push((name, tensor));
+        }
+        Ok(tensors)
+    }
+
+    /// The tensor in the type that the graph takes, where it is of another and the processor can convert it.
+    fn fitted(&self, name: &str, tensor: &Tensor) -> Result<Option<Tensor>, ort::Error> {
+        let facts = self.facts.inputs.iter().find(|facts| facts.name == name);
+        let other = facts.filter(|facts| facts.dtype.is_float() && !tensor.is(facts.dtype) && tensor.is_on_host());
+        other.map(|facts| tensor.to_type(facts.dtype)).transpose()
     }
 
     /// An empty binding.
     pub fn binding(&self) -> Result<Binding, RuntimeError> {
         let binding = self.session.create_binding().map_err(|source| self.failed("binding", source))?;
-        Ok(Binding { graph: self.name, binding })
+        Ok(Binding { graph: self.name, binding, runtime: self.runtime.clone(), brought: BTreeMap::new() })
     }
 
     /// Whether the graph has an input of this name.
@@ -130,20 +156,29 @@ impl Graph {
 
     /// One run over what is bound.
     pub fn run_bound(&mut self, bound: &Binding) -> Result<(), RuntimeError> {
+        let _turn = self.runtime.turn();
         let options = self.cancel.options();
         let done = options.and_then(|options| self.session.run_binding_with_options(&bound.binding, &options).map(drop));
-        done.map_err(|source| self.not_run(source))
+        done.map_err(|source| self.not_run(source))?;
+        bound.brought.values().for_each(|bytes| self.runtime.counters().down(*bytes));
+        Ok(())
     }
 
     /// A tensor of zeros (on a device: of anything) that can be bound as input and output alike.
     pub fn allocate(&self, dtype: Dtype, shape: &[usize], place: Place) -> Result<Tensor, RuntimeError> {
+        let _turn = self.runtime.turn();
         let shape: Vec<i64> = shape.iter().map(|size| *size as i64).collect();
         let tensor = match place {
             Place::Host => DynTensor::new(&Allocator::default(), element_type(dtype), shape),
-            Place::Device => Allocator::new(&self.session, self.device.to_owned())
+            Place::Device => Allocator::new(&self.session, self.runtime.memory(place))
                 .and_then(|allocator| DynTensor::new(&allocator, element_type(dtype), shape)),
         };
         tensor.map(Tensor).map_err(|source| self.failed("allocating", source))
+    }
+
+    /// Moves rows of this graph's tensors.
+    pub fn mover(&self) -> Mover {
+        Mover::new(&self.runtime)
     }
 
     /// An error of this graph.
@@ -177,32 +212,56 @@ impl Outputs {
         self.tensors.swap_remove(at).1
     }
 
+    /// The output `name`; NaN and infinity are errors where it lies on the host, as what they come to is on a device.
+    ///
+    /// # Panics
+    /// As [`take`](Self::take).
+    pub fn finite(&mut self, name: &str) -> Result<Tensor, RuntimeError> {
+        let tensor = self.take(name);
+        if tensor.is_on_host() {
+            let values = tensor.to_f32().map_err(|source| self.failed(source))?;
+            self.check_finite(name, &values)?;
+        }
+        Ok(tensor)
+    }
+
     /// The output `name` as float32 on the host; NaN and infinity are errors.
     ///
     /// # Panics
     /// As [`take`](Self::take), and if its rank is not that of `D`.
     pub fn array<D: ndarray::Dimension>(&mut self, name: &str) -> Result<ndarray::Array<f32, D>, RuntimeError> {
-        let values = self.take(name).to_f32().map_err(|source| RuntimeError::Failed {
-            graph: self.graph.into(),
-            doing: "copying outputs",
-            source: source.into(),
-        })?;
-        if values.iter().any(|value| !value.is_finite()) {
-            return Err(RuntimeError::NotANumber { graph: self.graph.into(), output: name.into() });
-        }
+        let values = self.take(name).to_f32().map_err(|source| self.failed(source))?;
+        self.check_finite(name, &values)?;
         Ok(values.into_dimensionality().expect("the rank was checked when the graph was opened"))
+    }
+
+    fn check_finite(&self, name: &str, values: &ndarray::ArrayD<f32>) -> Result<(), RuntimeError> {
+        match values.iter().all(|value| value.is_finite()) {
+            true => Ok(()),
+            false => Err(RuntimeError::NotANumber { graph: self.graph.into(), output: name.into() }),
+        }
+    }
+
+    fn failed(&self, source: ort::Error) -> RuntimeError {
+        RuntimeError::Failed { graph: self.graph.into(), doing: "copying outputs", source: source.into() }
     }
 }
 
 impl Binding {
     /// Ties a tensor to an input. Tensors on the host are copied to a device now, so a changed one is bound again before each run.
     pub fn input(&mut self, name: &str, tensor: &Tensor) -> Result<(), RuntimeError> {
+        let _turn = self.runtime.turn();
+        self.runtime.count(tensor, Place::Device);
         let bound = self.binding.bind_input(name, &tensor.0);
         bound.map_err(|source| self.failed(source))
     }
 
     /// Ties a tensor made by [`Graph::allocate`] to an output.
     pub fn output(&mut self, name: &str, tensor: &mut Tensor) -> Result<(), RuntimeError> {
+        if tensor.is_on_host() && self.runtime.has_device() {
+            self.brought.insert(name.to_owned(), tensor.n_bytes());
+        }
+        let _turn = self.runtime.turn();
         let bound = self.binding.bind_output(name, &mut tensor.0);
         bound.map_err(|source| self.failed(source))
     }
@@ -212,29 +271,37 @@ impl Binding {
     }
 }
 
-fn session(environment: &Environment, runtime: &Runtime, bundle: &Bundle, name: &str) -> Result<Session, ort::Error> {
-    let mut builder = Session::builder(environment)?.with_optimization_level(GraphOptimizationLevel::All)?;
-    builder = runtime.options.pool().apply(runtime.threads, builder)?;
-    let cache = runtime.cache(bundle.folder());
-    builder = provider::register(builder, runtime.provider, runtime.options.device, Some(&cache))?;
+fn session(runtime: &Runtime, bundle: &Bundle, name: &str, placement: &Placement) -> Result<Session, ort::Error> {
+    let mut builder = runtime.builder(Some(bundle))?;
+    if runtime.is_strict() {
+        builder = placement.listen(builder)?;
+    }
     builder.commit_from_file(bundle.path(&bundle.graph(name).file))
 }
 
-fn device(runtime: &Runtime) -> Result<MemoryInfo<'static>, ort::Error> {
-    let (device, id) = match runtime.provider {
-        Provider::Cpu => (AllocationDevice::CPU, 0),
-        Provider::Cuda | Provider::TensorRt => (AllocationDevice::CUDA, i32::try_from(runtime.options.device).unwrap_or(i32::MAX)),
-    };
-    MemoryInfo::new(device, id, AllocatorType::Device, MemoryType::Default)
+const ATTENTION: &str = "GroupQueryAttention";
+
+fn refuse_attention(runtime: &Runtime, bundle: &Bundle, name: &str) -> Result<(), BundleError> {
+    if !runtime.is_strict() || !lacks_attention(runtime.provider(), bundle.graph(name), &bundle.operators(name)?) {
+        return Ok(());
+    }
+    Err(unfit(runtime, bundle, name, format!("it runs {ATTENTION} in float16 and bfloat16 only, and this graph is float32")))
 }
 
-fn tensors(values: impl Iterator<Item = (String, ort::value::DynValue)>) -> Result<Vec<(String, Tensor)>, ort::Error> {
-    let tensor = |value: ort::value::DynValue| value.downcast().map_err(|error| ort::Error::new(error.to_string()));
-    values.map(|(name, value)| Ok((name, Tensor(tensor(value)?)))).collect()
+/// CUDA has this operator for 16-bit numbers only.
+fn lacks_attention(provider: Provider, facts: &GraphFacts, operators: &BTreeSet<String>) -> bool {
+    let on_cuda = matches!(provider, Provider::Cuda | Provider::TensorRt);
+    let wide = facts.inputs.iter().all(|input| !matches!(input.dtype, Dtype::Float16 | Dtype::Bfloat16));
+    on_cuda && wide && operators.contains(ATTENTION)
+}
+
+fn unfit(runtime: &Runtime, bundle: &Bundle, graph: &str, reason: String) -> BundleError {
+    let provider = runtime.provider().to_string();
+    BundleError::Unfit { folder: bundle.folder().to_path_buf(), graph: graph.into(), provider, reason }
 }
 
 /// What ONNX Runtime says, in one line and without the places in its own sources.
-fn sentence(said: &str) -> String {
+pub(super) fn sentence(said: &str) -> String {
     let mut text = said.lines().find(|line| !line.trim().is_empty()).unwrap_or_default().to_owned();
     while let Some((from, to)) = place(&text) {
         text.replace_range(from..to, "");
@@ -316,6 +383,17 @@ fn describe(found: &ValueType) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn attention_in_float32_is_refused_on_cuda_only() {
+        let bundle = Bundle::open(&std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("models/demo-opt")).unwrap();
+        let refused = |provider, graph| lacks_attention(provider, bundle.graph(graph), &bundle.operators(graph).unwrap());
+        assert!(refused(Provider::Cuda, "decoder") && refused(Provider::TensorRt, "decoder"));
+        assert!(!refused(Provider::Cpu, "decoder") && !refused(Provider::Cuda, "vision"));
+        let mut narrow = bundle.graph("decoder").clone();
+        narrow.inputs.iter_mut().filter(|input| input.dtype.is_float()).for_each(|input| input.dtype = Dtype::Float16);
+        assert!(!lacks_attention(Provider::Cuda, &narrow, &bundle.operators("decoder").unwrap()));
+    }
 
     #[test]
     fn places_in_foreign_sources_are_left_out() {

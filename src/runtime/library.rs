@@ -125,12 +125,21 @@ fn at(path: &Path) -> Option<PathBuf> {
     if path.is_file() { std::path::absolute(path).ok() } else { in_folder(path) }
 }
 
+/// Where Python packages lie in the active virtual environment and in those above the executable.
+pub(super) fn site_packages() -> Vec<PathBuf> {
+    let active = std::env::var_os("VIRTUAL_ENV").map(PathBuf::from);
+    let executable = std::env::current_exe().and_then(std::fs::canonicalize).unwrap_or_default();
+    let above = executable.ancestors().skip(1).map(|folder| folder.join(".venv"));
+    active.into_iter().chain(above).flat_map(|root| packages_of(&root)).collect()
+}
+
 fn in_virtual_environment(root: &Path) -> Option<PathBuf> {
+    packages_of(root).into_iter().find_map(|packages| in_folder(&packages.join("onnxruntime").join("capi")))
+}
+
+fn packages_of(root: &Path) -> Vec<PathBuf> {
     let pythons = std::fs::read_dir(root.join("lib")).into_iter().flatten().flatten().map(|entry| entry.path());
-    pythons
-        .map(|python| python.join("site-packages"))
-        .chain([root.join("Lib").join("site-packages")])
-        .find_map(|packages| in_folder(&packages.join("onnxruntime").join("capi")))
+    pythons.map(|python| python.join("site-packages")).chain([root.join("Lib").join("site-packages")]).collect()
 }
 
 /// The wheel has only the versioned name, other packages the plain one.

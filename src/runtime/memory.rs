@@ -7,14 +7,14 @@ const UNKNOWN: u64 = 16 << 30;
 
 /// What of it texts may take.
 #[derive(Clone, Copy, Debug)]
-pub struct Memory {
+pub struct Budget {
     /// Set by the user.
     pub(super) limit: Option<u64>,
     /// Whether it is the processor's; a GPU says itself when it is full.
     pub(super) is_host: bool,
 }
 
-impl Memory {
+impl Budget {
     /// Bytes that may be used, `held` included, which are taken already. Unless the user set it, three quarters of what is free.
     pub fn allowed(&self, held: u64) -> u64 {
         let free = || if self.is_host { free_bytes().saturating_add(held) / 4 * 3 } else { u64::MAX };

@@ -1,27 +1,40 @@
 //! ONNX Runtime: the library, execution providers, graphs and tensors. The only door to `ort` and `half`.
 
 mod cancel;
+mod copies;
 mod graph;
 mod library;
 mod memory;
+mod model;
+mod placement;
+mod plugin;
 mod provider;
+mod rows;
 mod tensor;
 mod threads;
 
 use std::num::NonZeroUsize;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::path::PathBuf;
+use std::sync::{Arc, MutexGuard};
 
-use ort::environment::Environment;
+use ort::memory::MemoryInfo;
+use ort::session::Session;
+use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 
+use copies::Counters;
 use library::Loaded;
+use placement::Placement;
 use threads::Threads;
 
+use crate::bundle::Bundle;
 pub use cancel::Cancel;
+pub use copies::Copies;
 pub use graph::{Binding, Graph, Outputs, Place};
 pub use library::{Library, LibraryError, Source};
-pub use memory::Memory;
-pub use provider::{Provider, ProviderChoice, ProviderError};
+pub use memory::Budget;
+pub use plugin::{PLUGINS, Plugin};
+pub use provider::{Choice, Provider, ProviderChoice, ProviderError};
+pub use rows::{Move, Mover, Row};
 pub use tensor::{Tensor, f32_from};
 
 /// What the user decides about the runtime.
@@ -36,22 +49,29 @@ pub struct RuntimeOptions {
     /// Threads inside an operator; ONNX Runtime's own choice (one a core) when absent. All sessions of a process share the pool of its
     /// first [`Runtime`]; those of a later one that asks for another number have a pool each.
     pub threads: Option<NonZeroUsize>,
-    /// Where TensorRT keeps built engines; beside the bundle's files when absent.
+    /// The library of the plugin that `provider` names, or a folder that holds it; searched for when absent.
+    pub ep_library: Option<PathBuf>,
+    /// Whether a provider that was asked for may leave operators to the processor.
+    pub allow_fallback: bool,
+    /// Where TensorRT keeps built engines, in a folder for each bundle; under the user's cache folder when absent.
     pub cache: Option<PathBuf>,
     /// Bytes that KV caches and logits of the texts written together may take. When absent, three quarters of the free memory on the
     /// processor; a GPU says itself when it is full.
     pub max_cache_bytes: Option<u64>,
 }
 
-/// A loaded library and a provider that works here.
+/// A loaded library and a provider that works here. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Runtime(Arc<Shared>);
+
 #[derive(Debug)]
-pub struct Runtime {
-    environment: Environment,
-    library: Library,
-    provider: Provider,
+struct Shared {
+    loaded: Loaded,
+    choice: Choice,
     options: RuntimeOptions,
-    /// The environment's.
-    threads: Threads,
+    /// The memory of the device; none where graphs run in the processor's.
+    device: Option<MemoryInfo<'static>>,
+    counters: Counters,
 }
 
 /// Why the runtime cannot be used.
@@ -156,8 +176,10 @@ impl RuntimeError {
 }
 
 impl RuntimeOptions {
+    /// A plugin computes on threads of its own, often on the same cores.
     fn pool(&self) -> Threads {
-        Threads { count: self.threads, spin: true }
+        let plugin = matches!(self.provider, ProviderChoice::Only(Provider::Plugin(_)));
+        Threads { count: self.threads, spin: !plugin }
     }
 }
 
@@ -167,42 +189,104 @@ impl Runtime {
         if let Some(threads) = options.threads.filter(|threads| threads.get() > MOST_THREADS) {
             return Err(UnavailableError::Threads(threads));
         }
-        let Loaded { library, environment, threads } = library::load(options.library.as_deref(), options.pool())?;
-        let provider = provider::choose(&environment, options)?;
-        Ok(Self { environment, library, provider, options: options.clone(), threads })
+        let loaded = library::load(options.library.as_deref(), options.pool())?;
+        let choice = provider::choose(&loaded, options)?;
+        let provider = choice.provider;
+        let device = provider::memory(&loaded, provider, options.device);
+        let device = device.map_err(|source| ProviderError::Unusable { provider, source })?;
+        let counters = Counters::default();
+        Ok(Self(Arc::new(Shared { loaded, choice, options: options.clone(), device, counters })))
     }
 
     /// The library in use.
     pub fn library(&self) -> &Library {
-        &self.library
+        &self.0.loaded.library
     }
 
     /// The provider in use.
     pub fn provider(&self) -> Provider {
-        self.provider
+        self.0.choice.provider
+    }
+
+    /// The provider in use, and why not others.
+    pub fn choice(&self) -> &Choice {
+        &self.0.choice
+    }
+
+    /// What went between host and device so far.
+    pub fn copies(&self) -> Copies {
+        self.0.counters.read()
     }
 
     /// How much of it KV caches and logits may take.
-    pub fn memory(&self) -> Memory {
-        Memory { limit: self.options.max_cache_bytes, is_host: self.provider == Provider::Cpu }
+    pub fn budget(&self) -> Budget {
+        Budget { limit: self.0.options.max_cache_bytes, is_host: !self.has_device() }
     }
 
     /// Why `provider` cannot be used here, or nothing if it can.
     pub fn probe(&self, provider: Provider) -> Result<(), ProviderError> {
-        provider::probe(&self.environment, provider, &self.options)
+        provider::probe(&self.0.loaded, provider, &self.0.options)
     }
 
     /// Refuses a library older than `needed` (`major.minor`).
     pub fn require(&self, needed: &str) -> Result<(), UnavailableError> {
-        if version(&self.library.version) >= version(needed) {
+        if version(&self.0.loaded.library.version) >= version(needed) {
             return Ok(());
         }
-        let (found, path) = (self.library.version.clone(), self.library.path.clone());
+        let (found, path) = (self.0.loaded.library.version.clone(), self.0.loaded.library.path.clone());
         Err(UnavailableError::TooOld { needed: needed.into(), found, path })
     }
 
-    fn cache(&self, beside: &Path) -> PathBuf {
-        self.options.cache.clone().unwrap_or_else(|| beside.join(".tensorrt"))
+    /// A session to be, where and as the user wants it.
+    fn builder(&self, bundle: Option<&Bundle>) -> Result<SessionBuilder, ort::Error> {
+        let builder = Session::builder(&self.0.loaded.environment)?.with_optimization_level(GraphOptimizationLevel::All)?;
+        let builder = self.0.options.pool().apply(self.0.loaded.threads, builder)?;
+        let cache = bundle.filter(|_| self.provider() == Provider::TensorRt);
+        let cache = cache.and_then(|bundle| provider::cache(self.0.options.cache.as_deref(), &bundle.hash()));
+        provider::register(builder, &self.0.loaded, self.provider(), self.0.options.device, cache.as_deref())
+    }
+
+    /// A session of a model made here. It runs on the provider or not at all: what it moves must not make a detour.
+    fn small_session(&self, model: &[u8]) -> Result<Session, ort::Error> {
+        let placement = Placement::default();
+        let session = placement.listen(self.builder(None)?)?.commit_from_memory(model)?;
+        let strangers = placement.strangers();
+        match self.has_device() && !strangers.is_empty() {
+            true => Err(ort::Error::new(format!("provider {} does not run {strangers}", self.provider()))),
+            false => Ok(session),
+        }
+    }
+
+    /// Whether every operator must run on the provider.
+    fn is_strict(&self) -> bool {
+        let asked = matches!(self.0.options.provider, ProviderChoice::Only(provider) if provider != Provider::Cpu);
+        asked && !self.0.options.allow_fallback
+    }
+
+    /// To be held while the provider is used.
+    fn turn(&self) -> Option<MutexGuard<'static, ()>> {
+        self.provider().turn()
+    }
+
+    fn has_device(&self) -> bool {
+        self.0.device.is_some()
+    }
+
+    fn memory(&self, place: Place) -> MemoryInfo<'static> {
+        self.0.device.clone().filter(|_| place == Place::Device).unwrap_or_default()
+    }
+
+    fn counters(&self) -> &Counters {
+        &self.0.counters
+    }
+
+    /// Counts a tensor that is about to be bound for `place`.
+    fn count(&self, tensor: &Tensor, place: Place) {
+        match (tensor.is_on_host(), place) {
+            (true, Place::Device) if self.has_device() => self.0.counters.up(tensor.n_bytes()),
+            (false, Place::Host) => self.0.counters.down(tensor.n_bytes()),
+            _ => {}
+        }
     }
 }
 

@@ -1,14 +1,20 @@
 //! Execution providers: which there are, which one works here, how each is registered.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::MutexGuard;
 
-use ort::environment::Environment;
 use ort::ep::{self, ExecutionProviderDispatch};
+use ort::memory::{AllocationDevice, AllocatorType, MemoryInfo, MemoryType};
 use ort::session::Session;
 use ort::session::builder::SessionBuilder;
 
 use super::RuntimeOptions;
+use super::graph::sentence;
+use super::library::Loaded;
+use super::model::identity;
+use super::plugin::{PLUGINS, Plugin};
+use crate::bundle::Dtype;
 
 /// A place where graphs run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,6 +25,8 @@ pub enum Provider {
     Cuda,
     /// An NVIDIA GPU, through engines built by TensorRT; what it cannot take runs on CUDA.
     TensorRt,
+    /// Whatever a plugin is for.
+    Plugin(&'static Plugin),
 }
 
 /// What the user asks for.
@@ -29,6 +37,15 @@ pub enum ProviderChoice {
     Auto,
     /// This one or an error.
     Only(Provider),
+}
+
+/// The provider in use, and those that would have come before it.
+#[derive(Debug)]
+pub struct Choice {
+    /// The provider.
+    pub provider: Provider,
+    /// Why others were passed over, in the order in which they were tried; empty where one was asked for.
+    pub passed_over: Vec<ProviderError>,
 }
 
 /// Why a provider cannot be used.
@@ -42,26 +59,57 @@ pub enum ProviderError {
         /// What ONNX Runtime says.
         source: ort::Error,
     },
+    /// Its library is missing.
+    #[error(
+        "provider `{}` needs a plugin that is not found; install it with `pip install {}` beside ONNX Runtime, or name its library with --ep-library",
+        .plugin.name,
+        .plugin.package
+    )]
+    NoPlugin {
+        /// The plugin.
+        plugin: &'static Plugin,
+    },
+    /// Its library is there, a device is not.
+    #[error("provider `{}` finds no device {device} here; it counts from 0 and finds {found}", .plugin.name)]
+    NoDevice {
+        /// The plugin.
+        plugin: &'static Plugin,
+        /// What was asked for, from 0.
+        device: u32,
+        /// How many there are.
+        found: usize,
+    },
 }
 
-/// An ONNX model of one Identity node on one float: the smallest thing a provider can be tried with.
-const PROBE: &[u8] = b"\x08\x08\x12\x05blip2\x3a7\x0a\x10\x0a\x01x\x12\x01y\x22\x08Identity\x12\x01pZ\x0f\x0a\x01x\x12\x0a\x0a\x08\x08\x01\x12\x04\x0a\x02\x08\x01b\x0f\x0a\x01y\x12\x0a\x0a\x08\x08\x01\x12\x04\x0a\x02\x08\x01B\x04\x0a\x00\x10\x11";
-
-pub(super) fn choose(environment: &Environment, options: &RuntimeOptions) -> Result<Provider, ProviderError> {
+pub(super) fn choose(loaded: &Loaded, options: &RuntimeOptions) -> Result<Choice, ProviderError> {
     match options.provider {
-        ProviderChoice::Only(provider) => probe(environment, provider, options).map(|()| provider),
+        ProviderChoice::Only(provider) => probe(loaded, provider, options).map(|()| Choice { provider, passed_over: Vec::new() }),
         ProviderChoice::Auto => {
-            let usable = |provider: &Provider| probe(environment, *provider, options).is_ok();
-            Ok([Provider::TensorRt, Provider::Cuda].into_iter().find(usable).unwrap_or(Provider::Cpu))
+            let mut passed_over = Vec::new();
+            for provider in Provider::AUTO {
+                match probe(loaded, provider, options) {
+                    Ok(()) => return Ok(Choice { provider, passed_over }),
+                    Err(error) => passed_over.push(error),
+                }
+            }
+            Ok(Choice { provider: Provider::Cpu, passed_over })
         }
     }
 }
 
 /// Opens a session of one node. A provider that was asked for must take part or fail, so this is its true test.
-pub(super) fn probe(environment: &Environment, provider: Provider, options: &RuntimeOptions) -> Result<(), ProviderError> {
+pub(super) fn probe(loaded: &Loaded, provider: Provider, options: &RuntimeOptions) -> Result<(), ProviderError> {
+    if let Provider::Plugin(plugin) = provider {
+        plugin.register(&loaded.environment, &loaded.library, options.ep_library.as_deref())?;
+        let (device, found) = (options.device, plugin.devices(&loaded.environment).count());
+        if device as usize >= found {
+            return Err(ProviderError::NoDevice { plugin, device, found });
+        }
+    }
+    let _turn = provider.turn();
     let open = || -> Result<Session, ort::Error> {
-        let builder = Session::builder(environment)?;
-        register(builder, provider, options.device, None)?.commit_from_memory(PROBE)
+        let builder = Session::builder(&loaded.environment)?;
+        register(builder, loaded, provider, options.device, None)?.commit_from_memory(&identity(Dtype::Float32))
     };
     open().map(drop).map_err(|source| ProviderError::Unusable { provider, source })
 }
@@ -69,18 +117,32 @@ pub(super) fn probe(environment: &Environment, provider: Provider, options: &Run
 /// Adds the provider to a session. `cache` is where TensorRT keeps engines.
 pub(super) fn register(
     builder: SessionBuilder,
+    loaded: &Loaded,
     provider: Provider,
     device: u32,
     cache: Option<&Path>,
 ) -> Result<SessionBuilder, ort::Error> {
-    let device = i32::try_from(device).unwrap_or(i32::MAX);
-    let cuda = || ep::CUDA::default().with_device_id(device).build().error_on_failure();
+    let id = i32::try_from(device).unwrap_or(i32::MAX);
+    // TF32 keeps 10 bits of a float32; tokens must be the reference's.
+    let cuda = || ep::CUDA::default().with_device_id(id).with_tf32(false).build().error_on_failure();
     let providers: Vec<ExecutionProviderDispatch> = match provider {
-        Provider::Cpu => return Ok(builder),
+        Provider::Cpu => return on_processor(builder, loaded),
         Provider::Cuda => vec![cuda()],
-        Provider::TensorRt => vec![tensorrt(device, cache), cuda()],
+        Provider::TensorRt => vec![tensorrt(id, cache), cuda()],
+        Provider::Plugin(plugin) => {
+            let option = |(key, value): &(&str, &str)| (format!("{}.{key}", plugin.provider), (*value).to_owned());
+            let options: Vec<(String, String)> = plugin.options.iter().map(option).collect();
+            let device = plugin.devices(&loaded.environment).nth(device as usize);
+            return Ok(builder.with_devices(device, Some(&options))?);
+        }
     };
     Ok(builder.with_execution_providers(providers)?)
+}
+
+/// The processor by name: left to itself, a session takes a device of any plugin that the process has registered.
+fn on_processor(builder: SessionBuilder, loaded: &Loaded) -> Result<SessionBuilder, ort::Error> {
+    let processor = loaded.environment.devices().find(|device| matches!(device.ep(), Ok("CPUExecutionProvider")));
+    Ok(builder.with_devices(processor, None)?)
 }
 
 fn tensorrt(device: i32, cache: Option<&Path>) -> ExecutionProviderDispatch {
@@ -93,20 +155,84 @@ fn tensorrt(device: i32, cache: Option<&Path>) -> ExecutionProviderDispatch {
     provider.build().error_on_failure()
 }
 
+/// Where tensors lie that a graph works on; nothing where that is the processor's memory.
+pub(super) fn memory(loaded: &Loaded, provider: Provider, device: u32) -> Result<Option<MemoryInfo<'static>>, ort::Error> {
+    match provider {
+        Provider::Cpu => Ok(None),
+        Provider::Cuda | Provider::TensorRt => {
+            let id = i32::try_from(device).unwrap_or(i32::MAX);
+            MemoryInfo::new(AllocationDevice::CUDA, id, AllocatorType::Device, MemoryType::Default).map(Some)
+        }
+        Provider::Plugin(plugin) if !plugin.has_memory => Ok(None),
+        Provider::Plugin(plugin) => {
+            let device = plugin.devices(&loaded.environment).nth(device as usize);
+            Ok(device.map(|device| device.memory_info(false).to_owned()))
+        }
+    }
+}
+
+/// Where TensorRT keeps what it built for a bundle: under the user's cache folder, by what the bundle holds.
+pub(super) fn cache(named: Option<&Path>, hash: &str) -> Option<PathBuf> {
+    let set = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let home = || set("HOME").map(|home| home.join(".cache"));
+    let users = || set("XDG_CACHE_HOME").or_else(home).map(|cache| cache.join("blip2").join("tensorrt"));
+    named.map(Path::to_path_buf).or_else(users).map(|folder| folder.join(hash))
+}
+
 impl Provider {
+    /// To be held while it is used.
+    pub(super) fn turn(self) -> Option<MutexGuard<'static, ()>> {
+        if let Self::Plugin(plugin) = self { plugin.turn() } else { None }
+    }
+
+    /// What [`ProviderChoice::Auto`] tries, in this order, before it takes the processor.
+    pub const AUTO: [Self; 2] = [Self::TensorRt, Self::Cuda];
+
     /// Every provider that this engine knows.
-    pub const ALL: [Self; 3] = [Self::Cpu, Self::Cuda, Self::TensorRt];
+    pub fn all() -> impl Iterator<Item = Self> {
+        [Self::Cpu, Self::Cuda, Self::TensorRt].into_iter().chain(PLUGINS.iter().map(Self::Plugin))
+    }
+}
+
+impl ProviderError {
+    /// Which provider.
+    pub fn provider(&self) -> Provider {
+        match self {
+            Self::Unusable { provider, .. } => *provider,
+            Self::NoPlugin { plugin } | Self::NoDevice { plugin, .. } => Provider::Plugin(plugin),
+        }
+    }
+
+    /// Why not, in one line.
+    pub fn reason(&self) -> String {
+        match self {
+            Self::Unusable { source, .. } => sentence(&source.to_string()).trim_end_matches('.').to_owned(),
+            Self::NoPlugin { .. } | Self::NoDevice { .. } => self.to_string(),
+        }
+    }
+}
+
+/// Such as `cpu (tensorrt: is not in this build; cuda: finds no device)`.
+impl std::fmt::Display for Choice {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", self.provider)?;
+        let why: Vec<String> = self.passed_over.iter().map(|error| format!("{}: {}", error.provider(), error.reason())).collect();
+        if why.is_empty() { Ok(()) } else { write!(f, " ({})", why.join("; ")) }
+    }
 }
 
 impl FromStr for ProviderChoice {
     type Err = String;
 
     fn from_str(name: &str) -> Result<Self, String> {
-        let known = Provider::ALL.into_iter().find(|provider| provider.to_string() == name);
+        let known = Provider::all().find(|provider| provider.to_string() == name);
         match (name, known) {
             ("auto", _) => Ok(Self::Auto),
             (_, Some(provider)) => Ok(Self::Only(provider)),
-            _ => Err("auto, cpu, cuda and tensorrt are known".into()),
+            _ => {
+                let names: Vec<String> = Provider::all().map(|provider| provider.to_string()).collect();
+                Err(format!("auto, {} are known", names.join(", ")))
+            }
         }
     }
 }
@@ -117,6 +243,7 @@ impl std::fmt::Display for Provider {
             Self::Cpu => "cpu",
             Self::Cuda => "cuda",
             Self::TensorRt => "tensorrt",
+            Self::Plugin(plugin) => plugin.name,
         })
     }
 }

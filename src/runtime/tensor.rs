@@ -2,8 +2,7 @@
 
 use half::{bf16, f16};
 use ndarray::{Array, ArrayD, Dimension, IxDyn};
-use ort::memory::AllocationDevice;
-use ort::value::{DynTensor, TensorElementType};
+use ort::value::{DynTensor, DynValue, TensorElementType};
 
 use crate::bundle::Dtype;
 
@@ -22,9 +21,22 @@ impl Tensor {
         Ok(Self(ort::value::Tensor::from_array(values)?.upcast()))
     }
 
+    pub(super) fn from_value(value: DynValue) -> Result<Self, ort::Error> {
+        value.downcast().map(Self).map_err(|error| ort::Error::new(error.to_string()))
+    }
+
     /// Its shape.
     pub fn shape(&self) -> Vec<usize> {
         self.0.shape().iter().map(|size| usize::try_from(*size).unwrap_or(0)).collect()
+    }
+
+    /// The type of its elements.
+    ///
+    /// # Panics
+    /// If it is none that a bundle may name: graphs were compared with their bundle when they were opened.
+    pub fn dtype(&self) -> Dtype {
+        let found = *self.0.data_type();
+        Dtype::ALL.into_iter().find(|dtype| element_type(*dtype) == found).expect("a type that bundles name")
     }
 
     /// Whether its elements are of this type.
@@ -32,16 +44,35 @@ impl Tensor {
         *self.0.data_type() == element_type(dtype)
     }
 
-    /// Its values as float32, copied to the host where they lie elsewhere.
+    /// Bytes that its elements take.
+    pub fn n_bytes(&self) -> usize {
+        self.shape().iter().product::<usize>() * self.dtype().size()
+    }
+
+    /// Whether the processor can read it; else it lies on a device, and [`Mover::to_host`](super::Mover::to_host) brings it here.
+    pub fn is_on_host(&self) -> bool {
+        self.0.memory_info().is_cpu_accessible()
+    }
+
+    /// Its floating-point values as float32. The tensor must lie on the host.
     pub fn to_f32(&self) -> Result<ArrayD<f32>, ort::Error> {
-        if !self.is_on_host() {
-            return Self(self.0.to(AllocationDevice::CPU, 0)?).to_f32();
-        }
-        let values = match *self.0.data_type() {
-            TensorElementType::Float16 => self.0.try_extract_tensor::<f16>()?.1.iter().map(|v| v.to_f32()).collect(),
-            _ => self.0.try_extract_tensor::<f32>()?.1.to_vec(),
+        let values = match self.dtype() {
+            Dtype::Float16 => self.0.try_extract_tensor::<f16>()?.1.iter().map(|value| value.to_f32()).collect(),
+            Dtype::Bfloat16 => self.0.try_extract_tensor::<bf16>()?.1.iter().map(|value| value.to_f32()).collect(),
+            _ => self.f32()?.to_vec(),
         };
         Ok(ArrayD::from_shape_vec(IxDyn(&self.shape()), values).expect("a tensor has as many values as its shape says"))
+    }
+
+    /// The same floating-point values in another type, rounded to the nearest. The tensor must lie on the host.
+    pub fn to_type(&self, dtype: Dtype) -> Result<Self, ort::Error> {
+        let values = self.to_f32()?;
+        let tensor = match dtype {
+            Dtype::Float16 => ort::value::Tensor::from_array(values.mapv(f16::from_f32))?.upcast(),
+            Dtype::Bfloat16 => ort::value::Tensor::from_array(values.mapv(bf16::from_f32))?.upcast(),
+            _ => return Self::from_f32(values),
+        };
+        Ok(Self(tensor))
     }
 
     /// The float32 values, in place. The tensor must lie on the host.
@@ -62,26 +93,6 @@ impl Tensor {
     /// The int32 values, writable in place. The tensor must lie on the host.
     pub fn i32_mut(&mut self) -> Result<&mut [i32], ort::Error> {
         Ok(self.0.try_extract_tensor_mut::<i32>()?.1)
-    }
-
-    /// Lets `read` see the float32 values wherever the tensor lies.
-    pub fn read_f32<T>(&self, read: impl FnOnce(&[f32]) -> T) -> Result<T, ort::Error> {
-        if self.is_on_host() { Ok(read(self.f32()?)) } else { Ok(read(Self(self.0.to(AllocationDevice::CPU, 0)?).f32()?)) }
-    }
-
-    /// Lets `edit` work on the float32 values wherever the tensor lies; on a device they make the way to the host and back.
-    pub fn edit_f32<T>(&mut self, edit: impl FnOnce(&mut [f32]) -> T) -> Result<T, ort::Error> {
-        if self.is_on_host() {
-            return Ok(edit(self.f32_mut()?));
-        }
-        let mut host = Self(self.0.to(AllocationDevice::CPU, 0)?);
-        let done = edit(host.f32_mut()?);
-        host.0.copy_into(&mut self.0)?;
-        Ok(done)
-    }
-
-    fn is_on_host(&self) -> bool {
-        self.0.memory_info().is_cpu_accessible()
     }
 }
 

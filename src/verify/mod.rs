@@ -5,9 +5,8 @@
 mod golden;
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
-use ndarray::{Array, Array1, Array2, Array3, Axis, Dimension};
+use ndarray::{Array, Array1, Array2, Array3, ArrayD, Axis, Dimension};
 
 use crate::bundle::TaskName;
 use crate::decode::{Model, TokenId};
@@ -17,7 +16,7 @@ use crate::language::{LanguageModel, Prefix, Seen};
 use crate::pixels::{Limits, Picture, Pixels};
 use crate::prompt::Task;
 use crate::qformer::Queries;
-use crate::runtime::{GraphError, RuntimeError};
+use crate::runtime::{GraphError, Mover, Row, RuntimeError};
 use crate::stage1::PairEmbedding;
 use crate::text::TokenBatch;
 use crate::vision::ImageFeatures;
@@ -75,15 +74,18 @@ impl Checker<'_> {
 
         let features: Array2<f32> = self.recorded(&self.case.features)?;
         let found = self.engine.seer.vision.encode(Pixels(wanted.insert_axis(Axis(0))))?;
-        let found = found.0.to_f32().map_err(|source| failed("vision", source))?;
+        let found = self.row(found.rows().next().map(|picture| picture.0))?;
         self.check_relative("features", found.iter(), features.iter());
 
         let queries: Array2<f32> = self.recorded(&self.case.queries)?;
         let features = self.features()?;
         let found = match &mut self.engine.seer.reader {
             Reader::Queries(qformer) if qformer.reads_questions() => return Ok(()),
-            Reader::Queries(qformer) => qformer.read(&features, None)?.remove(0).0,
-            Reader::Stage1(stage1) => Arc::new(stage1.see(&features)?.remove(0).0.states),
+            Reader::Queries(qformer) => {
+                let found = qformer.read(&features, None)?.pop();
+                self.row(found.map(|queries| queries.0))?
+            }
+            Reader::Stage1(stage1) => stage1.see(&features)?.remove(0).0.states.into_dyn(),
         };
         self.check_relative("queries", found.iter(), queries.iter());
         Ok(())
@@ -98,10 +100,11 @@ impl Checker<'_> {
             Reader::Queries(qformer) => {
                 if let Some(ids) = &written.question_ids {
                     let question = TokenBatch::new(std::slice::from_ref(ids), 0);
-                    let found = qformer.read(&features, Some(&question))?.remove(0);
-                    self.check_relative("queries", found.0.iter(), queries.iter());
+                    let found = qformer.read(&features, Some(&question))?.pop();
+                    let found = self.row(found.map(|queries| queries.0))?;
+                    self.check_relative("queries", found.iter(), queries.iter());
                 }
-                Ok(Some(Seen::Queries(Queries(Arc::new(queries)))))
+                Ok(Some(Seen::Queries(Queries::on_host(queries).map_err(|source| failed("qformer", source))?)))
             }
         }
     }
@@ -165,7 +168,7 @@ impl Checker<'_> {
 
     /// The recorded features read together with a text.
     fn pair(&mut self, ids: &[TokenId]) -> Result<PairEmbedding, Error> {
-        let features: Array2<f32> = self.recorded(&self.case.features)?;
+        let features = self.features()?.rows().next().expect("one picture was recorded");
         let text = TokenBatch::new(&[ids.to_vec()], 0);
         match &mut self.engine.seer.reader {
             Reader::Stage1(stage1) => Ok(stage1.compare(&[&features], &text)?.remove(0)),
@@ -178,7 +181,12 @@ impl Checker<'_> {
 
     fn features(&self) -> Result<ImageFeatures, Error> {
         let features: Array2<f32> = self.recorded(&self.case.features)?;
-        Ok(ImageFeatures::from_rows(&[&features]).map_err(|source| failed("qformer", source))?)
+        Ok(ImageFeatures::on_host(features.insert_axis(Axis(0))).map_err(|source| failed("qformer", source))?)
+    }
+
+    /// The values of the only row that a stage gave.
+    fn row(&self, row: Option<Row>) -> Result<ArrayD<f32>, Error> {
+        Ok(Mover::new(self.engine.runtime()).read(&row.expect("a stage gives a row a picture"))?)
     }
 
     fn picture(&self) -> Result<Picture, Error> {

@@ -7,6 +7,7 @@ answers alike whatever it sees, and any mistake in a graph would go unseen.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +186,42 @@ _RELEASED = {
     },
     "top": {"num_query_tokens": 32},
 }
+_MEDIUM = {  # a ViT-L/14 and the Q-Former of the released models
+    "vision_config": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "image_size": 224,
+    },
+    "qformer_config": {**_RELEASED["qformer_config"], "encoder_hidden_size": 1024},
+    "top": {"num_query_tokens": 32},
+}
 LARGE: dict[str, Shape] = {
+    "medium": {  # the size of opt-350m, in the order of norms and with the full-width embeddings that all other OPTs have
+        **_MEDIUM,
+        "text_config": {
+            "vocab_size": 50272,
+            "hidden_size": 1024,
+            "word_embed_proj_dim": 1024,
+            "ffn_dim": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "max_position_embeddings": 2048,
+        },
+    },
+    "medium-t5": {  # flan-t5-large: a step reads 385 million weights, one of `medium` 353 million
+        **_MEDIUM,
+        "text_config": {
+            **_T5,
+            "vocab_size": 32128,
+            "d_model": 1024,
+            "d_kv": 64,
+            "d_ff": 2816,
+            "num_layers": 24,
+            "num_heads": 16,
+        },
+    },
     "opt-2.7b": {  # the dimensions of the released blip2-opt-2.7b
         **_RELEASED,
         "text_config": {
@@ -223,41 +259,51 @@ def write(
     folder: Path, shape: str | Shape, seed: int, dtype: torch.dtype = torch.float32, shard_bytes: int = 2 << 30
 ) -> None:
     """Writes the folder: config, safetensors in shards, tokenizers, processor configs. Holds one shard in memory."""
+    plan = _plan(shape, dtype)
+    plan.config.save_pretrained(folder)
+    write_shards(folder, _shapes(plan.model, plan.config), seed, dtype, shard_bytes)
+    plan.tokenizer.save_pretrained(folder)
+    if plan.asked:
+        plan.asked.truncation_side = "left" if plan.model is InstructBlipForConditionalGeneration else "right"
+        plan.asked.save_pretrained(folder / "qformer_tokenizer")
+    side = plan.config.vision_config.image_size
+    image = {"image_processor_type": "BlipImageProcessor", "size": {"height": side, "width": side}, "resample": 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(image))
+
+
+def n_parameters(shape: str | Shape) -> int:
+    """How many numbers `write` would write."""
+    plan = _plan(shape, torch.float32)
+    return sum(size.numel() for size in _shapes(plan.model, plan.config).values())
+
+
+@dataclass(frozen=True)
+class _Plan:
+    config: Blip2Config | InstructBlipConfig
+    model: type[PreTrainedModel]
+    tokenizer: PreTrainedTokenizerFast
+    asked: PreTrainedTokenizerFast | None  # of the question that the Q-Former reads
+
+
+def _plan(shape: str | Shape, dtype: torch.dtype) -> _Plan:
     wanted = (SHAPES | FAMILIES | LARGE)[shape] if isinstance(shape, str) else shape
     parts = {key: {**base, **wanted.get(key, {})} for key, base in BASE.items()}
+    top = parts.pop("top")
+    instruct = top.pop("model_type", "blip-2") == "instructblip"
     language = wanted.get("text_config", {}).get("model_type", "opt")
     tokenizer, ids = TOKENIZERS[language]()
-    parts["text_config"] = {
-        **_LANGUAGES[language],
-        **ids,
-        "vocab_size": len(tokenizer),
-        **wanted.get("text_config", {}),
-    }
-    parts["text_config"]["model_type"] = language
-    top = parts.pop("top")
-    kind = top.pop("model_type", "blip-2")
-    asked = (
-        _question_tokenizer()
-        if kind == "instructblip" or parts["qformer_config"].get("use_qformer_text_input")
-        else None
-    )
+    sizes = {**_LANGUAGES[language], **ids, "vocab_size": len(tokenizer)}
+    parts["text_config"] = {**sizes, **wanted.get("text_config", {}), "model_type": language}
+    reads_text = instruct or parts["qformer_config"].get("use_qformer_text_input")
+    asked = _question_tokenizer() if reads_text else None
     if asked:
         parts["qformer_config"]["vocab_size"] = len(asked)
     image_token = tokenizer.convert_tokens_to_ids("<image>")
-    config = (InstructBlipConfig if kind == "instructblip" else Blip2Config)(
-        **parts, **top, image_token_index=image_token
-    )
-    model = InstructBlipForConditionalGeneration if kind == "instructblip" else Blip2ForConditionalGeneration
+    kind = InstructBlipConfig if instruct else Blip2Config
+    model = InstructBlipForConditionalGeneration if instruct else Blip2ForConditionalGeneration
+    config = kind(**parts, **top, image_token_index=image_token)
     config.architectures, config.dtype = [model.__name__], dtype
-    config.save_pretrained(folder)
-    write_shards(folder, _shapes(model, config), seed, dtype, shard_bytes)
-    tokenizer.save_pretrained(folder)
-    if asked:
-        asked.truncation_side = "left" if kind == "instructblip" else "right"
-        asked.save_pretrained(folder / "qformer_tokenizer")
-    side = config.vision_config.image_size
-    image = {"image_processor_type": "BlipImageProcessor", "size": {"height": side, "width": side}, "resample": 3}
-    (folder / "preprocessor_config.json").write_text(json.dumps(image))
+    return _Plan(config, model, tokenizer, asked)
 
 
 def _shapes(kind: type[PreTrainedModel], config: Blip2Config | InstructBlipConfig) -> dict[str, torch.Size]:

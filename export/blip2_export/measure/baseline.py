@@ -1,0 +1,79 @@
+"""The `baseline` command: `transformers` alone, eager and compiled, in any precision."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from blip2_export.measure import machine, samples, work
+from blip2_export.measure.peer import Peer
+from blip2_export.measure.samples import Samples
+from blip2_export.measure.work import Work
+from blip2_export.read.checkpoint import CheckpointError
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, help="folder of a BLIP-2 with a language model")
+    parser.add_argument(
+        "--dtype",
+        type=_dtypes,
+        default=["float32"],
+        metavar="A,B",
+        help="float32, bfloat16, float16, or several (default: float32; without AVX-512 the others are very slow)",
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="measure `torch.compile` too; it takes minutes to compile"
+    )
+    work.add_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Progress to standard error, the table to standard output."""
+    found: dict[str, Samples] = {}
+    try:
+        for dtype in args.dtype:
+            peer = Peer(args.checkpoint, dtype, args.threads)
+            wanted = work.of(args, peer.n_prompt_tokens)
+            found[dtype] = _measured(peer, wanted, args.rounds, dtype)
+            if args.compile:
+                peer.compile()
+                compiled = f"{dtype}, compiled"
+                found[compiled] = _measured(peer, wanted, args.rounds, compiled)
+    except CheckpointError as error:
+        raise SystemExit(f"error: {error}") from error
+    described = machine.describe(args.threads, "torch", "transformers")
+    print("\n".join(f"{name}: {value}" for name, value in described.items()))
+    print(f"\n{_table(wanted, found)}")
+    if args.json:
+        args.json.write_text(json.dumps({"machine": described, "rows": wanted.rows, "samples": found}, indent=1) + "\n")
+    return 0
+
+
+def _measured(peer: Peer, wanted: Work, n_rounds: int, label: str) -> Samples:
+    print(f"{label}: warming up", file=sys.stderr)
+    found: Samples = {"first": [peer.warm_up(wanted)]}
+    for i in range(n_rounds):
+        print(f"{label}: round {i + 1} of {n_rounds}", file=sys.stderr)
+        samples.add(found, peer.measure(wanted, i))
+    return found
+
+
+def _table(wanted: Work, found: dict[str, Samples]) -> str:
+    rows = {**wanted.rows, "first": "everything once at first, compiling included, s"}
+    cells = [[label, *(cell for one in found.values() for cell in _cells(one[name]))] for name, label in rows.items()]
+    return samples.table(["", *(head for name in found for head in (name, "quartiles"))], cells)
+
+
+def _cells(values: list[float]) -> tuple[str, str]:
+    return samples.median(values), samples.spread(values)
+
+
+def _dtypes(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := next((name for name in names if name not in DTYPES), None):
+        raise argparse.ArgumentTypeError(f"{unknown} is none of {', '.join(DTYPES)}")
+    return names

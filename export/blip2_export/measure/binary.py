@@ -1,0 +1,89 @@
+"""The engine timed by its own account: what the binary's JSON says of each text.
+
+Every process writes one text more than is counted, to warm up, except where many questions are asked at once: `ask` takes one
+picture, so that its batch is the first thing a process does.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from blip2_export.engine import run_engine
+from blip2_export.measure.samples import Samples
+from blip2_export.measure.work import TEMPLATE, Work
+
+_Line = dict[str, Any]
+
+
+@dataclass
+class Engine:
+    """One bundle. `written`: the tokens of every caption, by picture and search."""
+
+    binary: Path
+    bundle: Path
+    n_threads: int
+    written: dict[str, list[int]] = field(default_factory=dict)
+
+    def version(self) -> str:
+        """Its own and that of the ONNX Runtime that it finds, as `doctor` says."""
+        said = subprocess.run([str(self.binary), "doctor"], capture_output=True, encoding="utf-8", check=False).stdout
+        found = re.search(r"^blip2 +(\S+)[\s\S]*^ONNX Runtime +([^\s,]+)", said, re.MULTILINE)
+        return f"blip2 {found[1]}, ONNX Runtime {found[2]}" if found else "unknown"
+
+    def measure(self, work: Work, i: int) -> Samples:
+        """The i-th round: every caption greedily, and of the i-th picture what takes longer."""
+        image = work.images[i % len(work.images)]
+        captions = self._captions(work, work.images, "", 1)
+        beams = self._captions(work, [image], "", work.n_beams)
+        alone = self._captions(work, [image] * 2, work.prompts[0], 1)
+        together = self._ask(work, image, len(work.questions), 1)
+        asked_rows = self._ask(work, image, work.n_beams, 1)
+        asked_beams = self._ask(work, image, 1, work.n_beams)
+        stages = [one["timings_ms"] for one in captions]
+        return {
+            "preprocess": [times["decode_image"] + times["preprocess"] for times in stages],
+            **{name: [times[name] for times in stages] for name in ("vision", "qformer", "prefill")},
+            "step": [_step(one) for one in captions],
+            "caption": [times["total"] for times in stages],
+            "beams": [one["timings_ms"]["total"] for one in beams],
+            "alone": [_tokens_per_second([one]) for one in alone],
+            "together": [_tokens_per_second(together)],
+            "step of rows": [_step(asked_rows[0])],
+            "step of beams": [_step(asked_beams[0])],
+        }
+
+    def _captions(self, work: Work, images: tuple[Path, ...] | list[Path], prompt: str, n_beams: int) -> list[_Line]:
+        """One process; its first text does not count."""
+        options = ("--prompt", prompt, "--beams", str(n_beams))
+        _, *lines = self._run(work, "caption", *options, str(images[0]), *map(str, images))
+        if not prompt:
+            self.written |= {f"{line['image']}, {n_beams} beams": line["tokens"] for line in lines}
+        return lines
+
+    def _ask(self, work: Work, image: Path, n: int, n_beams: int) -> list[_Line]:
+        """The first `n` questions in one batch. Times are of all together."""
+        asked = [work.questions[k % len(work.questions)] for k in range(n)]
+        return self._run(work, "ask", "--prompt", TEMPLATE, "--beams", str(n_beams), str(image), *asked)
+
+    def _run(self, work: Work, command: str, *more: str) -> list[_Line]:
+        n = str(work.n_tokens)
+        machine = ("--json", "--model", str(self.bundle), "--threads", str(self.n_threads))
+        lines = run_engine(self.binary, command, *machine, "--max-new-tokens", n, "--min-new-tokens", n, *more)
+        if wrong := next((line for line in lines if len(line["tokens"]) != work.n_tokens), None):
+            raise SystemExit(f"{self.binary}: wrote {len(wrong['tokens'])} tokens where {n} were asked for")
+        return lines
+
+
+def _step(line: _Line) -> float:
+    """The mean of one text: its first token comes from prefill."""
+    return line["timings_ms"]["decode"] / (len(line["tokens"]) - 1)
+
+
+def _tokens_per_second(lines: list[_Line]) -> float:
+    """Of the language model alone; lines of one batch share their times."""
+    times = lines[0]["timings_ms"]
+    return sum(len(line["tokens"]) for line in lines) * 1e3 / (times["prefill"] + times["decode"])

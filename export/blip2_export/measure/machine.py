@@ -1,0 +1,84 @@
+"""The machine and the versions that numbers hold for, and whether there is room to take them."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+
+_SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni", "amx_int8", "amx_bf16")  # as Linux
+_ARM_SETS = ("asimddp", "i8mm", "bf16", "sve", "sve2", "sme")
+
+
+def describe(n_threads: int, *packages: str) -> dict[str, str]:
+    """What the numbers depend on, beside the model."""
+    cpu = _cpu()
+    said = re.search(r"^model name\s*:\s*(.+)$", cpu, re.MULTILINE)
+    return {
+        "processor": said[1].strip() if said else platform.machine(),
+        "instruction set": instruction_set(cpu),
+        "threads": f"{n_threads} of {n_cores()} cores",
+        **{package: version(package) for package in packages},
+    }
+
+
+def instruction_set(cpuinfo: str) -> str:
+    """The widest of `/proc/cpuinfo` first, and what belongs to it."""
+    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    there = [name for name in (*_SETS, *_ARM_SETS) if flags and name in flags[1].split()]
+    return " ".join(reversed(there)) or platform.machine()
+
+
+def n_cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def free_memory() -> int | None:
+    """Bytes that may still be taken: of the machine, or of the control group where that is less."""
+    machine = _value(_read("/proc/meminfo"), "MemAvailable:")
+    limit, used = (_read(f"/sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current"))
+    files = _value(_read("/sys/fs/cgroup/memory.stat"), "inactive_file") or 0
+    group = int(limit) - max(int(used) - files, 0) if limit.isdecimal() and used.isdecimal() else None
+    return min((n for n in (machine and machine * 1024, group) if n is not None), default=None)
+
+
+def require_memory(needed: int, what: str) -> None:
+    free = free_memory()
+    if free is not None and free < needed:
+        raise SystemExit(
+            f"{what} needs about {_gigabytes(needed)} of memory, {_gigabytes(free)} are free; end what else is running, or "
+            "measure a smaller shape"
+        )
+
+
+def require_disk(folder: Path, needed: int, what: str) -> None:
+    free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
+    if free < needed:
+        raise SystemExit(
+            f"{what} needs {_gigabytes(needed)} under {folder}, {_gigabytes(free)} are free; choose another folder (--work), "
+            "or measure a smaller shape"
+        )
+
+
+def _cpu() -> str:
+    return _read("/proc/cpuinfo")
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+def _value(text: str, key: str) -> int | None:
+    found = re.search(rf"^{re.escape(key)}\s*(\d+)", text, re.MULTILINE)
+    return int(found[1]) if found else None
+
+
+def _gigabytes(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.1f} GB"

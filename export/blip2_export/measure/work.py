@@ -1,0 +1,97 @@
+"""What is measured: the same for the engine and for `transformers`."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from blip2_export.measure import machine
+
+SAMPLES = Path(__file__).parents[3] / "models" / "samples"
+TEMPLATE = "Question: {} Answer:"
+_PARTS = (
+    ("what colour is", "how large is", "where is", "who owns", "what stands behind", "how old is"),
+    ("the", "a", "this", "that"),
+    ("dog", "star", "ball", "house", "tree", "car", "boat", "ring", "shirt", "table"),
+)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Captions of every image, and questions asked one after another and all at once. Every text has exactly `n_tokens` tokens."""
+
+    images: tuple[Path, ...]
+    questions: tuple[str, ...]
+    n_tokens: int
+    n_beams: int
+
+    @property
+    def prompts(self) -> list[str]:
+        return [TEMPLATE.format(question) for question in self.questions]
+
+    @property
+    def rows(self) -> dict[str, str]:
+        """What both sides measure → how a table calls it."""
+        return {
+            "preprocess": "preprocess: file → pixels, ms",
+            "vision": "vision, ms",
+            "qformer": "Q-Former and projection, ms",
+            "prefill": "prefill, ms",
+            "step": "decode step, ms",
+            "caption": f"caption of {self.n_tokens} tokens, greedy, ms",
+            "beams": f"caption, {self.n_beams} beams, ms",
+            "alone": "requests one after another, tokens/s",
+            "together": f"{len(self.questions)} requests at once, tokens/s",
+        }
+
+
+RATES = ("alone", "together")  # the more the better; of all other rows the less
+
+
+def of(args: argparse.Namespace, n_prompt_tokens: Callable[[str], int]) -> Work:
+    """The questions that are asked have prompts of one length, so that no side gains by how it pads."""
+    if missing := next((path for path in args.images if not path.is_file()), None):
+        raise SystemExit(f"{missing}: no such picture")
+    asked = [" ".join(words) + "?" for words in itertools.product(*_PARTS)]
+    by_length: dict[int, list[str]] = {}
+    for question in asked:
+        by_length.setdefault(n_prompt_tokens(TEMPLATE.format(question)), []).append(question)
+    most = max(by_length.values(), key=len)
+    if len(most) < args.requests:
+        raise SystemExit(f"--requests {args.requests}: at most {len(most)} questions of one length are at hand")
+    return Work(tuple(args.images), tuple(most[: args.requests]), args.tokens, args.beams)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--images",
+        type=Path,
+        nargs="+",
+        default=sorted(SAMPLES.glob("*.png")),
+        metavar="FILE",
+        help="default: models/samples/*.png",
+    )
+    parser.add_argument("--rounds", type=_count(1), default=5, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--tokens", type=_count(2), default=20, metavar="N", help="of every text (default: %(default)s)"
+    )
+    parser.add_argument("--beams", type=_count(2), default=5, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--requests", type=_count(2), default=16, metavar="N", help="questions at once (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--threads", type=_count(1), default=machine.n_cores(), metavar="N", help="on both sides (default: one a core)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="every single value, with machine and versions")
+
+
+def _count(least: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is no whole number from {least} on")
+        return int(text)
+
+    return read

@@ -1,0 +1,184 @@
+"""`baseline` and `bench` on tiny models: what their tables say is what was measured."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_engine import ENGINE
+
+from blip2_export.bundle import Choices, convert
+from blip2_export.check import random_checkpoint
+from blip2_export.measure import baseline, bench, machine, prefill, samples, work
+from blip2_export.measure.peer import Peer
+
+PICTURES = [str(path) for path in sorted(work.SAMPLES.glob("*.png"))[:2]]
+FEW = ("--rounds", "2", "--tokens", "4", "--requests", "3", "--threads", "1", "--images", *PICTURES)
+STAGES = ("preprocess", "vision", "qformer", "prefill")
+
+
+def parsed(command: Any, *typed: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return parser.parse_args([*typed, *FEW])
+
+
+def tables(printed: str) -> list[list[list[str]]]:
+    """Cells of every table, row by row, without headers."""
+    blocks = [[line for line in block.splitlines() if line.startswith("|")] for block in printed.split("\n\n")]
+    return [[[cell.strip() for cell in line.split("|")[1:-1]] for line in block[2:]] for block in blocks if block]
+
+
+@pytest.fixture(scope="module", params=["tiny", "t5"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("measure") / request.param
+    random_checkpoint.write(folder, request.param, seed=4)
+    return folder
+
+
+def test_a_baseline_prints_the_medians_of_what_it_measured(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = parsed(baseline, str(checkpoint), "--json", str(tmp_path / "all.json"))
+    assert baseline.run(args) == 0
+    [rows] = tables(capsys.readouterr().out)
+    found = json.loads((tmp_path / "all.json").read_text())
+    values = found["samples"]["float32"]
+    assert [label for label, *_ in rows[:-1]] == list(found["rows"].values())
+    for (label, median, _), name in zip(rows, [*found["rows"], "first"], strict=True):
+        assert float(median) == pytest.approx(statistics.median(values[name]), rel=1e-3), label
+    n_captions = 2 * len(args.images)
+    counts = {"step": 3 * n_captions, "caption": n_captions, **dict.fromkeys(STAGES, n_captions)}
+    assert {name: len(values[name]) for name in counts} == counts
+    for i, caption in enumerate(values["caption"]):
+        parts = sum(values[stage][i] for stage in STAGES) + sum(values["step"][3 * i : 3 * i + 3])
+        assert 0.5 * caption < parts <= caption, "the stages of a caption do not add up to it"
+
+
+@pytest.fixture(scope="module")
+def benched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("bench")
+
+
+def run_bench(folder: Path, *typed: str) -> None:
+    assert bench.run(parsed(bench, "--shape", "tiny", "--work", str(folder), "--engine", str(ENGINE), *typed)) == 0
+
+
+def test_a_bench_prints_ratios_of_what_it_prints(benched: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_bench(benched, "--json", str(benched / "all.json"))
+    printed = capsys.readouterr().out
+    assert "same tokens: 4 of 4 captions" in printed
+    assert "engine: blip2 " in printed and "instruction set: " in printed and "transformers: 5." in printed
+    found = json.loads((benched / "all.json").read_text())
+    sides, own = tables(printed)
+    assert [label for label, *_ in sides] == list(found["rows"].values()) and len(own) == 3
+    for (label, ours, _, theirs, _, ratio), name in zip(sides, found["rows"], strict=True):
+        assert ratio == f"{float(ours) / float(theirs):.3f}", label
+        for side, median in (("engine", ours), ("transformers", theirs)):
+            assert float(median) == pytest.approx(statistics.median(found[side][name]), rel=1e-3), (label, side)
+    for label, over, under, ratio in own:
+        assert ratio == f"{float(over) / float(under):.3f}", label
+
+
+def test_a_second_bench_keeps_the_model_unless_its_code_is_newer(
+    benched: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def prepared() -> str:
+        bench._Models(benched, "tiny").prepare()
+        return capsys.readouterr().err
+
+    prepared()
+    kept = prepared()
+    assert "tiny is kept" in kept and "tiny-bundle is kept" in kept
+    os.utime(benched / "tiny-bundle" / "bundle.json", (0, 0))
+    stale = prepared()
+    assert "tiny is kept" in stale and "tiny-bundle is made anew" in stale
+    shutil.rmtree(benched / "tiny")
+    drawn = prepared()
+    assert "tiny is made\n" in drawn and "tiny-bundle is made anew" in drawn
+
+
+def test_what_a_killed_bench_has_begun_is_made_anew(tmp_path: Path) -> None:
+    def make(path: Path, dies: bool) -> None:
+        path.mkdir()
+        if dies:
+            raise KeyboardInterrupt
+        (path / "config.json").write_text("{}")
+
+    for dies in (True, True, False):
+        try:
+            bench._keep_or_make(tmp_path / "model", False, lambda path, dies=dies: make(path, dies))
+        except KeyboardInterrupt:
+            assert not (tmp_path / "model").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("short", ["memory", "disk"])
+def test_a_bench_without_room_makes_nothing(short: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    memory, disk = ((1 << 10 if what == short else 1 << 40) for what in ("memory", "disk"))
+    monkeypatch.setattr(machine, "free_memory", lambda: memory)
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: usage._replace(free=disk))
+    with pytest.raises(SystemExit, match=r"tiny needs .* GB.*, 0\.0 GB are free; .*smaller shape"):
+        bench._Models(tmp_path / "new", "tiny").prepare()
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_absent_engine_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="make build"):
+        run_bench(tmp_path, "--engine", str(tmp_path / "blip2"))
+
+
+def test_prefill_alone_reads_every_position_and_no_more(checkpoint: Path, tmp_path: Path) -> None:
+    convert(checkpoint, tmp_path / "bundle", Choices("tiny", golden=False))
+    n_positions, n_new = 9, 60
+    alone = prefill._Prefill(tmp_path / "bundle", n_positions, n_new, 1)
+    assert alone.run() > 0
+    values = {name: value.numpy() for name, value in alone._values.items()}
+    n_read = 1 if checkpoint.name == "t5" else n_positions
+    assert np.ptp(values["logits"]) > 0
+    for name in (name for name in values if name.startswith("past_key_values")):
+        written = np.abs(values[name]).max(axis=(0, 1, 3)) > 0
+        assert written[:n_read].all() and not written[n_read:].any(), name
+        assert len(written) == -(-(n_read + n_new) // 64) * 64
+    for name in (name for name in values if name.startswith("cross")):
+        assert values[name].shape[2] == n_positions and (np.abs(values[name]).max(axis=(0, 1, 3)) > 0).all(), name
+
+
+def test_questions_at_once_have_prompts_of_one_length(checkpoint: Path) -> None:
+    peer = Peer(checkpoint, "float32", 1)
+    wanted = work.of(parsed(baseline, str(checkpoint), "--requests", "16"), peer.n_prompt_tokens)
+    assert len(set(wanted.questions)) == len(wanted.questions)
+    assert len({peer.n_prompt_tokens(prompt) for prompt in wanted.prompts}) == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [(0.0012345, "0.001234"), (1.5, "1.500"), (12.345, "12.35"), (12345.6, "12346"), (0.0, "0.000")],
+)
+def test_four_digits_count(value: float, written: str) -> None:
+    assert samples.number(value) == written
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "wanted"),
+    [
+        ("flags\t\t: fpu sse4_2 avx2\n", "avx2"),
+        ("flags : avx2 avx512f avx512_vnni amx_bf16 amx_int8\n", "amx_bf16 amx_int8 avx512_vnni avx512f avx2"),
+        ("Features\t: fp asimddp i8mm bf16\n", "bf16 i8mm asimddp"),
+    ],
+)
+def test_the_widest_instruction_set_comes_first(cpuinfo: str, wanted: str) -> None:
+    assert machine.instruction_set(cpuinfo) == wanted
+
+
+@pytest.mark.parametrize(("shape", "millions"), [("medium", 761), ("medium-t5", 1189)])
+def test_a_model_to_measure_on_has_the_size_it_is_named_for(shape: str, millions: int) -> None:
+    assert round(random_checkpoint.n_parameters(shape) / 1e6) == millions

@@ -1,0 +1,54 @@
+//! Small ONNX models, made where they are needed: to try a provider, to copy, to move rows.
+//!
+//! Field numbers are those of `onnx.proto`. Tensors have no shape there, so one model serves every rank.
+
+use crate::bundle::Dtype;
+
+/// Name and element type of an input or output.
+pub(super) type Port<'a> = (&'a str, Dtype);
+
+/// Operator, inputs and output.
+pub(super) type Node<'a> = (&'a str, &'a [&'a str], &'a str);
+
+const IR_VERSION: u8 = 8;
+const OPSET: u8 = 18;
+
+/// `x` → `y`, unchanged.
+pub(super) fn identity(dtype: Dtype) -> Vec<u8> {
+    model(&[("Identity", &["x"], "y")], &[("x", dtype)], ("y", dtype))
+}
+
+/// A model of these nodes, in order.
+pub(super) fn model(nodes: &[Node<'_>], inputs: &[Port<'_>], output: Port<'_>) -> Vec<u8> {
+    let graph =
+        [nodes.iter().flat_map(node).collect(), message(2, b"g"), inputs.iter().flat_map(|input| port(11, *input)).collect()];
+    let graph = [graph.concat(), port(12, output)].concat();
+    [number(1, IR_VERSION), message(7, &graph), message(8, &number(2, OPSET))].concat()
+}
+
+fn node((operator, inputs, output): &Node<'_>) -> Vec<u8> {
+    let inputs: Vec<u8> = inputs.iter().flat_map(|input| message(1, input.as_bytes())).collect();
+    message(1, &[inputs, message(2, output.as_bytes()), message(4, operator.as_bytes())].concat())
+}
+
+fn port(field: u8, (name, dtype): Port<'_>) -> Vec<u8> {
+    let code = match dtype {
+        Dtype::Float32 => 1,
+        Dtype::Int32 => 6,
+        Dtype::Int64 => 7,
+        Dtype::Float16 => 10,
+        Dtype::Bfloat16 => 16,
+    };
+    message(field, &[message(1, name.as_bytes()), message(2, &message(1, &number(1, code)))].concat())
+}
+
+fn number(field: u8, value: u8) -> Vec<u8> {
+    vec![field << 3, value]
+}
+
+/// Lengths are varints of at most two bytes here.
+fn message(field: u8, content: &[u8]) -> Vec<u8> {
+    let (low, high) = ((content.len() & 127) as u8, (content.len() >> 7) as u8);
+    let length = if high == 0 { vec![low] } else { vec![low | 128, high] };
+    [vec![field << 3 | 2], length, content.to_vec()].concat()
+}
