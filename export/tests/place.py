@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 
+_ROOT = Path(__file__).parents[2]
 _PROVIDER, _DEVICE = "WebGpuExecutionProvider", "webgpu"
 
 
@@ -63,15 +66,20 @@ class WebGpu(Place):
 
 @cache
 def webgpu() -> WebGpu | str:
-    """The first device of the plugin, or why there is none."""
+    """The first device of the plugin that `make setup-webgpu` installs, or why there is none."""
+    plugin = next(_ROOT.glob(".venv/lib/python*/site-packages/onnxruntime_ep_webgpu/*webgpu*.so"), None)
+    if plugin is None:
+        return "the WebGPU plugin is not there; `make setup-webgpu` installs it"
+    software = _ROOT / "target" / "swiftshader"
+    if (software / ".stamp").exists():
+        os.environ["VK_ICD_FILENAMES"] = str(software / "vk_swiftshader_icd.json")
+        os.environ["ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER"] = "1"
+        ctypes.CDLL(str(software / "libvulkan.so.1"))  # the plugin finds by its name what is loaded
     try:
-        import onnxruntime_ep_webgpu as plugin
-    except ImportError:
-        return "the package onnxruntime-ep-webgpu is not installed"
-    try:
-        ort.register_execution_provider_library(_DEVICE, plugin.get_library_path())
+        ort.register_execution_provider_library(_DEVICE, str(plugin))
     except Exception as error:
         return f"the WebGPU plugin cannot be loaded: {error}"
     found = [device for device in ort.get_ep_devices() if device.ep_name == _PROVIDER]
-    hint = "SwiftShader wants ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER=1 and VK_ICD_FILENAMES"
-    return WebGpu(found[0]) if found else f"the WebGPU plugin finds no device; {hint}"
+    return (
+        WebGpu(found[0]) if found else "the WebGPU plugin finds no device; `make setup-webgpu` installs one in software"
+    )
