@@ -10,6 +10,7 @@ from pathlib import Path
 
 from blip2_export.bundle import Choices, convert
 from blip2_export.graphs.builder import UnsupportedError
+from blip2_export.graphs.targets import TARGETS
 from blip2_export.read.checkpoint import CheckpointError
 from blip2_export.read.hub import locate
 from blip2_export.read.lavis import Parts
@@ -82,6 +83,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="bert-base-uncased for a stage-1 file; for a stage-2 file the language model's, if not in its folder",
     )
+    parser.add_argument(
+        "--target",
+        choices=sorted(TARGETS),
+        default="cpu",
+        help="whose operators the graphs have: `webgpu` is for GPUs of any maker (default: %(default)s)",
+    )
     parser.add_argument("--force", action="store_true", help="replace an existing bundle, once the new one is complete")
 
 
@@ -116,6 +123,7 @@ def _convert(args: argparse.Namespace) -> None:
         args.image_size,
         Parts(args.vision, args.llm, args.tokenizer),
         ignored_tensors=tuple(args.ignore_tensors),
+        target=args.target,
     )
     choices = replace(choices, adapters=tuple(locate(adapter) for adapter in args.adapter))
     convert(locate(args.checkpoint, args.revision), args.out, choices)
