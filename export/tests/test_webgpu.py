@@ -20,7 +20,6 @@ TOLERANCE = 1e-5  # of the largest value; a device adds in another order
 SIDE = 84  # of pictures: the image encoder has more than 32 positions
 WHOLE = (
     "tiny",
-    "odd-1",
     "odd-9",
     "t5",
     "t5-odd-2",
