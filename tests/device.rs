@@ -6,9 +6,14 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use blip2::bundle::Family;
+use blip2::decode::{EarlyStopping, Processors, Strategy, TokenId, Warpers};
+use blip2::engine::Flow;
+use blip2::pixels::Limits;
 use blip2::runtime::{
     Copies, Move, Mover, PLUGINS, Provider, ProviderChoice, ProviderError, Row, Runtime, RuntimeOptions, Tensor, UnavailableError,
 };
+use blip2::{Engine, Generation, Picture, Request, Task, verify};
 use ndarray::{Array3, Array4, ArrayD, Axis};
 
 fn root() -> PathBuf {
@@ -40,14 +45,15 @@ fn everything_works_on_a_device() {
         return eprintln!("skipped: {error}");
     }
     let tests = std::process::Command::new(std::env::current_exe().unwrap())
-        .args(["--ignored", "--nocapture"])
+        // The plugin bears one thread at a time.
+        .args(["--ignored", "--nocapture", "--test-threads=1"])
         .env("VK_ICD_FILENAMES", software.join("vk_swiftshader_icd.json"))
         .env("LD_LIBRARY_PATH", &software)
         .env("ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER", "1")
         .output()
         .unwrap();
     let said = [tests.stdout, tests.stderr].map(|said| String::from_utf8_lossy(&said).into_owned()).concat();
-    assert!(tests.status.success() && said.contains("3 passed"), "{}: {said}", tests.status);
+    assert!(tests.status.success() && said.contains("4 passed"), "{}: {said}", tests.status);
 }
 
 fn numbered(shape: [usize; 4]) -> Array4<f32> {
@@ -190,4 +196,65 @@ fn operators_that_a_device_lacks_are_named() {
     let bundle = Bundle::open(&root().join("models/demo-opt")).unwrap();
     let error = Vision::open(&runtime, &bundle).unwrap_err().to_string();
     assert!(error.contains("provider webgpu: it does not run FusedMatMul ("), "{error}");
+}
+
+fn engine(bundle: &str, options: &RuntimeOptions) -> Engine {
+    Engine::open(&root().join("tests/bundles").join(bundle), options).unwrap()
+}
+
+/// Greedy, beams, and what draws continuations, of two pictures together.
+fn texts(engine: &mut Engine) -> Vec<Vec<TokenId>> {
+    let open = |index| Picture::open(&root().join(format!("models/samples/{index}.png")), &Limits::default()).unwrap();
+    let sights = engine.see(&[&open(0), &open(1)]).unwrap();
+    let beam =
+        |sample| Strategy::Beam { beams: 3, length_penalty: 1.0, early_stopping: EarlyStopping::Unlikely, n_return: 1, sample };
+    let strategies = [Strategy::Greedy, beam(None), beam(Some((Warpers::default(), 5)))];
+    let generation = |strategy| Generation { max_new_tokens: Some(8), strategy, ..Generation::default() };
+    let request = |(sight, strategy)| Request { sight, task: Task::Caption, generation: generation(strategy) };
+    let all = sights.iter().flat_map(|sight| strategies.iter().map(move |strategy| (sight, strategy.clone())));
+    let requests: Vec<Request<'_>> = all.map(request).collect();
+    engine.ask(&requests, |_, _| Flow::Continue(())).into_iter().map(|answer| answer.unwrap().tokens).collect()
+}
+
+/// Every stage of the bundle's own records, and the same texts as on the processor.
+fn writes(bundle: &str) {
+    let mut on_device = engine(bundle, &options(false));
+    verify::run(&mut on_device, |check| assert!(check.holds, "{bundle}: {} {}", check.what, check.found)).unwrap();
+    let mut on_processor = engine(bundle, &RuntimeOptions { provider: ProviderChoice::Only(Provider::Cpu), ..Default::default() });
+    assert_eq!(texts(&mut on_device), texts(&mut on_processor), "{bundle}");
+}
+
+/// Per step, tokens and where they stand go up, and logits come down.
+fn copies_little(bundle: &str) {
+    let mut engine = engine(bundle, &options(false));
+    let picture = Picture::open(&root().join("models/samples/0.png"), &Limits::default()).unwrap();
+    let sight = engine.see(&[&picture]).unwrap().remove(0);
+    let (vocabulary, behind_encoder) = {
+        let facts = engine.bundle().facts();
+        (engine.bundle().language().vocab_size as u64, facts.family == Family::EncoderDecoder)
+    };
+    let processors = Processors { min_new_tokens: 8, ..Processors::default() };
+    let generation = Generation { max_new_tokens: Some(8), processors, ..Generation::default() };
+    let request = Request { sight: &sight, task: Task::Caption, generation };
+    for _ in 0..2 {
+        engine.join(&request).unwrap();
+    }
+    (0..3).for_each(|_| drop(engine.step()));
+    let before = engine.runtime().copies();
+    let events = engine.step();
+    assert_eq!(events.len(), 2);
+    let found = engine.runtime().copies() - before;
+    assert_eq!((found.n_down, found.bytes_down), (1, 2 * vocabulary * 4), "{bundle}: {found:?}");
+    // Of each of two rows a token, a position, its slot and where its logits are wanted; of each slot a row and a length or two; a total.
+    let bytes = 2 * 4 * 8 + 2 * (8 + 4) + 4 + if behind_encoder { 2 * 4 } else { 0 };
+    assert_eq!(found.bytes_up, bytes, "{bundle}: {found:?}");
+}
+
+#[test]
+#[ignore = "everything_works_on_a_device runs it where there is one"]
+fn texts_are_written_on_the_device() {
+    for bundle in ["webgpu-t5", "webgpu-instruct-llama", "webgpu-vqa-opt", "webgpu-stage1"] {
+        writes(bundle);
+        copies_little(bundle);
+    }
 }

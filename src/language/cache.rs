@@ -55,14 +55,15 @@ impl Layout {
 }
 
 impl Cache {
-    /// Allocates buffers where the graph runs.
-    pub fn new(graph: &Graph, layout: &Layout, n_slots: usize, capacity: usize) -> Result<Self, RuntimeError> {
+    /// Buffers of zeros where the graph runs: attention of plain operators multiplies what is masked with 0, which must be numbers.
+    pub fn new(graph: &Graph, mover: &mut Mover, layout: &Layout, [n_slots, capacity]: [usize; 2]) -> Result<Self, RuntimeError> {
         let shape = [n_slots, layout.n_heads, capacity, layout.head_dim];
         let layer = |names: &Names| {
-            let buffer = graph.allocate(layout.dtype, &shape, Place::Device)?;
+            let buffer = mover.at_device(graph.allocate(layout.dtype, &shape, Place::Host)?)?;
             Ok(Layer { names: names.clone(), buffer })
         };
-        Ok(Self { n_slots, capacity, layers: layout.tensors.iter().map(layer).collect::<Result<_, RuntimeError>>()? })
+        let layers = layout.tensors.iter().map(layer).collect::<Result<_, RuntimeError>>()?;
+        Ok(Self { n_slots, capacity, layers })
     }
 
     /// What another graph computed under the names of this layout's inputs.

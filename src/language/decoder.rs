@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::cache::Cache;
 use super::encoder::Encoded;
 use super::inputs::{Inputs, Size, batch};
-use super::lanes::{Lanes, Layouts};
+use super::lanes::{CAPACITY_STEP, Lanes, Layouts};
 use super::rows::{Row, Rows};
 use crate::bundle::{Bundle, BundleError, Dtype, LanguageFacts};
 use crate::decode::{Pick, Room, Scores, TokenId};
@@ -21,6 +21,8 @@ pub struct Decoder {
     layouts: Layouts,
     rows: Rows,
     lanes: Option<Lanes>,
+    /// Where prompts are read, beside the slots of live rows.
+    aside: Option<Cache>,
     /// Of rows that were opened in the last run: the first of them, and their logits.
     opened: Option<(usize, Tensor)>,
 }
@@ -53,7 +55,7 @@ impl Decoder {
         let (graph, facts) = (Graph::open(runtime, bundle, "decoder")?, bundle.language().clone());
         let layouts = Layouts::of(&facts);
         let mover = Mover::new(runtime);
-        Ok(Self { graph, mover, facts, layouts, rows: Rows::default(), lanes: None, opened: None })
+        Ok(Self { graph, mover, facts, layouts, rows: Rows::default(), lanes: None, aside: None, opened: None })
     }
 
     /// Lets `cancel` stop every later run.
@@ -83,7 +85,7 @@ impl Decoder {
             self.lanes = None;
             self.rows = Rows::default();
         }
-        let mut lanes = Lanes::new(&self.graph, &self.layouts, room)?;
+        let mut lanes = Lanes::new(&self.graph, &mut self.mover, &self.layouts, room)?;
         if let Some(old) = &self.lanes {
             let stays = |row: &Row, end| Move { from: row.slot, to: row.slot, start: 0, end };
             let past: Vec<Move> = self.rows.live().iter().map(|row| stays(row, row.length)).collect();
@@ -109,7 +111,13 @@ impl Decoder {
         };
         let read: Vec<Row> = openings.iter().enumerate().map(row).collect();
         let (longest, mut encoded) = (read.iter().map(|row| row.length).max().unwrap_or(0), encoded);
-        let mut cache = Cache::new(&self.graph, &self.layouts.past, openings.len(), longest)?;
+        let mut cache = match self.aside.take() {
+            Some(cache) if cache.n_slots() == openings.len() && cache.capacity() >= longest => cache,
+            _ => {
+                let capacity = longest.next_multiple_of(CAPACITY_STEP);
+                Cache::new(&self.graph, &mut self.mover, &self.layouts.past, [openings.len(), capacity])?
+            }
+        };
         let logits = self.read(&mut cache, encoded.as_mut().map(|encoded| &mut encoded.cache), openings, &read)?;
         let (first, lanes) = (self.rows.live().len(), self.lanes.as_mut().expect("room was made for every row"));
         let rows: Vec<Row> = read.iter().map(|row| self.rows.open(*row)).collect();
@@ -121,6 +129,7 @@ impl Decoder {
         if let (Some(into), Some(encoded)) = (&mut lanes.encoded, &encoded) {
             into.copy_from(&mut self.mover, &encoded.cache, &moves(|row| row.n_encoded))?;
         }
+        self.aside = Some(cache);
         self.opened = Some((first, logits));
         Ok(())
     }

@@ -54,11 +54,11 @@ fn capacity(room: Room) -> usize {
 
 impl Lanes {
     /// Allocates slots where the graph runs.
-    pub fn new(graph: &Graph, layouts: &Layouts, room: Room) -> Result<Self, RuntimeError> {
+    pub fn new(graph: &Graph, mover: &mut Mover, layouts: &Layouts, room: Room) -> Result<Self, RuntimeError> {
         let mut binding = graph.binding()?;
-        let mut cache = Cache::new(graph, &layouts.past, room.rows, capacity(room))?;
+        let mut cache = Cache::new(graph, mover, &layouts.past, [room.rows, capacity(room)])?;
         cache.bind(&mut binding)?;
-        let encoded = layouts.encoded.as_ref().map(|layout| Cache::new(graph, layout, room.rows, room.read.max(1)));
+        let encoded = layouts.encoded.as_ref().map(|layout| Cache::new(graph, mover, layout, [room.rows, room.read.max(1)]));
         let mut encoded = encoded.transpose()?;
         if let Some(encoded) = &mut encoded {
             encoded.bind(&mut binding)?;

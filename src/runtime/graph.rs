@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use ort::memory::Allocator;
 use ort::session::{IoBinding, Session};
-use ort::value::{DynTensor, Outlet, ValueType};
+use ort::value::{Outlet, ValueType};
 
 use super::placement::Placement;
 use super::tensor::element_type;
@@ -122,12 +122,12 @@ impl Graph {
         for (name, place) in &places {
             binding.bind_output_to_device(name, &self.runtime.memory(*place))?;
         }
-        let options = self.cancel.options()?;
+        let (options, session) = (self.cancel.options()?, self.session.inner());
         let mut outputs = self.session.run_binding_with_options(&binding, &options)?;
         let mut tensors = Vec::with_capacity(places.len());
         for (name, place) in places {
             let Some(value) = outputs.remove(&name) else { continue };
-            let tensor = Tensor::from_value(value)?;
+            let tensor = Tensor::from_value(value, session.clone())?;
             if place == Place::Host && self.runtime.has_device() {
                 self.runtime.counters().down(tensor.n_bytes());
             }
@@ -164,16 +164,15 @@ impl Graph {
         Ok(())
     }
 
-    /// A tensor of zeros (on a device: of anything) that can be bound as input and output alike.
+    /// A tensor of zeros (on a device: of whatever lay there) that can be bound as input and output alike.
     pub fn allocate(&self, dtype: Dtype, shape: &[usize], place: Place) -> Result<Tensor, RuntimeError> {
         let _turn = self.runtime.turn();
-        let shape: Vec<i64> = shape.iter().map(|size| *size as i64).collect();
         let tensor = match place {
-            Place::Host => DynTensor::new(&Allocator::default(), element_type(dtype), shape),
+            Place::Host => Tensor::zeros(dtype, shape),
             Place::Device => Allocator::new(&self.session, self.runtime.memory(place))
-                .and_then(|allocator| DynTensor::new(&allocator, element_type(dtype), shape)),
+                .and_then(|allocator| Tensor::allocate(&allocator, dtype, shape, &self.session)),
         };
-        tensor.map(Tensor).map_err(|source| self.failed("allocating", source))
+        tensor.map_err(|source| self.failed("allocating", source))
     }
 
     /// Moves rows of this graph's tensors.

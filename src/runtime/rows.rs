@@ -9,10 +9,8 @@ use half::{bf16, f16};
 use ndarray::{ArrayD, Axis};
 use ort::memory::Allocator;
 use ort::session::{IoBinding, Session};
-use ort::value::DynTensor;
 
 use super::model::{identity, model};
-use super::tensor::element_type;
 use super::{Cancel, Place, Runtime, RuntimeError, Tensor};
 use crate::bundle::Dtype;
 
@@ -158,6 +156,11 @@ impl Mover {
         self.bring(tensor, Place::Device).map_err(failed)
     }
 
+    /// The tensor itself on the processor, a copy on a device.
+    pub fn at_device(&mut self, tensor: Tensor) -> Result<Tensor, RuntimeError> {
+        if self.runtime.has_device() { self.to_device(&tensor) } else { Ok(tensor) }
+    }
+
     fn run(&mut self, from: Option<&Tensor>, into: &mut Tensor, moves: &[Move]) -> Result<(), ort::Error> {
         let other = from.unwrap_or(into);
         let (there, here) = (Layout::of(other), Layout::of(into));
@@ -213,15 +216,12 @@ impl Mover {
 
     fn allocate(&mut self, dtype: Dtype, shape: &[usize], place: Place) -> Result<Tensor, ort::Error> {
         let _turn = self.runtime.turn();
-        let shape: Vec<i64> = shape.iter().map(|size| *size as i64).collect();
-        let allocator = match place {
-            Place::Host => Allocator::default(),
-            Place::Device => {
-                let memory = self.runtime.memory(place);
-                Allocator::new(&self.graph(dtype)?.session, memory)?
-            }
-        };
-        DynTensor::new(&allocator, element_type(dtype), shape).map(Tensor)
+        if place == Place::Host {
+            return Tensor::zeros(dtype, shape);
+        }
+        let memory = self.runtime.memory(place);
+        let session = &self.graph(dtype)?.session;
+        Tensor::allocate(&Allocator::new(session, memory)?, dtype, shape, session)
     }
 
     fn bring(&mut self, tensor: &Tensor, place: Place) -> Result<Tensor, ort::Error> {
@@ -231,12 +231,12 @@ impl Mover {
             self.identities.push((dtype, session));
         }
         let (_, session) = self.identities.iter_mut().find(|(of, _)| *of == dtype).expect("it was just put there");
-        let mut binding = session.create_binding()?;
+        let (mut binding, owner) = (session.create_binding()?, session.inner());
         self.runtime.count(tensor, place);
         binding.bind_input("x", &tensor.0)?;
         binding.bind_output_to_device("y", &self.runtime.memory(place))?;
         let output = session.run_binding_with_options(&binding, &options)?.remove("y").expect("the model has one output");
-        Tensor::from_value(output)
+        Tensor::from_value(output, owner)
     }
 }
 

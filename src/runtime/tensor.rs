@@ -1,28 +1,49 @@
 //! Tensors that ONNX Runtime owns, on the host or on a device.
 
+use std::sync::Arc;
+
 use half::{bf16, f16};
 use ndarray::{Array, ArrayD, Dimension, IxDyn};
+use ort::memory::Allocator;
+use ort::session::{Session, SharedSessionInner};
 use ort::value::{DynTensor, DynValue, TensorElementType};
 
 use crate::bundle::Dtype;
 
 /// A tensor of any element type and shape.
 #[derive(Debug)]
-pub struct Tensor(pub(super) DynTensor);
+pub struct Tensor(pub(super) DynTensor, #[expect(dead_code, reason = "it is held")] Owner);
+
+/// The session that holds the memory: a plugin's goes with it, so it must go last.
+type Owner = Option<Arc<SharedSessionInner>>;
 
 impl Tensor {
     /// A float32 tensor on the host.
     pub fn from_f32<D: Dimension + 'static>(values: Array<f32, D>) -> Result<Self, ort::Error> {
-        Ok(Self(ort::value::Tensor::from_array(values)?.upcast()))
+        Ok(Self(ort::value::Tensor::from_array(values)?.upcast(), None))
     }
 
     /// An int64 tensor on the host.
     pub fn from_i64<D: Dimension + 'static>(values: Array<i64, D>) -> Result<Self, ort::Error> {
-        Ok(Self(ort::value::Tensor::from_array(values)?.upcast()))
+        Ok(Self(ort::value::Tensor::from_array(values)?.upcast(), None))
     }
 
-    pub(super) fn from_value(value: DynValue) -> Result<Self, ort::Error> {
-        value.downcast().map(Self).map_err(|error| ort::Error::new(error.to_string()))
+    /// What a session gave.
+    pub(super) fn from_value(value: DynValue, session: Arc<SharedSessionInner>) -> Result<Self, ort::Error> {
+        let tensor = value.downcast().map_err(|error| ort::Error::new(error.to_string()))?;
+        Ok(Self(tensor, Some(session)))
+    }
+
+    /// Zeros on the host.
+    pub(super) fn zeros(dtype: Dtype, shape: &[usize]) -> Result<Self, ort::Error> {
+        let shape: Vec<i64> = shape.iter().map(|size| *size as i64).collect();
+        Ok(Self(DynTensor::new(&Allocator::default(), element_type(dtype), shape)?, None))
+    }
+
+    /// Where the allocator puts it: zeros on the host; on a device whatever lay there.
+    pub(super) fn allocate(allocator: &Allocator, dtype: Dtype, shape: &[usize], session: &Session) -> Result<Self, ort::Error> {
+        let shape: Vec<i64> = shape.iter().map(|size| *size as i64).collect();
+        Ok(Self(DynTensor::new(allocator, element_type(dtype), shape)?, Some(session.inner())))
     }
 
     /// Its shape.
@@ -72,7 +93,7 @@ impl Tensor {
             Dtype::Bfloat16 => ort::value::Tensor::from_array(values.mapv(bf16::from_f32))?.upcast(),
             _ => return Self::from_f32(values),
         };
-        Ok(Self(tensor))
+        Ok(Self(tensor, None))
     }
 
     /// The float32 values, in place. The tensor must lie on the host.
