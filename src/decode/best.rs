@@ -81,39 +81,39 @@ fn best_first(a: &Scored, b: &Scored) -> std::cmp::Ordering {
     b.score.total_cmp(&a.score).then(a.at.cmp(&b.at))
 }
 
-/// Walks `keys` from the smallest while the sum of their weights `holds`; gives the first that does not go by. The upper half of a key is a
-/// float from 0 up, and equal keys there are none.
+/// Finds where a sum over values in order comes to a limit.
 #[derive(Debug, Default)]
 pub(super) struct Walk {
-    /// Weights by the exponent and the first bits of the float: only one bucket's keys need an order.
+    /// Weights by the exponent and the first bits of the value: only one bucket's values need an order.
     buckets: Vec<f64>,
+    /// Values and places of that bucket.
     keys: Vec<u64>,
 }
 
 impl Walk {
-    pub(super) fn first_over(
-        &mut self,
-        keys: impl Iterator<Item = u64> + Clone,
-        weight: impl Fn(u64) -> f32,
-        holds: impl Fn(f32) -> bool,
-    ) -> Option<u64> {
-        let bucket = |key: u64| (key >> 51) as usize;
+    /// Walks `values` from the one nearest to 0, of equals the later first, while the sum of their weights `holds`; gives the place of the
+    /// first that does not go by.
+    pub(super) fn first_over(&mut self, values: &[f32], weights: &[f32], holds: impl Fn(f32) -> bool) -> Option<usize> {
+        const N_BUCKETS: usize = 1 << 11;
+        let bucket = |value: &f32| (value.to_bits() >> 20) as usize % N_BUCKETS;
         self.buckets.clear();
-        self.buckets.resize(1 << 13, 0.0);
-        keys.clone().for_each(|key| self.buckets[bucket(key)] += f64::from(weight(key)));
+        self.buckets.resize(N_BUCKETS, 0.0);
+        values.iter().zip(weights).for_each(|(value, weight)| self.buckets[bucket(value)] += f64::from(*weight));
         let mut sum = 0.0;
         let over = self.buckets.iter().position(|of_bucket| {
             let goes_by = holds((sum + of_bucket) as f32);
             sum += if goes_by { *of_bucket } else { 0.0 };
             !goes_by
         })?;
+        let of_bucket = values.iter().enumerate().filter(|(_, value)| bucket(value) == over);
         self.keys.clear();
-        self.keys.extend(keys.filter(|key| bucket(*key) == over));
+        self.keys.extend(of_bucket.map(|(place, value)| u64::from(value.abs().to_bits()) << 32 | u64::from(!(place as u32))));
         self.keys.sort_unstable();
+        let place = |key: &u64| !(*key as u32) as usize;
         let first = self.keys.iter().find(|key| {
-            sum += f64::from(weight(**key));
+            sum += f64::from(weights[place(key)]);
             !holds(sum as f32)
         });
-        first.or(self.keys.last()).copied()
+        first.or(self.keys.last()).map(place)
     }
 }

@@ -34,17 +34,81 @@ pub(super) fn log_sum_exp(logits: &[f32]) -> f32 {
     largest + logits.chunks(BLOCK).map(of_block).sum::<f64>().ln() as f32
 }
 
-/// Probabilities of scores.
-pub(super) fn softmax(scores: &[f32], probabilities: &mut Vec<f32>) {
-    let largest = largest(scores);
-    probabilities.clear();
-    probabilities.extend(scores.iter().map(|score| exp(score - largest)));
-    let total = sum(probabilities) as f32;
-    probabilities.iter_mut().for_each(|weight| *weight /= total);
+/// Exponentials of scores less the largest of them: a distribution that is drawn from.
+#[derive(Debug, Default)]
+pub(super) struct Weights {
+    values: Vec<f32>,
+    /// Of each block.
+    sums: Vec<f64>,
+    /// Of all, as they were weighed.
+    whole: f64,
+}
+
+impl Weights {
+    /// Weighs `scores`; gives the [`log_sum_exp`] of them.
+    pub(super) fn weigh(&mut self, scores: &[f32]) -> f32 {
+        let largest = largest(scores);
+        self.values.resize(scores.len(), 0.0);
+        self.sums.clear();
+        for (weights, scores) in self.values.chunks_mut(BLOCK).zip(scores.chunks(BLOCK)) {
+            weights.iter_mut().zip(scores).for_each(|(weight, score)| *weight = exp(score - largest));
+            self.sums.push(sum(weights));
+        }
+        self.whole = self.total();
+        largest + self.whole.ln() as f32
+    }
+
+    fn total(&self) -> f64 {
+        self.sums.iter().sum()
+    }
+
+    /// What is left of the whole.
+    pub(super) fn share(&self) -> f64 {
+        self.total() / self.whole
+    }
+
+    /// Weights as shares of the whole.
+    pub(super) fn probabilities(&self, probabilities: &mut Vec<f32>) {
+        let total = self.whole as f32;
+        probabilities.clear();
+        probabilities.extend(self.values.iter().map(|weight| weight / total));
+    }
+
+    /// Where `luck`, from 0 to 1, falls; nowhere if all weights are 0.
+    pub(super) fn draw(&self, luck: f64) -> Option<usize> {
+        let (mut left, mut found) = (luck * self.total(), None);
+        let blocks = self.sums.iter().enumerate().filter(|(_, sum)| **sum > 0.0);
+        for (block, sum) in blocks {
+            found = Some(block);
+            if left < *sum {
+                break;
+            }
+            left -= sum;
+        }
+        let start = found? * BLOCK;
+        let block = self.values[start..].iter().take(BLOCK).enumerate().filter(|(_, weight)| **weight > 0.0);
+        // What rounding leaves over falls on the last.
+        let mut place = None;
+        for (at, weight) in block {
+            place = Some(start + at);
+            left -= f64::from(*weight);
+            if left < 0.0 {
+                break;
+            }
+        }
+        place
+    }
+
+    /// Makes a weight 0.
+    pub(super) fn take(&mut self, place: usize) {
+        self.values[place] = 0.0;
+        let block = place / BLOCK;
+        self.sums[block] = sum(&self.values[block * BLOCK..self.values.len().min((block + 1) * BLOCK)]);
+    }
 }
 
 /// The sum in double precision.
-pub(super) fn sum(values: &[f32]) -> f64 {
+fn sum(values: &[f32]) -> f64 {
     let (chunks, rest) = values.as_chunks::<LANES>();
     let mut lanes = [0.0; LANES];
     for chunk in chunks {
@@ -93,8 +157,9 @@ mod tests {
         let logits: Vec<f32> = (0..50_272u32).map(|token| (token.wrapping_mul(2_654_435_761) >> 8) as f32 / 4e6).collect();
         let wanted = logits.iter().map(|logit| f64::from(*logit).exp()).sum::<f64>().ln();
         assert!((f64::from(log_sum_exp(&logits)) - wanted).abs() < 1e-6);
-        let mut probabilities = Vec::new();
-        softmax(&logits, &mut probabilities);
+        let (mut weights, mut probabilities) = (Weights::default(), Vec::new());
+        assert_eq!(weights.weigh(&logits), log_sum_exp(&logits));
+        weights.probabilities(&mut probabilities);
         assert!((probabilities.iter().map(|p| f64::from(*p)).sum::<f64>() - 1.0).abs() < 1e-7);
     }
 
