@@ -81,11 +81,29 @@ fn best_first(a: &Scored, b: &Scored) -> std::cmp::Ordering {
     b.score.total_cmp(&a.score).then(a.at.cmp(&b.at))
 }
 
+/// Finds the places of values that are `wanted`. Blocks without any are passed by; others are read without branches, which processors foretell
+/// wrongly where wanted values are many and scattered.
+pub(super) fn find(values: &[f32], wanted: impl Fn(f32) -> bool, places: &mut Vec<usize>) {
+    places.clear();
+    for (index, block) in values.chunks(BLOCK).enumerate() {
+        if block.iter().fold(false, |any, value| any | wanted(*value)) {
+            let (mut found, mut n_found) = ([0; BLOCK], 0);
+            for (at, value) in block.iter().enumerate() {
+                found[n_found] = index * BLOCK + at;
+                n_found += usize::from(wanted(*value));
+            }
+            places.extend_from_slice(&found[..n_found]);
+        }
+    }
+}
+
 /// Finds where a sum over values in order comes to a limit.
 #[derive(Debug, Default)]
 pub(super) struct Walk {
-    /// Weights by the exponent and the first bits of the value: only one bucket's values need an order.
-    buckets: Vec<f64>,
+    /// Weights by the exponent and the first bits of the value: only one bucket's values need an order. Neighbours add to sums of their own,
+    /// for they often fall into one bucket, where each would wait for the one before.
+    buckets: Vec<[f64; 2]>,
+    places: Vec<usize>,
     /// Values and places of that bucket.
     keys: Vec<u64>,
 }
@@ -97,17 +115,21 @@ impl Walk {
         const N_BUCKETS: usize = 1 << 11;
         let bucket = |value: &f32| (value.to_bits() >> 20) as usize % N_BUCKETS;
         self.buckets.clear();
-        self.buckets.resize(N_BUCKETS, 0.0);
-        values.iter().zip(weights).for_each(|(value, weight)| self.buckets[bucket(value)] += f64::from(*weight));
+        self.buckets.resize(N_BUCKETS, [0.0; 2]);
+        for (at, (value, weight)) in values.iter().zip(weights).enumerate() {
+            self.buckets[bucket(value)][at % 2] += f64::from(*weight);
+        }
         let mut sum = 0.0;
         let over = self.buckets.iter().position(|of_bucket| {
+            let of_bucket = of_bucket.iter().sum::<f64>();
             let goes_by = holds((sum + of_bucket) as f32);
-            sum += if goes_by { *of_bucket } else { 0.0 };
+            sum += if goes_by { of_bucket } else { 0.0 };
             !goes_by
         })?;
-        let of_bucket = values.iter().enumerate().filter(|(_, value)| bucket(value) == over);
+        find(values, |value| bucket(&value) == over, &mut self.places);
+        let key = |place: &usize| u64::from(values[*place].abs().to_bits()) << 32 | u64::from(!(*place as u32));
         self.keys.clear();
-        self.keys.extend(of_bucket.map(|(place, value)| u64::from(value.abs().to_bits()) << 32 | u64::from(!(place as u32))));
+        self.keys.extend(self.places.iter().map(key));
         self.keys.sort_unstable();
         let place = |key: &u64| !(*key as u32) as usize;
         let first = self.keys.iter().find(|key| {

@@ -112,3 +112,46 @@ impl Ranking {
         self.best.sorted().iter().map(|best| continuation(best.score, best.at)).collect()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::decode::Ends;
+
+    fn drawn(rows: &[(f32, &[f32])], keep: usize, seed: u64) -> Vec<Continuation> {
+        let mut ranking = Ranking::new(keep, seed);
+        ranking.start();
+        for (row, (sum, logits)) in rows.iter().enumerate() {
+            let past = Past { tokens: &[], n_prompt: 0, ends: &Ends::default() };
+            let ranked = Ranked { row, sum: *sum, past, logits };
+            ranking.draw(ranked, &Processors::default(), (&Warpers::default(), 1));
+        }
+        ranking.found(rows[0].1.len())
+    }
+
+    #[test]
+    fn the_first_drawn_is_of_any_row_by_its_sum() {
+        const N_DRAWS: u64 = 20_000;
+        let rows: [(f32, &[f32]); 2] = [(-1.0, &[0.0, 1.0, 2.0]), (-1.5, &[2.0, 0.0, -1.0])];
+        let mut counts = [[0.0; 3]; 2];
+        for seed in 0..N_DRAWS {
+            let first = drawn(&rows, 2, seed)[0];
+            counts[first.row][first.token as usize] += 1.0 / N_DRAWS as f64;
+        }
+        let whole: f64 = rows.iter().map(|(sum, _)| f64::from(*sum).exp()).sum();
+        for ((sum, logits), counts) in rows.iter().zip(counts) {
+            for (logit, found) in logits.iter().zip(counts) {
+                let wanted = f64::from(sum + logit - log_sum_exp(logits)).exp() / whole;
+                let spread = (wanted * (1.0 - wanted) / N_DRAWS as f64).sqrt();
+                assert!((found - wanted).abs() < 4.0 * spread, "{found}, {wanted}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_has_no_weight_beside_others_is_drawn_behind_them() {
+        let rows: [(f32, &[f32]); 1] = [(-3.0, &[-200.0, 0.0, f32::NEG_INFINITY, -450.0])];
+        let found: Vec<_> = drawn(&rows, 4, 1).iter().map(|next| (next.token, next.sum)).collect();
+        assert_eq!(found, [(1, -3.0), (0, -203.0), (3, -453.0)]);
+    }
+}

@@ -52,7 +52,7 @@ impl Sample {
     /// The distribution that the first text's next token is drawn from.
     pub fn probabilities(&mut self, logits: &[f32]) -> Vec<f32> {
         self.shape(0, logits);
-        self.list.weigh_all();
+        self.list.normalise();
         let mut all = vec![0.0; logits.len()];
         for (token, probability) in self.list.tokens.iter().zip(&self.list.probabilities) {
             all[*token as usize] = *probability;

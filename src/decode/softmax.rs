@@ -74,29 +74,12 @@ impl Weights {
         probabilities.extend(self.values.iter().map(|weight| weight / total));
     }
 
-    /// Where `luck`, from 0 to 1, falls; nowhere if all weights are 0.
+    /// Where `luck`, from 0 to below 1, falls; nowhere if all weights are 0.
     pub(super) fn draw(&self, luck: f64) -> Option<usize> {
-        let (mut left, mut found) = (luck * self.total(), None);
-        let blocks = self.sums.iter().enumerate().filter(|(_, sum)| **sum > 0.0);
-        for (block, sum) in blocks {
-            found = Some(block);
-            if left < *sum {
-                break;
-            }
-            left -= sum;
-        }
-        let start = found? * BLOCK;
-        let block = self.values[start..].iter().take(BLOCK).enumerate().filter(|(_, weight)| **weight > 0.0);
-        // What rounding leaves over falls on the last.
-        let mut place = None;
-        for (at, weight) in block {
-            place = Some(start + at);
-            left -= f64::from(*weight);
-            if left < 0.0 {
-                break;
-            }
-        }
-        place
+        let mut left = luck * self.total();
+        let start = fall(self.sums.iter().copied(), &mut left)? * BLOCK;
+        let block = self.values[start..].iter().take(BLOCK).copied().map(f64::from);
+        fall(block, &mut left).map(|place| start + place)
     }
 
     /// Makes a weight 0.
@@ -107,8 +90,21 @@ impl Weights {
     }
 }
 
+/// On which of weights that stand in a row a point falls, and how far into it. Where rounding lets it pass them all, that is the last.
+fn fall(weights: impl Iterator<Item = f64>, left: &mut f64) -> Option<usize> {
+    let mut found = None;
+    for (place, weight) in weights.enumerate().filter(|(_, weight)| *weight > 0.0) {
+        found = Some(place);
+        if *left < weight {
+            break;
+        }
+        *left -= weight;
+    }
+    found
+}
+
 /// The sum in double precision.
-fn sum(values: &[f32]) -> f64 {
+pub(super) fn sum(values: &[f32]) -> f64 {
     let (chunks, rest) = values.as_chunks::<LANES>();
     let mut lanes = [0.0; LANES];
     for chunk in chunks {
@@ -127,11 +123,12 @@ fn exp(x: f32) -> f32 {
     let rounded = x * std::f32::consts::LOG2_E + ROUND;
     let n = rounded - ROUND;
     let r = (x - n * LN_2_HIGH) - n * LN_2_LOW;
-    // Taylor's series: for |r| ≤ ln 2 / 2 what is left out is 5e-9 of the result.
-    let series = [1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5];
-    let tail = series[1..].iter().fold(series[0], |sum, factor| sum * r + factor);
+    // Taylor's series: for |r| ≤ ln 2 / 2 what is left out is 5e-9 of the result. In pairs, which do not wait for each other.
+    let square = r * r;
+    let pair = |n: f32, next: f32| r * (1.0 / next) + 1.0 / n;
+    let tail = (pair(720.0, 5040.0) * square + pair(24.0, 120.0)) * square + pair(2.0, 6.0);
     let power = f32::from_bits(rounded.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127) << 23);
-    if x > -87.0 { (tail * r * r + r + 1.0) * power } else { 0.0 }
+    if x > -87.0 { (tail * square + r + 1.0) * power } else { 0.0 }
 }
 
 #[cfg(test)]
@@ -161,6 +158,19 @@ mod tests {
         assert_eq!(weights.weigh(&logits), log_sum_exp(&logits));
         weights.probabilities(&mut probabilities);
         assert!((probabilities.iter().map(|p| f64::from(*p)).sum::<f64>() - 1.0).abs() < 1e-7);
+    }
+
+    #[test]
+    fn luck_falls_on_weights_by_their_size_and_never_on_none() {
+        let none = f32::NEG_INFINITY;
+        let mut weights = Weights::default();
+        weights.weigh(&[vec![none; 700], vec![0.0, none, 3f32.ln()], vec![none; 300]].concat());
+        assert_eq!([0.0, 0.24, 0.26, 0.999].map(|luck| weights.draw(luck)), [700, 700, 702, 702].map(Some));
+        weights.take(702);
+        assert!((weights.share() - 0.25).abs() < 1e-6);
+        assert_eq!(weights.draw(0.999), Some(700));
+        weights.take(700);
+        assert_eq!((weights.share(), weights.draw(0.5)), (0.0, None));
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! What shapes the distribution that is drawn from, in the order of `transformers`: temperature, top-k, top-p, min-p, typical.
 
 use super::TokenId;
-use super::best::{BLOCK, Best, Walk};
-use super::softmax::{Weights, largest};
+use super::best::{Best, Walk, find};
+use super::softmax::{Weights, largest, sum};
 
 /// How a distribution is shaped. The default leaves it as it is.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -53,9 +53,9 @@ pub(super) struct Shortlist {
     pub(super) scores: Vec<f32>,
     /// As [`weigh`](Self::weigh) found them.
     pub(super) weights: Weights,
-    /// As [`weigh_all`](Self::weigh_all) found them.
+    /// As [`normalise`](Self::normalise) found them.
     pub(super) probabilities: Vec<f32>,
-    /// How near tokens are to the expected information: minus the distance.
+    /// What tokens add to the expected information; then how near their own is to it: minus the distance.
     nearness: Vec<f32>,
     choice: Choice,
 }
@@ -75,7 +75,7 @@ impl Shortlist {
     }
 
     /// The same, and the probabilities.
-    pub(super) fn weigh_all(&mut self) -> f32 {
+    pub(super) fn normalise(&mut self) -> f32 {
         let shift = self.weigh();
         self.weights.probabilities(&mut self.probabilities);
         shift
@@ -95,23 +95,25 @@ impl Shortlist {
     }
 
     fn keep_top_p(&mut self, p: f32, keep: usize) {
-        self.weigh_all();
+        self.normalise();
         self.choice.stay_before_tail(&self.probabilities, 1.0 - p);
         self.choice.fill_up(&self.probabilities, keep);
         self.retain();
     }
 
     fn keep_min_p(&mut self, p: f32, keep: usize) {
-        self.weigh_all();
+        self.normalise();
         self.choice.stay_from(&self.probabilities, p * largest(&self.probabilities));
         self.choice.fill_up(&self.probabilities, keep);
         self.retain();
     }
 
     fn keep_typical(&mut self, mass: f32, keep: usize) {
-        let shift = self.weigh_all();
-        let information = |(p, score): (&f32, &f32)| if *p > 0.0 { f64::from(*p * (shift - score)) } else { 0.0 };
-        let expected = self.probabilities.iter().zip(&self.scores).map(information).sum::<f64>() as f32;
+        let shift = self.normalise();
+        let information = |(p, score): (&f32, &f32)| if *p > 0.0 { *p * (shift - score) } else { 0.0 };
+        self.nearness.clear();
+        self.nearness.extend(self.probabilities.iter().zip(&self.scores).map(information));
+        let expected = sum(&self.nearness) as f32;
         self.nearness.clear();
         self.nearness.extend(self.scores.iter().map(|score| -(shift - score - expected).abs()));
         let threshold = self.choice.reach(&self.nearness, &self.probabilities, mass);
@@ -149,13 +151,7 @@ impl Choice {
 
     /// Those stay that have at least this value.
     fn stay_from(&mut self, values: &[f32], least: f32) {
-        self.places.clear();
-        for (index, block) in values.chunks(BLOCK).enumerate() {
-            if block.iter().fold(false, |any, value| any | (*value >= least)) {
-                let places = block.iter().enumerate().filter(|(_, value)| **value >= least);
-                self.places.extend(places.map(|(at, _)| index * BLOCK + at));
-            }
-        }
+        find(values, |value| value >= least, &mut self.places);
     }
 
     /// If fewer than `keep` stay, the best `keep` do.
