@@ -51,6 +51,7 @@
 //! | an execution provider | `runtime/provider.rs`, a feature in `Cargo.toml`; one that is a plugin: a line in `runtime/plugin.rs` |
 //! | a decoding strategy | `decode/<name>.rs` with a [`decode::Search`] |
 //! | a command | `cli/<name>.rs`, a variant in `cli/args.rs` |
+//! | what `cargo bench` times, beside the obvious way | `benches/<name>.rs`, its `[[bench]]` in `Cargo.toml` |
 
 pub mod bundle;
 pub mod cli;

@@ -256,6 +256,25 @@ fn every_warper_shapes_the_distribution_as_the_reference_does() {
     }
 }
 
+/// As `TopPLogitsWarper`, `MinPLogitsWarper` and `TypicalLogitsWarper` cut. Of equals that cannot all stay the first do, where the sort of the
+/// reference leaves open which.
+#[test]
+fn a_limit_that_is_met_exactly_cuts_as_in_the_reference() {
+    const LN_2: f32 = std::f32::consts::LN_2;
+    let (even, halved) = ([0.0; 4], [0.0, -LN_2, -2.0 * LN_2, -2.0 * LN_2]);
+    let off = Warpers::default();
+    for (warpers, logits, wanted) in [
+        (Warpers { top_p: 0.5, ..off }, even, [0.5, 0.5, 0.0, 0.0]),
+        (Warpers { top_p: 0.75, ..off }, halved, [2.0 / 3.0, 1.0 / 3.0, 0.0, 0.0]),
+        (Warpers { min_p: 0.5, ..off }, halved, [2.0 / 3.0, 1.0 / 3.0, 0.0, 0.0]),
+        (Warpers { typical_p: 0.75, ..off }, halved, [2.0 / 3.0, 1.0 / 3.0, 0.0, 0.0]),
+    ] {
+        let options = SampleOptions { warpers, ends: limit(1), ..SampleOptions::default() };
+        let found = Sample::new(&[], options).probabilities(&logits);
+        assert!(found.iter().zip(wanted).all(|(found, wanted)| (found - wanted).abs() < 1e-6), "{warpers:?}: {found:?}");
+    }
+}
+
 /// Upper tail of the chi-square distribution by Wilson and Hilferty's cube-root approximation: its z-score.
 fn z_of_chi_square(statistic: f64, freedom: f64) -> f64 {
     let spread = 2.0 / (9.0 * freedom);
@@ -268,12 +287,10 @@ fn drawn_tokens_follow_the_probabilities_of_the_reference() {
     for case in recorded_shapes() {
         let (logits, wanted) = (numbers(&case["logits"]), numbers(&case["probabilities"]));
         let mut counts = vec![0u64; logits.len()];
-        for seed in 0..N_DRAWS {
-            let options = SampleOptions { warpers: warpers(&case["options"]), ends: limit(1), seed, ..SampleOptions::default() };
-            let mut search = Sample::new(&[], options);
-            search.advance(Scores::new(&logits, logits.len()), &mut Vec::new());
-            counts[search.settled()[0] as usize] += 1;
-        }
+        let options = SampleOptions { warpers: warpers(&case["options"]), ends: limit(1), ..SampleOptions::default() };
+        let mut search = Sample::several(&[], options, N_DRAWS as usize);
+        search.advance(Scores::new(&logits, logits.len()), &mut Vec::new());
+        search.hypotheses().iter().for_each(|text| counts[text.tokens[0] as usize] += 1);
         assert_z(&counts, &wanted, N_DRAWS, &case["options"]);
     }
 }
@@ -306,14 +323,15 @@ fn assert_z(counts: &[u64], wanted: &[f32], n_draws: u64, options: &Value) {
 
 #[test]
 fn beams_that_draw_take_continuations_without_putting_back() {
-    // With one step and no end token, the first of two beams' candidates follow the row's own probabilities.
-    let case = &recorded_shapes()[1];
-    let (logits, wanted) = (numbers(&case["logits"]), numbers(&case["probabilities"]));
-    let mut counts = vec![0u64; logits.len()];
+    // With one step, two beams are the first two draws.
     const N_DRAWS: u64 = 20_000;
+    let case = &recorded_shapes()[1];
+    let (logits, first) = (numbers(&case["logits"]), numbers(&case["probabilities"]));
+    let n = logits.len();
+    let mut counts = vec![0u64; n * n];
     for seed in 0..N_DRAWS {
         let options = BeamOptions {
-            beams: 1,
+            beams: 2,
             length_penalty: 1.0,
             early_stopping: EarlyStopping::Unlikely,
             ends: limit(1),
@@ -322,9 +340,13 @@ fn beams_that_draw_take_continuations_without_putting_back() {
             log_probs: None,
         };
         let mut search = Beam::new(&[2], options);
-        search.advance(Scores::new(&logits, logits.len()), &mut Vec::new());
-        counts[search.hypotheses()[0].tokens[0] as usize] += 1;
+        search.advance(Scores::new(&logits, n), &mut Vec::new());
+        let mut pair: Vec<usize> = search.hypotheses().iter().map(|text| text.tokens[0] as usize).collect();
+        pair.sort_unstable();
+        counts[pair[0] * n + pair[1]] += 1;
     }
+    let either = |a: usize, b: usize| first[a] * first[b] * (1.0 / (1.0 - first[a]) + 1.0 / (1.0 - first[b]));
+    let wanted: Vec<f32> = (0..n * n).map(|pair| if pair / n < pair % n { either(pair / n, pair % n) } else { 0.0 }).collect();
     assert_z(&counts, &wanted, N_DRAWS, &case["options"]);
 }
 

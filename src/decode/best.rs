@@ -81,39 +81,61 @@ fn best_first(a: &Scored, b: &Scored) -> std::cmp::Ordering {
     b.score.total_cmp(&a.score).then(a.at.cmp(&b.at))
 }
 
-/// Walks `keys` from the smallest while the sum of their weights `holds`; gives the first that does not go by. The upper half of a key is a
-/// float from 0 up, and equal keys there are none.
+/// Finds the places of values that are `wanted`. Blocks without any are passed by; others are read without branches, which processors foretell
+/// wrongly where wanted values are many and scattered.
+pub(super) fn find(values: &[f32], wanted: impl Fn(f32) -> bool, places: &mut Vec<usize>) {
+    places.clear();
+    for (index, block) in values.chunks(BLOCK).enumerate() {
+        if block.iter().fold(false, |any, value| any | wanted(*value)) {
+            let (mut found, mut n_found) = ([0; BLOCK], 0);
+            for (at, value) in block.iter().enumerate() {
+                found[n_found] = index * BLOCK + at;
+                n_found += usize::from(wanted(*value));
+            }
+            places.extend_from_slice(&found[..n_found]);
+        }
+    }
+}
+
+/// Finds where a sum over values in order comes to a limit.
 #[derive(Debug, Default)]
 pub(super) struct Walk {
-    /// Weights by the exponent and the first bits of the float: only one bucket's keys need an order.
-    buckets: Vec<f64>,
+    /// Weights by the exponent and the first bits of the value: only one bucket's values need an order. Neighbours add to sums of their own,
+    /// for they often fall into one bucket, where each would wait for the one before.
+    buckets: Vec<[f64; 2]>,
+    places: Vec<usize>,
+    /// Values and places of that bucket.
     keys: Vec<u64>,
 }
 
 impl Walk {
-    pub(super) fn first_over(
-        &mut self,
-        keys: impl Iterator<Item = u64> + Clone,
-        weight: impl Fn(u64) -> f32,
-        holds: impl Fn(f32) -> bool,
-    ) -> Option<u64> {
-        let bucket = |key: u64| (key >> 51) as usize;
+    /// Walks `values` from the one nearest to 0, of equals the later first, while the sum of their weights `holds`; gives the place of the
+    /// first that does not go by.
+    pub(super) fn first_over(&mut self, values: &[f32], weights: &[f32], holds: impl Fn(f32) -> bool) -> Option<usize> {
+        const N_BUCKETS: usize = 1 << 11;
+        let bucket = |value: &f32| (value.to_bits() >> 20) as usize % N_BUCKETS;
         self.buckets.clear();
-        self.buckets.resize(1 << 13, 0.0);
-        keys.clone().for_each(|key| self.buckets[bucket(key)] += f64::from(weight(key)));
+        self.buckets.resize(N_BUCKETS, [0.0; 2]);
+        for (at, (value, weight)) in values.iter().zip(weights).enumerate() {
+            self.buckets[bucket(value)][at % 2] += f64::from(*weight);
+        }
         let mut sum = 0.0;
         let over = self.buckets.iter().position(|of_bucket| {
+            let of_bucket = of_bucket.iter().sum::<f64>();
             let goes_by = holds((sum + of_bucket) as f32);
-            sum += if goes_by { *of_bucket } else { 0.0 };
+            sum += if goes_by { of_bucket } else { 0.0 };
             !goes_by
         })?;
+        find(values, |value| bucket(&value) == over, &mut self.places);
+        let key = |place: &usize| u64::from(values[*place].abs().to_bits()) << 32 | u64::from(!(*place as u32));
         self.keys.clear();
-        self.keys.extend(keys.filter(|key| bucket(*key) == over));
+        self.keys.extend(self.places.iter().map(key));
         self.keys.sort_unstable();
+        let place = |key: &u64| !(*key as u32) as usize;
         let first = self.keys.iter().find(|key| {
-            sum += f64::from(weight(**key));
+            sum += f64::from(weights[place(key)]);
             !holds(sum as f32)
         });
-        first.or(self.keys.last()).copied()
+        first.or(self.keys.last()).map(place)
     }
 }

@@ -24,25 +24,10 @@ impl Random {
         (self.bits() >> 11) as f64 / (1u64 << 53) as f64
     }
 
-    /// From the standard Gumbel distribution: adding one to each log-probability and taking the largest draws from the distribution,
-    /// taking the k largest draws k without putting back (Vieira 2014).
-    pub fn gumbel(&mut self) -> f64 {
-        gumbel(self.bits() >> 11)
+    /// From the exponential distribution of mean 1; never 0.
+    pub fn exponential(&mut self) -> f64 {
+        -(((self.bits() >> 12) as f64 + 0.5) / (1u64 << 52) as f64).ln()
     }
-
-    /// As [`gumbel`](Self::gumbel), but nothing where the number is certainly not above `limit`, in a fraction of the time.
-    pub(super) fn gumbel_above(&mut self, limit: f64) -> Option<f64> {
-        let bits = self.bits() >> 11;
-        // Of u = 1 - v the number is at most -ln v, and v is at least 2^-n.
-        let n = ((1u64 << 53) - bits).leading_zeros() - 9;
-        (f64::from(n) * std::f64::consts::LN_2 > limit).then(|| gumbel(bits))
-    }
-}
-
-/// Of 53 bits.
-fn gumbel(bits: u64) -> f64 {
-    let positive = ((bits as f64 + 0.5) / (1u64 << 53) as f64).min(1.0 - f64::EPSILON);
-    -(-positive.ln()).ln()
 }
 
 #[cfg(test)]

@@ -30,6 +30,7 @@ pub(super) struct Continuation {
 
 #[derive(Clone, Copy, Debug)]
 struct Drawn {
+    /// Minus the logarithm of the time at which it came.
     rank: f64,
     next: Continuation,
 }
@@ -66,27 +67,40 @@ impl Ranking {
         self.best.look(&self.changed, first, |score| sum + score);
     }
 
-    /// Draws from the continuations of a row: those with the most luck are drawn without putting back.
+    /// Draws continuations of a row without putting back: each comes at a random time, at the rate of its probability, and over all rows the
+    /// first to come are those drawn. Only these are ever looked at, for the next comes at the rate of all that are left together, and is
+    /// each of them as probably as that one's share is large.
     pub(super) fn draw(&mut self, ranked: Ranked<'_>, processors: &Processors, (warpers, least): (&Warpers, usize)) {
         let Ranked { row, sum, past, logits } = ranked;
-        let shift = log_sum_exp(logits);
+        let shift = self.list.weights.weigh(logits);
         self.list.start(logits.iter().map(|logit| logit - shift));
         processors.apply(past, &mut self.list.scores);
         warpers.apply(least, &mut self.list);
-        for (&token, score) in self.list.tokens.iter().zip(&self.list.scores) {
-            let sum = sum + score;
-            if sum > f32::NEG_INFINITY {
-                let full = self.drawn.len() == self.keep;
-                let last = self.drawn.last().filter(|_| full).map_or(f64::NEG_INFINITY, |last| last.rank);
-                let Some(luck) = self.random.gumbel_above(last - f64::from(sum)) else { continue };
-                let rank = f64::from(sum) + luck;
-                if rank > last {
-                    self.drawn.truncate(self.keep - 1);
-                    let at = self.drawn.partition_point(|other| other.rank >= rank);
-                    self.drawn.insert(at, Drawn { rank, next: Continuation { sum, row, token } });
-                }
+        let is_plain = processors.is_idle(past) && *warpers == Warpers::default();
+        // A stream of its own: how many of a row's continuations are looked at changes nothing in the next row.
+        let mut random = Random::new(self.random.bits());
+        let (mut of_all, mut time) = (if is_plain { 0.0 } else { self.list.weigh() }, 0.0);
+        for _ in 0..self.keep {
+            if self.list.weights.share() == 0.0 {
+                // All that is left is too improbable to have a weight beside what came before it.
+                (of_all, time) = (self.list.weigh(), 0.0);
             }
+            let Some(place) = self.list.weights.draw(random.uniform()) else { return };
+            time += random.exponential() / self.list.weights.share();
+            let next = Continuation { sum: sum + self.list.scores[place], row, token: self.list.tokens[place] };
+            if !self.comes(Drawn { rank: f64::from(sum) + f64::from(of_all) - time.ln(), next }) {
+                return;
+            }
+            self.list.take(place);
         }
+    }
+
+    /// Whether a continuation is among the first so far.
+    fn comes(&mut self, drawn: Drawn) -> bool {
+        let at = self.drawn.partition_point(|other| other.rank >= drawn.rank);
+        self.drawn.insert(at, drawn);
+        self.drawn.truncate(self.keep);
+        at < self.keep
     }
 
     /// What was found, the best or the first drawn first.
@@ -96,5 +110,48 @@ impl Ranking {
         }
         let continuation = |sum, at| Continuation { sum, row: at / vocabulary, token: (at % vocabulary) as TokenId };
         self.best.sorted().iter().map(|best| continuation(best.score, best.at)).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::decode::Ends;
+
+    fn drawn(rows: &[(f32, &[f32])], keep: usize, seed: u64) -> Vec<Continuation> {
+        let mut ranking = Ranking::new(keep, seed);
+        ranking.start();
+        for (row, (sum, logits)) in rows.iter().enumerate() {
+            let past = Past { tokens: &[], n_prompt: 0, ends: &Ends::default() };
+            let ranked = Ranked { row, sum: *sum, past, logits };
+            ranking.draw(ranked, &Processors::default(), (&Warpers::default(), 1));
+        }
+        ranking.found(rows[0].1.len())
+    }
+
+    #[test]
+    fn the_first_drawn_is_of_any_row_by_its_sum() {
+        const N_DRAWS: u64 = 20_000;
+        let rows: [(f32, &[f32]); 2] = [(-1.0, &[0.0, 1.0, 2.0]), (-1.5, &[2.0, 0.0, -1.0])];
+        let mut counts = [[0.0; 3]; 2];
+        for seed in 0..N_DRAWS {
+            let first = drawn(&rows, 2, seed)[0];
+            counts[first.row][first.token as usize] += 1.0 / N_DRAWS as f64;
+        }
+        let whole: f64 = rows.iter().map(|(sum, _)| f64::from(*sum).exp()).sum();
+        for ((sum, logits), counts) in rows.iter().zip(counts) {
+            for (logit, found) in logits.iter().zip(counts) {
+                let wanted = f64::from(sum + logit - log_sum_exp(logits)).exp() / whole;
+                let spread = (wanted * (1.0 - wanted) / N_DRAWS as f64).sqrt();
+                assert!((found - wanted).abs() < 4.0 * spread, "{found}, {wanted}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_has_no_weight_beside_others_is_drawn_behind_them() {
+        let rows: [(f32, &[f32]); 1] = [(-3.0, &[-200.0, 0.0, f32::NEG_INFINITY, -450.0])];
+        let found: Vec<_> = drawn(&rows, 4, 1).iter().map(|next| (next.token, next.sum)).collect();
+        assert_eq!(found, [(1, -3.0), (0, -203.0), (3, -453.0)]);
     }
 }

@@ -3,7 +3,6 @@
 use super::processors::Processors;
 use super::random::Random;
 use super::row::Row;
-use super::softmax::sum;
 use super::warpers::{Shortlist, Warpers};
 use super::{Ends, Finish, Hypothesis, LogProb, Pick, Scores, Search, TokenId};
 
@@ -53,6 +52,7 @@ impl Sample {
     /// The distribution that the first text's next token is drawn from.
     pub fn probabilities(&mut self, logits: &[f32]) -> Vec<f32> {
         self.shape(0, logits);
+        self.list.normalise();
         let mut all = vec![0.0; logits.len()];
         for (token, probability) in self.list.tokens.iter().zip(&self.list.probabilities) {
             all[*token as usize] = *probability;
@@ -71,35 +71,10 @@ impl Sample {
     /// Puts a token behind a text; gives it where the text goes on.
     fn draw(&mut self, text: usize, logits: &[f32]) -> Option<TokenId> {
         let (row, random) = &mut self.texts[text];
-        let token = self.list.draw(random.uniform());
+        let token = self.list.weights.draw(random.uniform()).map_or(0, |place| self.list.tokens[place]);
         row.push(token, &self.options.ends);
         row.log_probs.extend(self.options.log_probs.map(|n| LogProb::new(token, logits, n)));
         row.finish.is_none().then_some(token)
-    }
-}
-
-impl Shortlist {
-    /// The token where `luck`, from 0 to 1, falls.
-    fn draw(&self, luck: f64) -> TokenId {
-        const BLOCK: usize = 256;
-        let mut left = luck * sum(&self.probabilities);
-        let mut last = 0;
-        for (index, block) in self.probabilities.chunks(BLOCK).enumerate() {
-            let of_block = sum(block);
-            // A block is passed as a whole where that cannot be for the sake of rounding.
-            if left > of_block * (1.0 + 1e-9) {
-                left -= of_block;
-                continue;
-            }
-            for (at, probability) in block.iter().enumerate().filter(|(_, probability)| **probability > 0.0) {
-                last = index * BLOCK + at;
-                left -= f64::from(*probability);
-                if left < 0.0 {
-                    return self.tokens[last];
-                }
-            }
-        }
-        self.tokens.get(last).copied().unwrap_or(0)
     }
 }
 

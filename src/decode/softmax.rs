@@ -34,13 +34,73 @@ pub(super) fn log_sum_exp(logits: &[f32]) -> f32 {
     largest + logits.chunks(BLOCK).map(of_block).sum::<f64>().ln() as f32
 }
 
-/// Probabilities of scores.
-pub(super) fn softmax(scores: &[f32], probabilities: &mut Vec<f32>) {
-    let largest = largest(scores);
-    probabilities.clear();
-    probabilities.extend(scores.iter().map(|score| exp(score - largest)));
-    let total = sum(probabilities) as f32;
-    probabilities.iter_mut().for_each(|weight| *weight /= total);
+/// Exponentials of scores less the largest of them: a distribution that is drawn from.
+#[derive(Debug, Default)]
+pub(super) struct Weights {
+    values: Vec<f32>,
+    /// Of each block.
+    sums: Vec<f64>,
+    /// Of all, as they were weighed.
+    whole: f64,
+}
+
+impl Weights {
+    /// Weighs `scores`; gives the [`log_sum_exp`] of them.
+    pub(super) fn weigh(&mut self, scores: &[f32]) -> f32 {
+        let largest = largest(scores);
+        self.values.resize(scores.len(), 0.0);
+        self.sums.clear();
+        for (weights, scores) in self.values.chunks_mut(BLOCK).zip(scores.chunks(BLOCK)) {
+            weights.iter_mut().zip(scores).for_each(|(weight, score)| *weight = exp(score - largest));
+            self.sums.push(sum(weights));
+        }
+        self.whole = self.total();
+        largest + self.whole.ln() as f32
+    }
+
+    fn total(&self) -> f64 {
+        self.sums.iter().sum()
+    }
+
+    /// What is left of the whole.
+    pub(super) fn share(&self) -> f64 {
+        self.total() / self.whole
+    }
+
+    /// Weights as shares of the whole.
+    pub(super) fn probabilities(&self, probabilities: &mut Vec<f32>) {
+        let total = self.whole as f32;
+        probabilities.clear();
+        probabilities.extend(self.values.iter().map(|weight| weight / total));
+    }
+
+    /// Where `luck`, from 0 to below 1, falls; nowhere if all weights are 0.
+    pub(super) fn draw(&self, luck: f64) -> Option<usize> {
+        let mut left = luck * self.total();
+        let start = fall(self.sums.iter().copied(), &mut left)? * BLOCK;
+        let block = self.values[start..].iter().take(BLOCK).copied().map(f64::from);
+        fall(block, &mut left).map(|place| start + place)
+    }
+
+    /// Makes a weight 0.
+    pub(super) fn take(&mut self, place: usize) {
+        self.values[place] = 0.0;
+        let block = place / BLOCK;
+        self.sums[block] = sum(&self.values[block * BLOCK..self.values.len().min((block + 1) * BLOCK)]);
+    }
+}
+
+/// On which of weights that stand in a row a point falls, and how far into it. Where rounding lets it pass them all, that is the last.
+fn fall(weights: impl Iterator<Item = f64>, left: &mut f64) -> Option<usize> {
+    let mut found = None;
+    for (place, weight) in weights.enumerate().filter(|(_, weight)| *weight > 0.0) {
+        found = Some(place);
+        if *left < weight {
+            break;
+        }
+        *left -= weight;
+    }
+    found
 }
 
 /// The sum in double precision.
@@ -63,11 +123,12 @@ fn exp(x: f32) -> f32 {
     let rounded = x * std::f32::consts::LOG2_E + ROUND;
     let n = rounded - ROUND;
     let r = (x - n * LN_2_HIGH) - n * LN_2_LOW;
-    // Taylor's series: for |r| ≤ ln 2 / 2 what is left out is 5e-9 of the result.
-    let series = [1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5];
-    let tail = series[1..].iter().fold(series[0], |sum, factor| sum * r + factor);
+    // Taylor's series: for |r| ≤ ln 2 / 2 what is left out is 5e-9 of the result. In pairs, which do not wait for each other.
+    let square = r * r;
+    let pair = |n: f32, next: f32| r * (1.0 / next) + 1.0 / n;
+    let tail = (pair(720.0, 5040.0) * square + pair(24.0, 120.0)) * square + pair(2.0, 6.0);
     let power = f32::from_bits(rounded.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127) << 23);
-    if x > -87.0 { (tail * r * r + r + 1.0) * power } else { 0.0 }
+    if x > -87.0 { (tail * square + r + 1.0) * power } else { 0.0 }
 }
 
 #[cfg(test)]
@@ -93,9 +154,23 @@ mod tests {
         let logits: Vec<f32> = (0..50_272u32).map(|token| (token.wrapping_mul(2_654_435_761) >> 8) as f32 / 4e6).collect();
         let wanted = logits.iter().map(|logit| f64::from(*logit).exp()).sum::<f64>().ln();
         assert!((f64::from(log_sum_exp(&logits)) - wanted).abs() < 1e-6);
-        let mut probabilities = Vec::new();
-        softmax(&logits, &mut probabilities);
+        let (mut weights, mut probabilities) = (Weights::default(), Vec::new());
+        assert_eq!(weights.weigh(&logits), log_sum_exp(&logits));
+        weights.probabilities(&mut probabilities);
         assert!((probabilities.iter().map(|p| f64::from(*p)).sum::<f64>() - 1.0).abs() < 1e-7);
+    }
+
+    #[test]
+    fn luck_falls_on_weights_by_their_size_and_never_on_none() {
+        let none = f32::NEG_INFINITY;
+        let mut weights = Weights::default();
+        weights.weigh(&[vec![none; 700], vec![0.0, none, 3f32.ln()], vec![none; 300]].concat());
+        assert_eq!([0.0, 0.24, 0.26, 0.999].map(|luck| weights.draw(luck)), [700, 700, 702, 702].map(Some));
+        weights.take(702);
+        assert!((weights.share() - 0.25).abs() < 1e-6);
+        assert_eq!(weights.draw(0.999), Some(700));
+        weights.take(700);
+        assert_eq!((weights.share(), weights.draw(0.5)), (0.0, None));
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! What shapes the distribution that is drawn from, in the order of `transformers`: temperature, top-k, top-p, min-p, typical.
 
 use super::TokenId;
-use super::best::{BLOCK, Best, Walk};
-use super::softmax::{largest, log_sum_exp, softmax};
+use super::best::{Best, Walk, find};
+use super::softmax::{Weights, largest, sum};
 
 /// How a distribution is shaped. The default leaves it as it is.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -52,8 +52,10 @@ pub(super) struct Shortlist {
     pub(super) tokens: Vec<TokenId>,
     pub(super) scores: Vec<f32>,
     /// As [`weigh`](Self::weigh) found them.
+    pub(super) weights: Weights,
+    /// As [`normalise`](Self::normalise) found them.
     pub(super) probabilities: Vec<f32>,
-    /// How near tokens are to the expected information: minus the distance.
+    /// What tokens add to the expected information; then how near their own is to it: minus the distance.
     nearness: Vec<f32>,
     choice: Choice,
 }
@@ -67,9 +69,22 @@ impl Shortlist {
         self.tokens.extend(0..self.scores.len() as TokenId);
     }
 
-    /// Finds the probabilities of what is listed.
-    pub(super) fn weigh(&mut self) {
-        softmax(&self.scores, &mut self.probabilities);
+    /// Finds the weights of what is listed; gives the logarithm of the sum of exponentials.
+    pub(super) fn weigh(&mut self) -> f32 {
+        self.weights.weigh(&self.scores)
+    }
+
+    /// The same, and the probabilities.
+    pub(super) fn normalise(&mut self) -> f32 {
+        let shift = self.weigh();
+        self.weights.probabilities(&mut self.probabilities);
+        shift
+    }
+
+    /// Makes one of those listed impossible.
+    pub(super) fn take(&mut self, place: usize) {
+        self.scores[place] = f32::NEG_INFINITY;
+        self.weights.take(place);
     }
 
     fn keep_top_k(&mut self, k: usize) {
@@ -80,24 +95,25 @@ impl Shortlist {
     }
 
     fn keep_top_p(&mut self, p: f32, keep: usize) {
-        self.weigh();
+        self.normalise();
         self.choice.stay_before_tail(&self.probabilities, 1.0 - p);
         self.choice.fill_up(&self.probabilities, keep);
         self.retain();
     }
 
     fn keep_min_p(&mut self, p: f32, keep: usize) {
-        self.weigh();
+        self.normalise();
         self.choice.stay_from(&self.probabilities, p * largest(&self.probabilities));
         self.choice.fill_up(&self.probabilities, keep);
         self.retain();
     }
 
     fn keep_typical(&mut self, mass: f32, keep: usize) {
-        self.weigh();
-        let shift = log_sum_exp(&self.scores);
-        let information = |(p, score): (&f32, &f32)| if *p > 0.0 { f64::from(*p * (shift - score)) } else { 0.0 };
-        let expected = self.probabilities.iter().zip(&self.scores).map(information).sum::<f64>() as f32;
+        let shift = self.normalise();
+        let information = |(p, score): (&f32, &f32)| if *p > 0.0 { *p * (shift - score) } else { 0.0 };
+        self.nearness.clear();
+        self.nearness.extend(self.probabilities.iter().zip(&self.scores).map(information));
+        let expected = sum(&self.nearness) as f32;
         self.nearness.clear();
         self.nearness.extend(self.scores.iter().map(|score| -(shift - score - expected).abs()));
         let threshold = self.choice.reach(&self.nearness, &self.probabilities, mass);
@@ -135,13 +151,7 @@ impl Choice {
 
     /// Those stay that have at least this value.
     fn stay_from(&mut self, values: &[f32], least: f32) {
-        self.places.clear();
-        for (index, block) in values.chunks(BLOCK).enumerate() {
-            if block.iter().fold(false, |any, value| any | (*value >= least)) {
-                let places = block.iter().enumerate().filter(|(_, value)| **value >= least);
-                self.places.extend(places.map(|(at, _)| index * BLOCK + at));
-            }
-        }
+        find(values, |value| value >= least, &mut self.places);
     }
 
     /// If fewer than `keep` stay, the best `keep` do.
@@ -157,26 +167,15 @@ impl Choice {
 
     /// Summed from the smallest, as the reference does, those go whose sum so far is at most `tail`; of equals the later ones go first.
     fn stay_before_tail(&mut self, probabilities: &[f32], tail: f32) {
-        let key = |place: usize| key(probabilities[place], u32::MAX as usize - place);
-        let keys = (0..probabilities.len()).map(key);
-        let least = self.walk.first_over(keys, value, |sum| sum <= tail).unwrap_or(u64::MAX);
-        self.stay_from(probabilities, value(least));
-        self.places.retain(|place| key(*place) >= least);
+        self.places.clear();
+        if let Some(last) = self.walk.first_over(probabilities, probabilities, |sum| sum <= tail) {
+            self.stay_from(probabilities, probabilities[last]);
+            self.places.retain(|place| probabilities[*place] > probabilities[last] || *place <= last);
+        }
     }
 
     /// The nearness of the last that is needed to reach `mass`, from the nearest on; −∞ if all do not.
     fn reach(&mut self, nearness: &[f32], probabilities: &[f32], mass: f32) -> f32 {
-        let keys = nearness.iter().enumerate().map(|(place, nearness)| key(-nearness, place));
-        let weight = |key: u64| probabilities[key as u32 as usize];
-        self.walk.first_over(keys, weight, |sum| sum < mass).map_or(f32::NEG_INFINITY, |last| -value(last))
+        self.walk.first_over(nearness, probabilities, |sum| sum < mass).map_or(f32::NEG_INFINITY, |last| nearness[last])
     }
-}
-
-/// Puts values from 0 up in order, those that are equal by their place.
-fn key(value: f32, place: usize) -> u64 {
-    u64::from(value.to_bits()) << 32 | place as u64
-}
-
-fn value(key: u64) -> f32 {
-    f32::from_bits((key >> 32) as u32)
 }

@@ -85,7 +85,7 @@ struct Row {
     log_probs: Vec<LogProb>,
     /// What its last token was chosen from.
     logits: Rc<Vec<f32>>,
-    /// Its sum with the luck of sampling.
+    /// What continuations are compared by: sums, or how early they came.
     rank: f64,
 }
 
@@ -146,11 +146,30 @@ fn continuations(row: &Row, n_prompt: usize, options: &BeamOptions, model: Logit
         let mut next = row.clone();
         next.tokens.push(token as TokenId);
         next.sum += scores[token];
-        next.rank = f64::from(next.sum) + sample.map_or(0.0, |_| random.gumbel());
+        next.rank = f64::from(if sample.is_some() { scores[token] } else { next.sum });
         next.logits = logits.clone();
         next
     });
-    continued.collect()
+    let keep = 2.max(1 + ends.end.len()) * options.beams;
+    if sample.is_some() { drawn(row.sum, continued.collect(), keep, random) } else { continued.collect() }
+}
+
+/// Draws without putting back, at random times: the next comes at the rate of all that are left.
+fn drawn(sum: f32, mut left: Vec<Row>, keep: usize, random: &mut Random) -> Vec<Row> {
+    let (mut random, mut time, mut drawn) = (Random::new(random.bits()), 0.0, Vec::new());
+    while drawn.len() < keep && !left.is_empty() {
+        let total = left.iter().map(|row| row.rank.exp()).sum::<f64>();
+        let mut luck = random.uniform() * total;
+        let falls = |row: &Row| {
+            luck -= row.rank.exp();
+            luck < 0.0
+        };
+        let mut next = left.remove(left.iter().position(falls).unwrap_or(left.len() - 1));
+        time += random.exponential() / total;
+        next.rank = f64::from(sum) - time.ln();
+        drawn.push(next);
+    }
+    drawn
 }
 
 /// What is dropped becomes −∞.
