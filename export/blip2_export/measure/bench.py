@@ -56,13 +56,12 @@ def run(args: argparse.Namespace) -> int:
     found = _Found(wanted)
     _say("transformers: warming up")
     peer.warm_up(wanted)
-    n_positions = models.n_queries + peer.n_prompt_tokens("")
     for i in range(args.rounds):
         _say(f"round {i + 1} of {args.rounds}: engine")
         samples.add(found.engine, engine.measure(wanted, i))
         _say(f"round {i + 1} of {args.rounds}: transformers")
         samples.add(found.peer, peer.measure(wanted, i))
-        alone = prefill.times(models.bundle, n_positions, wanted.n_tokens, args.threads, _PREFILLS)
+        alone = prefill.times(models.bundle, peer.n_prompt_tokens(""), wanted.n_tokens, args.threads, _PREFILLS)
         samples.add(found.engine, {"prefill of the graphs alone": alone})
     described = {
         "command": shlex.join(["python", "-m", "blip2_export", *sys.argv[1:]]),
@@ -92,11 +91,6 @@ class _Models:
     @property
     def bundle(self) -> Path:
         return self.folder / f"{self.shape}-bundle"
-
-    @property
-    def n_queries(self) -> int:
-        facts = json.loads((self.bundle / "bundle.json").read_text())
-        return int(facts["qformer"]["n_queries"])
 
     def prepare(self) -> None:
         """Makes what is missing, or older than the code that makes it; refuses before that where there is no room."""
