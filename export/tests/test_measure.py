@@ -139,6 +139,17 @@ def test_a_bench_without_room_makes_nothing(short: str, tmp_path: Path, monkeypa
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(("typed", "said"), [("--images", "no such picture"), ("--json", "a folder that exists")])
+def test_what_would_fail_in_the_end_is_told_before(
+    typed: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args([typed, str(tmp_path / "absent" / "file")])
+    assert said in capsys.readouterr().err
+
+
 def test_an_absent_engine_is_named(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="make build"):
         run_bench(tmp_path, "--engine", str(tmp_path / "blip2"))
