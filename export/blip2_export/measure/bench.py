@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
-from blip2_export import bundle, graphs, read, vocabulary
+from blip2_export import bundle, graphs, read
 from blip2_export.check import random_checkpoint
 from blip2_export.measure import machine, prefill, samples, work
 from blip2_export.measure.baseline import DTYPES
@@ -97,7 +97,7 @@ class _Models:
         """Makes what is missing, or older than the code that makes it; refuses before that where there is no room."""
         n_bytes = 4 * random_checkpoint.n_parameters(self.shape)
         config, facts = self.checkpoint / "config.json", self.bundle / "bundle.json"
-        drawn = _is_current(config, [*_code(random_checkpoint), *_code(vocabulary)])
+        drawn = _is_current(config, _code(random_checkpoint))
         built = drawn and _is_current(facts, [config, *_code(bundle), *_code(graphs), *_code(read)])
         absent = [path for path in (self.checkpoint, self.bundle) if not path.exists()]
         machine.require_disk(self.folder, int(1.02 * n_bytes * len(absent)), self.shape)
