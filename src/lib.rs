@@ -7,9 +7,13 @@
 //! ```
 //!
 //! [`engine::Engine`] composes the arrows. It splits where a picture is seen and nothing is asked yet: `see` looks at pictures, `ask` writes
-//! texts about what was seen, so that several questions cost one image pass; `rank`, `match_texts` and the embeddings start there too.
+//! texts about what was seen, so that several questions cost one image pass; `rank`, matching and the embeddings start there too.
 //! A Q-Former that reads questions waits for them with the [`vision::ImageFeatures`]; that of stage 1 ([`stage1`]) compares pictures with
-//! texts, and hands its own writer keys and values in the place of queries.
+//! texts, and hands its own writer keys and values in the place of queries. The two halves, [`Seer`] and [`Writer`], may have a thread each.
+//!
+//! Many requests are written together. `join` puts one in line, every `step` runs the language model once for all that are live and hands
+//! out what it settled, `leave` gives one up; `ask` composes the three. Rows are computed, slots hold keys and values
+//! ([`language::rows`]): a row that is gone costs nothing, and no slot moves when another comes.
 //!
 //! ```no_run
 //! use blip2::{Engine, Generation, Picture, Task};
@@ -33,7 +37,8 @@
 //! - Facts about a model live in its `bundle.json`. They are checked once, in [`bundle`]; no code asks a model its name.
 //! - Knowledge of the language model's family begins at [`language::Prefix`].
 //! - One loop ([`decode::StepLoop`]) drives every live request; the same request gives the same tokens alone and beside others.
-//! - The KV cache is written in place; a decode step allocates no tensor.
+//! - What a run settles is handed out before the next. A failure ends the requests it belongs to and no other.
+//! - The KV cache is written in place; a decode step allocates no tensor while the number of rows stays.
 //! - Tensors stay where graphs run. Copies between host and device happen where tensors are bound, and are counted.
 //! - A provider that was asked for runs or is an error, never a quiet CPU run.
 //!

@@ -4,16 +4,19 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::TryRecvError;
 
 use blip2::bundle::{Bundle, TaskName};
 use blip2::decode::{
-    EarlyStopping, Ends, Finish, Greedy, GreedyOptions, Pick, Processors, RequestId, Scores, Search, StepLoop, Strategy, TokenId,
+    EarlyStopping, Ends, Finish, Greedy, GreedyOptions, Pick, Processors, Random, RequestId, Room, Scores, Search, StepLoop,
+    Strategy, TokenId, Warpers,
 };
-use blip2::engine::Flow;
+use blip2::engine::{Flow, Order, Work};
 use blip2::language::{LanguageModel, Prefix};
 use blip2::pixels::{Limits, Picture};
-use blip2::runtime::{Runtime, RuntimeOptions};
+use blip2::runtime::{Cancel, Runtime, RuntimeError, RuntimeOptions};
 use blip2::text::Warning;
+use blip2::timing::Stage;
 use blip2::{Answer, Engine, Error, Generation, Request, Task};
 
 fn root() -> PathBuf {
@@ -275,4 +278,180 @@ fn options_are_checked_whoever_asks() {
     let wide = Generation { max_new_tokens: Some(2), strategy: beam(1000), log_probs: Some(usize::MAX), ..Generation::default() };
     let answer = engine.answer(&sample(0), Task::Caption, wide).unwrap();
     assert_eq!((answer.tokens.len(), answer.log_probs[0].alternatives.len()), (2, 456));
+}
+
+#[test]
+fn a_callback_gives_up_its_text_and_no_other() {
+    let mut engine = Engine::open(&demo(), &RuntimeOptions::default()).unwrap();
+    let sights = engine.see(&[&sample(0), &sample(1)]).unwrap();
+    let request = |sight| Request { sight, task: Task::Caption, generation: Generation::default() };
+    let requests: Vec<Request<'_>> = sights.iter().map(request).collect();
+    let whole: Vec<Answer> = engine.ask(&requests, go_on).into_iter().map(Result::unwrap).collect();
+    let mut said = [String::new(), String::new()];
+    let found = engine.ask(&requests, |index, piece| {
+        said[index].push_str(piece);
+        if index == 0 && said[0].len() > 4 { Flow::Break(()) } else { Flow::Continue(()) }
+    });
+    let found: Vec<Answer> = found.into_iter().map(Result::unwrap).collect();
+    assert_eq!(found[0].finish, Finish::Cancelled);
+    assert!(
+        found[0].tokens.len() < whole[0].tokens.len() && whole[0].tokens.starts_with(&found[0].tokens),
+        "{:?}",
+        found[0].tokens
+    );
+    assert_eq!((&found[1].tokens, &found[1].text), (&whole[1].tokens, &whole[1].text));
+    assert!(engine.is_idle());
+}
+
+#[test]
+fn a_stop_from_another_thread_ends_what_runs_and_the_engine_goes_on_with_a_fresh_one() {
+    let mut engine = random_bundle("t5");
+    let whole = engine.answer(&sample(0), Task::Caption, Generation::default()).unwrap();
+    let cancel = Cancel::new();
+    engine.set_cancel(cancel.clone());
+    let sight = engine.see(&[&sample(0)]).unwrap().remove(0);
+    let request = Request { sight: &sight, task: Task::Caption, generation: Generation::default() };
+    let (first, second) = (engine.join(&request).unwrap(), engine.join(&request).unwrap());
+    assert!(engine.step().iter().all(|event| event.end.is_none()));
+    std::thread::scope(|threads| threads.spawn(|| cancel.cancel()).join()).unwrap();
+    let ended = engine.step();
+    assert_eq!(ended.iter().map(|event| event.id).collect::<Vec<_>>(), [first, second]);
+    for event in ended {
+        assert!(matches!(event.end, Some(Err(Error::Runtime(RuntimeError::Cancelled { .. })))));
+    }
+    assert!(engine.is_idle());
+    assert!(matches!(engine.see(&[&sample(0)]), Err(Error::Runtime(RuntimeError::Cancelled { .. }))));
+    engine.set_cancel(Cancel::new());
+    assert_eq!(engine.answer(&sample(0), Task::Caption, Generation::default()).unwrap().tokens, whole.tokens);
+}
+
+#[test]
+fn halves_work_on_threads_of_their_own() {
+    let engine = Engine::open(&demo(), &RuntimeOptions::default()).unwrap();
+    let context = engine.context().clone();
+    let (mut seer, writer) = engine.split();
+    let mut writer = writer.unwrap();
+    let (orders, taken) = std::sync::mpsc::sync_channel(2);
+    std::thread::scope(|threads| {
+        threads.spawn(move || {
+            for index in 0..5 {
+                let sight = seer.see(&[&sample(index)]).unwrap().remove(0);
+                let prompt = context.check(&Task::Caption, &Generation::default()).unwrap();
+                let seen = seer.seen(&[(&sight, &prompt)]).unwrap().remove(0);
+                let prefix = Prefix { seen, prompt: prompt.ids, max_new_tokens: 12 };
+                let work = Work::Write(Box::default());
+                orders.send(Order { prefix, work, warnings: prompt.warnings, timings: sight.timings().clone() }).unwrap();
+            }
+        });
+        let (mut n_texts, mut is_over) = (0, false);
+        while !is_over || !writer.is_idle() {
+            match taken.try_recv() {
+                Ok(order) => drop(writer.join(order).unwrap()),
+                Err(TryRecvError::Disconnected) => is_over = true,
+                Err(TryRecvError::Empty) => {}
+            }
+            for answer in writer.step().into_iter().filter_map(|event| event.end) {
+                assert!(!answer.unwrap().text.is_empty());
+                n_texts += 1;
+            }
+        }
+        assert_eq!(n_texts, 5);
+    });
+}
+
+#[test]
+fn every_request_has_its_own_times() {
+    let mut engine = Engine::open(&demo(), &RuntimeOptions::default()).unwrap();
+    let sight = engine.see(&[&sample(0)]).unwrap().remove(0);
+    let request = Request { sight: &sight, task: Task::Caption, generation: Generation::default() };
+    let (early, mut ids) = (std::time::Instant::now(), vec![engine.join(&request).unwrap()]);
+    let mut answers = HashMap::new();
+    for step in 0.. {
+        if step == 3 {
+            ids.push(engine.join(&request).unwrap());
+        }
+        for event in engine.step() {
+            if let Some(end) = event.end {
+                answers.insert(event.id, (end.unwrap(), early.elapsed()));
+            }
+        }
+        if engine.is_idle() && step > 3 {
+            break;
+        }
+    }
+    for id in ids {
+        let (answer, ended) = &answers[&id];
+        let of = |wanted| answer.timings.iter().find(|(stage, _)| *stage == wanted).unwrap().1;
+        assert_eq!(answer.gaps.len() + 1, answer.tokens.len(), "a token a step");
+        let decode: std::time::Duration = answer.gaps.iter().sum();
+        assert_eq!(of(Stage::Decode), decode);
+        assert!(answer.first_token.unwrap() >= of(Stage::Waiting) + of(Stage::Prefill));
+        assert!(of(Stage::Vision) > std::time::Duration::ZERO && answer.first_token.unwrap() + decode <= *ended);
+    }
+}
+
+#[test]
+fn what_an_engine_cannot_know_is_one_clear_answer() {
+    let mut engine = Engine::open(&demo(), &RuntimeOptions::default()).unwrap();
+    let sight = engine.see(&[&sample(0)]).unwrap().remove(0);
+    let request = Request { sight: &sight, task: Task::Caption, generation: Generation::default() };
+    assert!(engine.step().is_empty(), "without requests there is nothing to do");
+    let id = engine.join(&request).unwrap();
+    while !engine.is_idle() {
+        engine.step();
+    }
+    says(engine.leave(id), "there is no request 0 here, or it has ended");
+    let beams = |beams| {
+        let strategy =
+            Strategy::Beam { beams, length_penalty: 1.0, early_stopping: EarlyStopping::default(), n_return: 1, sample: None };
+        Request { sight: &sight, task: Task::Caption, generation: Generation { strategy, ..Generation::default() } }
+    };
+    says(engine.join(&beams(1 << 40)), "of memory");
+    let both = engine.ask(&[beams(1 << 40), request.clone()], go_on);
+    assert!(both[0].is_err() && both[1].is_ok(), "{both:?}");
+    let mut matching = random_bundle("stage1");
+    says(matching.context().check(&Task::Ask("what?".into()), &Generation::default()), "cannot ask");
+    says(matching.join(&request), "looked at through another bundle");
+    let too_many = Room { rows: 1 << 40, positions: 64, read: 40 };
+    says(engine.writer().unwrap().reserve(too_many), "of memory");
+    engine.writer().unwrap().reserve(Room { rows: 8, positions: 64, read: 40 }).unwrap();
+    assert_eq!(engine.ask(&[request], go_on).remove(0).unwrap().finish, Finish::Stop);
+}
+
+#[test]
+fn ten_thousand_requests_that_come_and_go_leave_memory_as_it_was() {
+    let mut engine = random_bundle("t5");
+    let pictures: Vec<Picture> = (0..3).map(sample).collect();
+    let sights = engine.see(&pictures.iter().collect::<Vec<_>>()).unwrap();
+    let mut random = Random::new(11);
+    let mut below = |n: usize| (random.uniform() * n as f64) as usize;
+    let (mut live, mut n_joined, mut resident) = (Vec::new(), 0, Vec::new());
+    while n_joined < 10_000 {
+        while live.len() < 12 {
+            let strategy = match below(3) {
+                0 => Strategy::Greedy,
+                _ => Strategy::Sample { warpers: Warpers::default(), seed: n_joined, n_return: 1 + below(2) },
+            };
+            let generation = Generation { max_new_tokens: Some(1 + below(4)), strategy, ..Generation::default() };
+            let request = Request { sight: &sights[below(3)], task: Task::Caption, generation };
+            live.push(engine.join(&request).unwrap());
+            n_joined += 1;
+        }
+        if below(3) == 0 {
+            engine.leave(live.swap_remove(below(live.len()))).unwrap();
+        }
+        let ended: Vec<RequestId> = engine.step().into_iter().filter(|event| event.end.is_some()).map(|event| event.id).collect();
+        live.retain(|id| !ended.contains(id));
+        if n_joined % 500 < 12 {
+            resident.push(resident_bytes());
+        }
+    }
+    let (early, late) = (resident[resident.len() / 4], *resident.last().unwrap());
+    assert!(late < early + (8 << 20), "{early} bytes after a quarter, {late} at the end");
+}
+
+/// Memory that the process holds, as Linux counts it.
+fn resident_bytes() -> u64 {
+    let pages = std::fs::read_to_string("/proc/self/statm").unwrap();
+    pages.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 4096
 }

@@ -23,7 +23,13 @@ fn sample(index: usize) -> String {
 fn blip2(model: &str, args: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_blip2"));
     let (name, rest) = args.split_first().unwrap();
-    command.arg(name).args(["--model", &bundle(model)]).args(rest).env_remove("BLIP2_MODEL").current_dir(root());
+    command
+        .arg(name)
+        .args(["--model", &bundle(model)])
+        .args(rest)
+        .env_remove("BLIP2_MODEL")
+        .env("BLIP2_PROVIDER", "cpu")
+        .current_dir(root());
     command.output().unwrap()
 }
 

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from blip2_export.graphs import language, qformer, retrieval, vision
-from blip2_export.graphs.builder import OPSET, Graph, sha256
+from blip2_export.graphs.builder import OPSET, Graph, Output, sha256
+from blip2_export.graphs.cpu import CpuGraph
+from blip2_export.graphs.targets import TARGETS
 from blip2_export.read import adapter, configuration, lavis, leftovers, processor, tokenizers
 from blip2_export.read.checkpoint import Checkpoint, CheckpointError
 from blip2_export.reference import golden
@@ -42,6 +44,7 @@ class Choices:
     parts: lavis.Parts = lavis.Parts()  # what a LAVIS file does not hold
     adapters: tuple[Path, ...] = ()  # merged in this order
     ignored_tensors: tuple[str, ...] = ()  # patterns of names that may be left out
+    target: str = CpuGraph.target  # whose operators the graphs have
 
     def check(self) -> None:
         if self.ask_prompt is not None and self.ask_prompt.count("{}") != 1:
@@ -96,15 +99,16 @@ def _build(checkpoint: Checkpoint, out: Path, choices: Choices) -> dict[str, Any
         processor.check_queries(checkpoint.processor_folder, cfg.num_query_tokens)
         tokenizers.write(checkpoint.tokenizer_folder, out / "tokenizer.json", cfg.text_config.vocab_size)
     print("vision: building", file=sys.stderr)
-    eye = vision.build(out, checkpoint, cfg.vision_config, side)
+    output = Output(out, TARGETS[choices.target])
+    eye = vision.build(output, checkpoint, cfg.vision_config, side)
     print("qformer: building", file=sys.stderr)
     if checkpoint.is_retrieval:
         stage = retrieval.Stage1(checkpoint, cfg, tokenizer, n_positions)
-        graphs, facts = retrieval.build(out, stage)
+        graphs, facts = retrieval.build(output, stage)
         if stage.writes:
             facts |= _captions(checkpoint, choices)
     else:
-        graphs, facts = _generation(checkpoint, cfg, n_positions, out, choices)
+        graphs, facts = _generation(checkpoint, cfg, n_positions, output, choices)
     _check_room(facts)
     return {
         "format_version": FORMAT_VERSION,
@@ -116,14 +120,14 @@ def _build(checkpoint: Checkpoint, out: Path, choices: Choices) -> dict[str, Any
         **facts,
         "graphs": {g.name: g.describe() for g in (eye, *graphs)},
         "requires": {"onnxruntime": _ONNXRUNTIME, "opset": OPSET, "domains": ["", "com.microsoft"]},
-        "target": "cpu",
+        "target": choices.target,
         "made_by": {name: version(name) for name in ("onnx", "transformers", "numpy")},
         "source": _source(checkpoint, cfg),
     }
 
 
 def _generation(
-    checkpoint: Checkpoint, cfg: language.Config, n_positions: int, out: Path, choices: Choices
+    checkpoint: Checkpoint, cfg: language.Config, n_positions: int, out: Output, choices: Choices
 ) -> tuple[list[Graph], dict[str, Any]]:
     """The graphs behind the image encoder, and what `bundle.json` says of them."""
     text, kind = cfg.text_config, checkpoint.config["model_type"]
@@ -131,7 +135,9 @@ def _generation(
     bridge = qformer.build(out, checkpoint, cfg.qformer_config, shape)
     bridge_facts: dict[str, Any] = {"n_queries": cfg.num_query_tokens, "hidden": cfg.qformer_config.hidden_size}
     if qformer.reads_text(cfg.qformer_config):
-        bridge_facts["text"] = tokenizers.question_facts(checkpoint.tokenizer_folder, out, cfg.qformer_config, kind)
+        bridge_facts["text"] = tokenizers.question_facts(
+            checkpoint.tokenizer_folder, out.folder, cfg.qformer_config, kind
+        )
     print(f"{text.model_type}: building", file=sys.stderr)
     mouth = language.build(out, checkpoint, cfg)
     return [bridge, *mouth.graphs], {

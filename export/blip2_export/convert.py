@@ -10,6 +10,7 @@ from pathlib import Path
 
 from blip2_export.bundle import Choices, convert
 from blip2_export.graphs.builder import UnsupportedError
+from blip2_export.graphs.targets import TARGETS
 from blip2_export.read.checkpoint import CheckpointError
 from blip2_export.read.hub import locate
 from blip2_export.read.lavis import Parts
@@ -38,6 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_weights(parser)
     _add_lavis(parser.add_argument_group("what a LAVIS file leaves out"))
+    parser.add_argument(
+        "--target",
+        choices=sorted(TARGETS),
+        default="cpu",
+        help="whose operators the graphs have: `webgpu` is for GPUs of any maker (default: %(default)s)",
+    )
     parser.add_argument("--force", action="store_true", help="replace an existing bundle, once the new one is complete")
 
 
@@ -128,6 +135,7 @@ def _convert(args: argparse.Namespace) -> None:
         args.image_size,
         Parts(args.vision, args.llm, args.tokenizer),
         ignored_tensors=tuple(args.ignore_tensors),
+        target=args.target,
     )
     choices = replace(choices, adapters=tuple(locate(adapter) for adapter in args.adapter))
     convert(locate(args.checkpoint, args.revision), args.out, choices)

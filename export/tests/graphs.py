@@ -4,29 +4,46 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
-import ml_dtypes
 import numpy as np
+import onnx
 import onnxruntime as ort
+from place import Place
+from slots import Slots
+
+
+def open_sessions(folder: Path, facts: dict[str, Any], place: Place) -> dict[str, ort.InferenceSession]:
+    """Those of all graphs, whose inputs and outputs are the ones that `bundle.json` says."""
+    sessions = {}
+    for name, said in facts["graphs"].items():
+        session = place.session(folder / said["file"])
+        assert [v.name for v in session.get_inputs()] == [v["name"] for v in said["inputs"]]
+        assert [v.name for v in session.get_outputs()] == [v["name"] for v in said["outputs"]]
+        sessions[name] = session
+    return sessions
+
+
+def padded(rows: list[list[int]], pad: int) -> np.ndarray:
+    """Rows of ids with padding on the right."""
+    longest = max(map(len, rows))
+    return np.array([row + [pad] * (longest - len(row)) for row in rows], np.int64)
+
+
+def table_type(folder: Path) -> int:
+    """How the decoder stores the embeddings of tokens."""
+    graph = onnx.load(folder / "decoder.onnx", load_external_data=False).graph
+    table = next(node.input[0] for node in graph.node if "input_ids" in node.input)
+    return next(tensor.data_type for tensor in graph.initializer if tensor.name == table)
 
 
 class Graphs:
-    """The sessions of a bundle."""
+    """The sessions of a bundle with a language model."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, place: Place | None = None) -> None:
+        self.place = place or Place()
         self.facts = json.loads((folder / "bundle.json").read_text())
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = 1
-        self.sessions = {
-            name: ort.InferenceSession(str(folder / g["file"]), options, providers=["CPUExecutionProvider"])
-            for name, g in self.facts["graphs"].items()
-        }
-        language = self.facts["language"]
-        where = language["embedding"]
-        dtype = ml_dtypes.bfloat16 if where["dtype"] == "bfloat16" else np.dtype(where["dtype"])
-        self.table = np.fromfile(
-            folder / where["file"], dtype, int(np.prod(where["shape"])), offset=where["offset"]
-        ).reshape(where["shape"])
+        self.sessions = open_sessions(folder, self.facts, self.place)
 
     def features(self, pixels: np.ndarray) -> np.ndarray:
         return self.sessions["vision"].run(None, {"pixel_values": pixels})[0]
@@ -35,89 +52,43 @@ class Graphs:
         """Of all rows in one batch; questions of unequal length are padded on the right."""
         feeds = {"image_features": features}
         if questions is not None:
-            longest = max(map(len, questions))
-            pad = self.facts["qformer"]["text"]["pad"]
-            feeds["question_ids"] = np.array([q + [pad] * (longest - len(q)) for q in questions], np.int64)
-            feeds["question_mask"] = np.array([[i < len(q) for i in range(longest)] for q in questions], np.int64)
+            feeds["question_ids"] = padded(questions, self.facts["qformer"]["text"]["pad"])
+            n_tokens = np.array(list(map(len, questions)))
+            feeds["question_mask"] = (np.arange(n_tokens.max()) < n_tokens[:, None]).astype(np.int64)
         return self.sessions["qformer"].run(None, feeds)[0]
 
     def greedy(self, queries: np.ndarray, prompts: list[list[int]], n_new: int) -> tuple[np.ndarray, list[list[int]]]:
-        """First logits [rows, vocab] and `n_new` greedy tokens of every row (ended by the end token), all rows in one batch."""
-        embeds, lengths = self._prefixes(queries, prompts)
+        """First logits [rows, vocab] and up to `n_new` greedy tokens of every row; rows leave behind their end token."""
+        opening: np.ndarray | None = queries
+        seen: dict[str, np.ndarray] = {}
         if self.facts["family"] == "encoder_decoder":
-            seen = self.encode(embeds, lengths)
-            start = [[self.facts["language"]["token_ids"]["decoder_start"]]] * len(prompts)
-            embeds, lengths = self._prefixes(np.zeros((len(prompts), 0, queries.shape[2]), np.float32), start)
-        else:
-            seen = {}
-        past = self.empty_cache(len(prompts), int(lengths.max()) + n_new)
-        positions = np.tile(np.arange(embeds.shape[1]), (len(prompts), 1))
-        first = self.decode(embeds, positions, lengths, lengths[:, None] - 1, past, seen)[:, 0]
-        logits, out, done = first, [[] for _ in prompts], np.zeros(len(prompts), bool)
+            seen, opening = self.encode(queries, prompts), None
+            prompts = [[self.facts["language"]["token_ids"]["decoder_start"]]] * len(prompts)
+        ids = padded(prompts, 0)
+        lengths = np.array(list(map(len, prompts))) + (0 if opening is None else opening.shape[1])
+        slots = self.slots(len(prompts), int(lengths.max()) + n_new, seen=seen)
+        positions = np.tile(np.arange(lengths.max()), (len(prompts), 1))
+        logits = first = slots.run(ids, positions, lengths, lengths[:, None] - 1, opening)[:, 0]
+        live, written = np.arange(len(prompts)), [[] for _ in prompts]
         for _ in range(n_new):
             tokens = logits.argmax(-1)
-            for i in np.flatnonzero(~done):
-                out[i].append(int(tokens[i]))
-                done[i] = tokens[i] in self.facts["language"]["token_ids"]["eos"]
-            if done.all():
+            for row, token in zip(live, tokens, strict=True):
+                written[row].append(int(token))
+            going = ~np.isin(tokens, self.facts["language"]["token_ids"]["eos"])
+            if not going.any():
                 break
-            lengths = lengths + 1
-            new, at = self.table[tokens][:, None].astype(np.float32), np.zeros((len(prompts), 1))
-            logits = self.decode(new, lengths[:, None] - 1, lengths, at, past, seen)[:, 0]
-        return first, out
+            slots.keep(going)
+            live, lengths, new = live[going], lengths[going] + 1, tokens[going, None]
+            logits = slots.run(new, lengths[:, None] - 1, lengths, np.zeros_like(new))[:, 0]
+        return first, written
 
-    def encode(self, embeds: np.ndarray, lengths: np.ndarray) -> dict[str, np.ndarray]:
-        """The decoder's inputs about the encoder's side: cross-attention keys and values, and how many are real."""
+    def encode(self, queries: np.ndarray, prompts: list[list[int]]) -> dict[str, np.ndarray]:
+        """Of every row the decoder's inputs about the encoder's side: keys and values, and how many are real."""
         session = self.sessions["encoder"]
-        values = session.run(None, {"inputs_embeds": embeds, "lengths": lengths.astype(np.int32)})
+        lengths = np.array([queries.shape[1] + len(p) for p in prompts], np.int32)
+        values = session.run(None, {"queries": queries, "input_ids": padded(prompts, 0), "lengths": lengths})
         names = (output.name for output in session.get_outputs())
-        return {"encoder_lengths": lengths.astype(np.int32), **dict(zip(names, values, strict=True))}
+        return {"encoder_lengths": lengths, **dict(zip(names, values, strict=True))}
 
-    def empty_cache(self, rows: int, capacity: int) -> dict[str, ort.OrtValue]:
-        """Buffers full of a number that would show in the logits if it were read."""
-        cache = self.facts["language"]["kv_cache"]
-        shape = (rows, cache["n_heads"], capacity, cache["head_dim"])
-        return {
-            cache[f"past_{p}"].format(i): ort.OrtValue.ortvalue_from_numpy(np.full(shape, 7.0, np.float32))
-            for i in range(cache["n_layers"])
-            for p in ("key", "value")
-        }
-
-    def decode(
-        self,
-        embeds: np.ndarray,
-        positions: np.ndarray,
-        lengths: np.ndarray,
-        at: np.ndarray,
-        past: dict[str, ort.OrtValue],
-        seen: dict[str, np.ndarray],
-    ) -> np.ndarray:
-        """Logits [rows, n_logits, vocab] of new positions; the cache changes in place."""
-        session = self.sessions["decoder"]
-        binding = session.io_binding()
-        feeds = {
-            "inputs_embeds": np.ascontiguousarray(embeds),
-            "position_ids": np.ascontiguousarray(positions, np.int64),
-            "seqlens_k": (lengths - 1).astype(np.int32),
-            "total_sequence_length": np.array(lengths.max(), np.int32),
-            "logits_at": np.ascontiguousarray(at, np.int64),
-            **seen,
-        }
-        binding.bind_output("logits")  # first, so that it is the first of the outputs
-        for name, value in feeds.items():
-            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(value))
-        for name, value in past.items():
-            binding.bind_ortvalue_input(name, value)
-            binding.bind_ortvalue_output(name.replace("past_key_values", "present"), value)
-        session.run_with_iobinding(binding)
-        return binding.copy_outputs_to_cpu()[0]
-
-    def _prefixes(self, queries: np.ndarray, prompts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-        """Queries and prompt embeddings of each row, padded on the right, with the real lengths."""
-        n_queries = queries.shape[1]
-        lengths = np.array([n_queries + len(p) for p in prompts])
-        embeds = np.zeros((len(prompts), int(lengths.max()), queries.shape[2]), np.float32)
-        for i, prompt in enumerate(prompts):
-            embeds[i, :n_queries] = queries[i]
-            embeds[i, n_queries : lengths[i]] = self.table[prompt].astype(np.float32)
-        return embeds, lengths
+    def slots(self, n_rows: int, capacity: int, n_idle: int = 2, seen: dict[str, np.ndarray] | None = None) -> Slots:
+        return Slots(self, n_rows, capacity, n_idle, seen)

@@ -5,27 +5,19 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
-import onnxruntime as ort
+from graphs import open_sessions
+from place import Place
+from slots import Slots
 
 
 class Stage1Graphs:
     """The sessions of a bundle of family `qformer`."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, place: Place | None = None) -> None:
+        self.folder, self.place = folder, place or Place()
         self.facts = json.loads((folder / "bundle.json").read_text())
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = 1
-        self.sessions = {
-            name: ort.InferenceSession(str(folder / g["file"]), options, providers=["CPUExecutionProvider"])
-            for name, g in self.facts["graphs"].items()
-        }
-        for name, session in self.sessions.items():
-            said = self.facts["graphs"][name]
-            assert [v.name for v in session.get_inputs()] == [v["name"] for v in said["inputs"]]
-            assert [v.name for v in session.get_outputs()] == [v["name"] for v in said["outputs"]]
+        self.sessions = open_sessions(folder, self.facts, self.place)
 
     def run(self, graph: str, **feeds: np.ndarray) -> dict[str, np.ndarray]:
         session = self.sessions[graph]
@@ -37,58 +29,36 @@ class Stage1Graphs:
     def write(self, features: np.ndarray, n_new: int, forced: list[int] | None = None) -> tuple[list, list]:
         """Greedy ids of all rows in one batch up to their ends, and the logits [vocab] of each step.
 
-        With `forced`, the first call takes the start token and those ids at once; the operator does that for one row only.
+        With `forced`, the first call takes the start token and those ids at once; the operator does that for one slot only.
         """
-        cache = self.facts["language"]["kv_cache"]
         ids = self.facts["language"]["token_ids"]
-        seen = self.run("qformer", image_features=features)
         rows, n_queries = len(features), self.facts["qformer"]["n_queries"]
         new = np.tile([ids["bos"], *(forced or [])], (rows, 1))
-        capacity = n_queries + new.shape[1] + n_new
-        past = {}
-        for i in range(cache["n_layers"]):
-            for part in ("key", "value"):
-                buffer = np.full((rows, cache["n_heads"], capacity, cache["head_dim"]), 7.0, np.float32)
-                buffer[:, :, :n_queries] = seen[f"query.{i}.{part}"]
-                past[cache[f"past_{part}"].format(i)] = ort.OrtValue.ortvalue_from_numpy(buffer)
+        slots = self.slots(features, n_queries + new.shape[1] + n_new, 0 if forced else 2)
         tokens: list[list[int]] = [[] for _ in range(rows)]
         steps: list[list[np.ndarray]] = [[] for _ in range(rows)]
-        done, start = np.zeros(rows, bool), 0
+        live, start = np.arange(rows), 0
         for _ in range(n_new):
-            logits = self._step(new, start, n_queries, past)
+            positions = np.tile(np.arange(start, start + new.shape[1]), (len(live), 1))
             start += new.shape[1]
-            for row in np.flatnonzero(~done):
-                steps[row].append(logits[row])
-                tokens[row].append(int(logits[row].argmax()))
-                done[row] = tokens[row][-1] in ids["eos"]
-            if done.all():
+            lengths, last = np.full(len(live), n_queries + start), np.full((len(live), 1), new.shape[1] - 1)
+            logits = slots.run(new, positions, lengths, last)[:, 0]
+            picks = logits.argmax(-1)
+            for row, step, pick in zip(live, logits, picks, strict=True):
+                steps[row].append(step)
+                tokens[row].append(int(pick))
+            going = ~np.isin(picks, ids["eos"])
+            if not going.any():
                 break
-            new = logits.argmax(-1)[:, None]
+            slots.keep(going)
+            live, new = live[going], picks[going, None]
         return tokens, [np.stack(s) for s in steps]
 
-    def _step(self, ids: np.ndarray, start: int, n_queries: int, past: dict[str, ort.OrtValue]) -> np.ndarray:
-        rows, length = ids.shape
-        total = n_queries + start + length
-        feeds = {
-            "inputs_embeds": self._table()[ids].astype(np.float32),
-            "position_ids": np.tile(np.arange(start, start + length), (rows, 1)),
-            "seqlens_k": np.full(rows, total - 1, np.int32),
-            "total_sequence_length": np.array(total, np.int32),
-            "logits_at": np.full((rows, 1), length - 1),
-        }
-        session = self.sessions["decoder"]
-        binding = session.io_binding()
-        binding.bind_output("logits")
-        for name, value in feeds.items():
-            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value)))
-        for name, value in past.items():
-            binding.bind_ortvalue_input(name, value)
-            binding.bind_ortvalue_output(name.replace("past_key_values", "present"), value)
-        session.run_with_iobinding(binding)
-        return binding.copy_outputs_to_cpu()[0][:, 0]
-
-    def _table(self) -> np.ndarray:
-        where = self.facts["language"]["embedding"]
-        dtype = ml_dtypes.bfloat16 if where["dtype"] == "bfloat16" else np.dtype(where["dtype"])
-        count = int(np.prod(where["shape"]))
-        return np.fromfile(self.folder / where["file"], dtype, count, offset=where["offset"]).reshape(where["shape"])
+    def slots(self, features: np.ndarray, capacity: int, n_idle: int = 2) -> Slots:
+        """A row for each picture, whose queries stand in the cache."""
+        cache, seen = self.facts["language"]["kv_cache"], self.run("qformer", image_features=features)
+        slots = Slots(self, len(features), capacity, n_idle)
+        for i in range(cache["n_layers"]):
+            for part in ("key", "value"):
+                slots.put(cache[f"past_{part}"].format(i), seen[f"query.{i}.{part}"])
+        return slots

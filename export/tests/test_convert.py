@@ -20,6 +20,7 @@ from graphs import Graphs
 from blip2_export import bundle
 from blip2_export.bundle import Choices, convert
 from blip2_export.check import random_checkpoint
+from blip2_export.graphs.targets import TARGETS
 from blip2_export.read.checkpoint import CheckpointError
 from blip2_export.reference.generation import Reference
 from blip2_export.scenes import drawing
@@ -32,15 +33,15 @@ N_NEW = 8
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory):
     """(checkpoint, bundle) of a shape, made once."""
-    done: dict[str, tuple[Path, Path]] = {}
+    done: dict[tuple[str, str], tuple[Path, Path]] = {}
 
-    def make(shape: str) -> tuple[Path, Path]:
-        if shape not in done:
+    def make(shape: str, target: str = "cpu") -> tuple[Path, Path]:
+        if (shape, target) not in done:
             root = tmp_path_factory.mktemp(shape)
             random_checkpoint.write(root / "checkpoint", shape, seed=sorted(random_checkpoint.SHAPES).index(shape))
-            convert(root / "checkpoint", root / "bundle", Choices(shape, golden=False))
-            done[shape] = root / "checkpoint", root / "bundle"
-        return done[shape]
+            convert(root / "checkpoint", root / "bundle", Choices(shape, golden=False, target=target))
+            done[shape, target] = root / "checkpoint", root / "bundle"
+        return done[shape, target]
 
     return make
 
@@ -51,9 +52,10 @@ def assert_close(found: np.ndarray, expected: np.ndarray, stage: str) -> None:
     assert error <= TOLERANCE, f"{stage}: relative error {error:.2e}, allowed {TOLERANCE:.0e}"
 
 
+@pytest.mark.parametrize("target", sorted(TARGETS))
 @pytest.mark.parametrize("shape", sorted(random_checkpoint.SHAPES))
-def test_every_stage_and_every_token_equal_the_reference(made, shape: str) -> None:
-    checkpoint, folder = made(shape)
+def test_every_stage_and_every_token_equal_the_reference(made, shape: str, target: str) -> None:
+    checkpoint, folder = made(shape, target)
     graphs, reference = Graphs(folder), Reference(checkpoint, json.loads((folder / "bundle.json").read_text()))
     seen = [reference.stages(p) for p in drawing.sample_pictures(8, seed=3, side=120)]
     assert np.std([q for _, _, q in seen], axis=0).max() > 1e-2, "the checkpoint does not tell pictures apart"

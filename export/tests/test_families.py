@@ -19,6 +19,7 @@ from blip2_export.bundle import Choices, convert
 from blip2_export.check import random_checkpoint
 from blip2_export.graphs.builder import UnsupportedError
 from blip2_export.graphs.t5 import relative_buckets
+from blip2_export.graphs.targets import TARGETS
 from blip2_export.read.checkpoint import CheckpointError
 from blip2_export.reference.generation import Reference
 from blip2_export.scenes import drawing
@@ -36,13 +37,13 @@ LONG = 150  # past T5's last bucket edge at 128
 class Case:
     """A checkpoint with its bundle, made once."""
 
-    def __init__(self, root: Path, shape: str, dtype: torch.dtype = torch.float32) -> None:
-        self.checkpoint, self.folder = root / "checkpoint", root / "bundle"
+    def __init__(self, root: Path, shape: str, dtype: torch.dtype = torch.float32, target: str = "cpu") -> None:
+        self.checkpoint, self.folder, self.target = root / "checkpoint", root / "bundle", target
         random_checkpoint.write(self.checkpoint, shape, 50 + sorted(random_checkpoint.FAMILIES).index(shape), dtype)
         self.convert()
 
     def convert(self) -> None:
-        convert(self.checkpoint, self.folder, Choices("x", golden=False, force=True))
+        convert(self.checkpoint, self.folder, Choices("x", golden=False, force=True, target=self.target))
         self.facts = json.loads((self.folder / "bundle.json").read_text())
 
     def open(self) -> tuple[Graphs, Reference]:
@@ -51,19 +52,20 @@ class Case:
 
 @pytest.fixture(scope="session")
 def case(tmp_path_factory: pytest.TempPathFactory):
-    done: dict[str, Case] = {}
+    done: dict[tuple[str, str], Case] = {}
 
-    def make(shape: str) -> Case:
-        if shape not in done:
-            done[shape] = Case(tmp_path_factory.mktemp(shape), shape)
-        return done[shape]
+    def make(shape: str, target: str = "cpu") -> Case:
+        if (shape, target) not in done:
+            done[shape, target] = Case(tmp_path_factory.mktemp(shape), shape, target=target)
+        return done[shape, target]
 
     return make
 
 
+@pytest.mark.parametrize("target", sorted(TARGETS))
 @pytest.mark.parametrize("shape", sorted(random_checkpoint.FAMILIES))
-def test_every_stage_and_every_token_equal_the_reference(case, shape: str) -> None:
-    graphs, reference = case(shape).open()
+def test_every_stage_and_every_token_equal_the_reference(case, shape: str, target: str) -> None:
+    graphs, reference = case(shape, target).open()
     seen = [reference.look(p) for p in drawing.sample_pictures(6, seed=3, side=120)]
     features = graphs.features(np.stack([pixels for pixels, _ in seen]))
     assert_close(features, np.stack([f for _, f in seen]), "features")
@@ -97,91 +99,93 @@ def test_the_question_changes_the_queries_and_its_padding_does_not(case, shape: 
     assert np.std(together, axis=0).max() > 1e-2
 
 
-def encoder_inputs(
-    reference: Reference, n_queries: int, lengths: list[int]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Queries and prompts of words drawn at random, padded on the right: embeddings, lengths and the reference's mask."""
-    rng = np.random.default_rng(4)
-    table = reference.model.language_model.get_input_embeddings().weight.detach().numpy()
-    embeds = np.zeros((len(lengths), max(lengths), table.shape[1]), np.float32)
-    for row, length in zip(embeds, lengths, strict=True):
-        row[:n_queries] = rng.standard_normal((n_queries, table.shape[1]))
-        row[n_queries:length] = table[rng.integers(0, len(table), length - n_queries)]
-    lengths_ = np.array(lengths)
-    return embeds, lengths_, (np.arange(max(lengths))[None] < lengths_[:, None]).astype(np.int64)
+class Prefixes:
+    """Queries and prompts of tokens drawn at random, for the graphs and as the reference takes them."""
+
+    def __init__(self, reference: Reference, n_queries: int, lengths: list[int]) -> None:
+        rng = np.random.default_rng(4)
+        table = reference.model.language_model.get_input_embeddings().weight.detach().numpy()
+        self.queries = rng.standard_normal((len(lengths), n_queries, table.shape[1])).astype(np.float32)
+        self.prompts = [rng.integers(0, len(table), n - n_queries).tolist() for n in lengths]
+        self.lengths = np.array(lengths)
+        embeds = np.zeros((len(lengths), max(lengths), table.shape[1]), np.float32)
+        for row, (queries, prompt) in enumerate(zip(self.queries, self.prompts, strict=True)):
+            embeds[row, :n_queries] = queries
+            embeds[row, n_queries : lengths[row]] = table[prompt]
+        self.embeds = torch.from_numpy(embeds)
+        self.mask = torch.from_numpy((np.arange(max(lengths)) < self.lengths[:, None]).astype(np.int64))
+
+    def decoded(self, reference: Reference, ids: np.ndarray) -> np.ndarray:
+        """The reference's logits of T5's decoder at every position of `ids`."""
+        with torch.inference_mode():
+            inputs = {"inputs_embeds": self.embeds, "attention_mask": self.mask}
+            return reference.model.language_model(**inputs, decoder_input_ids=torch.from_numpy(ids)).logits.numpy()
 
 
 @pytest.mark.parametrize("shape", ["t5", "t5-odd-1", "t5-odd-2"])
 @pytest.mark.parametrize(
-    ("encoded", "chunks"),
+    ("target", "encoded", "chunks"),
     [
-        ([210, 9, 140], (1,) * 180),
-        ([210, 9, 140], (160, 1, 1)),
-        ([150], (3, 160, 1, 20)),
-    ],  # behind a cache a batch takes steps only
+        ("cpu", [210, 9, 140], (1,) * 180),
+        ("cpu", [210, 9, 140], (160, 1, 1)),
+        ("cpu", [150], (3, 160, 1, 20)),  # behind a cache several slots take steps only
+        ("webgpu", [210, 9, 140], (3, 160, 1, 1, 20)),
+    ],
 )
 def test_flan_t5_decodes_alike_at_every_past_length(
-    case, shape: str, encoded: list[int], chunks: tuple[int, ...]
+    case, shape: str, target: str, encoded: list[int], chunks: tuple[int, ...]
 ) -> None:
-    graphs, reference = case(shape).open()
-    embeds, lengths, mask = encoder_inputs(reference, 4, encoded)
-    rng, language = np.random.default_rng(5), reference.model.language_model
-    ids = rng.integers(0, len(graphs.table), (len(lengths), sum(chunks)))
-    with torch.inference_mode():
-        wanted = language(
-            inputs_embeds=torch.from_numpy(embeds),
-            attention_mask=torch.from_numpy(mask),
-            decoder_input_ids=torch.from_numpy(ids),
-        ).logits.numpy()
-    seen, past, start = graphs.encode(embeds, lengths), graphs.empty_cache(len(ids), sum(chunks) + 3), 0
+    graphs, reference = case(shape, target).open()
+    prefixes, n_rows = Prefixes(reference, 4, encoded), len(encoded)
+    n_tokens = graphs.facts["language"]["vocab_size"]
+    ids = np.random.default_rng(5).integers(0, n_tokens, (n_rows, sum(chunks)))
+    wanted, start = prefixes.decoded(reference, ids), 0
+    seen = graphs.encode(prefixes.queries, prefixes.prompts)
+    slots = graphs.slots(n_rows, sum(chunks) + 3, 2 if n_rows > 1 else 0, seen)
     for n in chunks:
-        positions = np.tile(np.arange(start, start + n), (len(ids), 1))
-        found = graphs.decode(
-            graphs.table[ids[:, start : start + n]],
-            positions,
-            np.full(len(ids), start + n),
-            positions - start,
-            past,
-            seen,
-        )
-        assert_close(found, wanted[:, start : start + n], f"logits behind {start} positions")
+        new, positions = slice(start, start + n), np.tile(np.arange(start, start + n), (n_rows, 1))
+        found = slots.run(ids[:, new], positions, np.full(n_rows, start + n), positions - start)
+        assert_close(found, wanted[:, new], f"logits behind {start} positions")
         start += n
 
 
-@pytest.mark.parametrize("shape", ["t5", "t5-odd-2", "llama", "instruct-llama-odd-1"])
-def test_rows_of_unequal_length_decode_as_they_would_alone(case, shape: str) -> None:
-    graphs, reference = case(shape).open()
-    language, rng, n_steps = reference.model.language_model, np.random.default_rng(6), 3
-    lengths = np.array([140, 3, 61])
-    ids = rng.integers(0, len(graphs.table), (len(lengths), int(lengths.max()) + n_steps))
+@pytest.mark.parametrize("target", sorted(TARGETS))
+@pytest.mark.parametrize("shape", sorted(random_checkpoint.FAMILIES))
+def test_rows_in_any_slots_decode_as_they_would_alone_while_others_leave(case, shape: str, target: str) -> None:
+    graphs, reference = case(shape, target).open()
+    language, rng, n_steps = reference.model.language_model, np.random.default_rng(6), 4
+    lengths = np.array([90, 3, 61, 17, 40])
+    ids = rng.integers(0, graphs.facts["language"]["vocab_size"], (len(lengths), int(lengths.max()) + n_steps))
     seen: dict[str, np.ndarray] = {}
-    asked: dict[str, Any] = {"input_ids": torch.from_numpy(ids)}
-    if shape.startswith("t5"):
-        embeds, encoder_lengths, mask = encoder_inputs(reference, 4, [20, 50, 7])
-        seen = graphs.encode(embeds, encoder_lengths)
-        asked = {
-            "inputs_embeds": torch.from_numpy(embeds),
-            "attention_mask": torch.from_numpy(mask),
-            "decoder_input_ids": torch.from_numpy(ids),
-        }
-    with torch.inference_mode():
-        wanted = language(**asked).logits.numpy()
-    past = graphs.empty_cache(len(ids), ids.shape[1])
+    if graphs.facts["family"] == "encoder_decoder":
+        prefixes = Prefixes(reference, 4, [20, 50, 7, 33, 8])
+        seen, wanted = graphs.encode(prefixes.queries, prefixes.prompts), prefixes.decoded(reference, ids)
+    else:
+        with torch.inference_mode():
+            wanted = language(input_ids=torch.from_numpy(ids)).logits.numpy()
+    slots = graphs.slots(len(ids), ids.shape[1], n_idle=3, seen=seen)
+    assert (slots.of_rows != np.arange(len(ids))).any() and slots.of_rows.max() >= len(ids), "rows lie in order"
     positions = np.tile(np.arange(lengths.max()), (len(ids), 1))
-    found = graphs.decode(graphs.table[ids[:, : lengths.max()]], positions, lengths, positions, past, seen)
+    found = slots.run(ids[:, : lengths.max()], positions, lengths, positions)
     for row, length in enumerate(lengths):
         assert_close(found[row, :length], wanted[row, :length], f"row {row}")
-    for _ in range(n_steps):
-        new = np.take_along_axis(ids, lengths[:, None], axis=1)
-        found = graphs.decode(graphs.table[new], lengths[:, None], lengths + 1, np.zeros((len(ids), 1)), past, seen)
-        for row, length in enumerate(lengths):
-            assert_close(found[row, 0], wanted[row, length], f"row {row} behind {length} positions")
-        lengths = lengths + 1
+    live = np.arange(len(ids))
+    for leaving in ([], [1], [0, 3], []):
+        staying = ~np.isin(live, leaving)
+        slots.keep(staying)
+        live = live[staying]
+        at = lengths[live, None]
+        found = slots.run(np.take_along_axis(ids[live], at, axis=1), at, at[:, 0] + 1, np.zeros_like(at))
+        for logits, row in zip(found, live, strict=True):
+            assert_close(logits[0], wanted[row, lengths[row]], f"row {row} behind {lengths[row]} positions")
+        lengths[live] += 1
 
 
-@pytest.mark.parametrize("shape", ["t5", "llama", "instruct-t5"])
-def test_long_texts_equal_the_reference(case, shape: str) -> None:
-    graphs, reference = case(shape).open()
+@pytest.mark.parametrize(
+    ("shape", "target"), [("t5", "cpu"), ("llama", "cpu"), ("instruct-t5", "cpu"), ("llama", "webgpu")]
+)
+def test_long_texts_equal_the_reference(case, shape: str, target: str) -> None:
+    graphs, reference = case(shape, target).open()
     prompts = ["a red star left of a blue ring " * n for n in (6, 1)]
     seen = [reference.look(p) for p in drawing.sample_pictures(3, seed=2, side=100)]
     rows = [(pixels, features, prompt) for pixels, features in seen for prompt in prompts]
@@ -207,19 +211,21 @@ def test_relative_buckets_are_those_of_the_reference() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype"),
+    ("shape", "dtype", "target"),
     [
-        ("t5-odd-1", torch.bfloat16),
-        ("t5-odd-2", torch.float16),
-        ("instruct-llama-odd-1", torch.float16),
-        ("instruct-t5", torch.bfloat16),
-        ("vqa-opt", torch.bfloat16),
+        ("t5-odd-1", torch.bfloat16, "cpu"),
+        ("t5-odd-2", torch.float16, "cpu"),
+        ("instruct-llama-odd-1", torch.float16, "cpu"),
+        ("instruct-t5", torch.bfloat16, "cpu"),
+        ("vqa-opt", torch.bfloat16, "cpu"),
+        ("vqa-opt", torch.float16, "webgpu"),
+        ("t5-odd-1", torch.bfloat16, "webgpu"),
     ],
 )
 def test_a_16_bit_checkpoint_keeps_its_size_and_equals_the_lifted_reference(
-    tmp_path: Path, shape: str, dtype: torch.dtype
+    tmp_path: Path, shape: str, dtype: torch.dtype, target: str
 ) -> None:
-    made = Case(tmp_path, shape, dtype)
+    made = Case(tmp_path, shape, dtype, target)
     stored = {p.name: p.stat().st_size for p in made.folder.glob("*.data")}
     rotary = made.facts["language"]["max_positions"] * 32 * 4 if "llama" in shape else 0  # angles stay float32
     assert sum(stored.values()) - rotary < 1.25 * (made.checkpoint / "model.safetensors").stat().st_size, stored

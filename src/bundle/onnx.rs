@@ -221,12 +221,19 @@ impl Graph<'_> {
         for layer in 0..cache.n_layers {
             let [key, value] = Side::ALL.map(|side| (cache.past(layer, side), cache.present(layer, side)));
             let place = |names: &[String], name: &str| names.iter().position(|found| found == name);
-            let carries = |node: &NodeProto| {
+            let both = |node: &NodeProto| {
                 let taken = place(&node.input, &key.0)? < place(&node.input, &value.0)?;
                 let given = place(&node.output, &key.1)? < place(&node.output, &value.1)?;
                 Some(taken == given)
             };
-            self.bundle.ensure(self.proto.node.iter().any(|node| carries(node) == Some(true)), || {
+            // A node for each, which takes and gives nothing of the other.
+            let alone = |(past, present): &(String, String), other: &(String, String)| {
+                let is_alone = |node: &NodeProto| !node.input.contains(&other.0) && !node.output.contains(&other.1);
+                self.proto.node.iter().any(|n| n.input.contains(past) && n.output.contains(present) && is_alone(n))
+            };
+            let carried =
+                self.proto.node.iter().any(|node| both(node) == Some(true)) || (alone(&key, &value) && alone(&value, &key));
+            self.bundle.ensure(carried, || {
                 let said = format!("`{}` carries on `{}`, `{}` carries on `{}`", key.1, key.0, value.1, value.0);
                 (said, format!("no node of {} does that", self.file))
             })?;

@@ -22,7 +22,7 @@ use crate::error::Error;
 use crate::language::{LanguageModel, Prefix, Seen};
 use crate::pixels::Picture;
 use crate::prompt::{Prompt, PromptError, Task};
-use crate::runtime::{Runtime, RuntimeOptions};
+use crate::runtime::{Cancel, Runtime, RuntimeOptions};
 use crate::timing::{Stage, Timings};
 use crate::vision::Vision;
 
@@ -93,6 +93,14 @@ impl Engine {
     /// The half that looks.
     pub fn seer(&mut self) -> &mut Seer {
         &mut self.seer
+    }
+
+    /// Lets `cancel` stop every later run of either half, within the node that it is in.
+    pub fn set_cancel(&mut self, cancel: Cancel) {
+        self.seer.set_cancel(cancel.clone());
+        if let Some(writer) = &mut self.writer {
+            writer.set_cancel(cancel);
+        }
     }
 
     /// As [`Seer::see`].

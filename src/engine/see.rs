@@ -9,7 +9,7 @@ use crate::language::Seen;
 use crate::pixels::{Picture, Pixels};
 use crate::prompt::{Prompt, PromptError};
 use crate::qformer::{Qformer, Queries, QueryCache};
-use crate::runtime::{Runtime, RuntimeError};
+use crate::runtime::{Cancel, Runtime, RuntimeError};
 use crate::stage1::{ImageEmbedding, Stage1};
 use crate::text::TokenBatch;
 use crate::timing::{Stage, Timings};
@@ -54,6 +54,16 @@ impl Seer {
     /// What is known of the bundle.
     pub fn context(&self) -> &Arc<Context> {
         &self.context
+    }
+
+    /// Lets `cancel` stop every later run, within the node that it is in: a picture that nobody waits for any more. It stays cancelled, so
+    /// each picture that may be given up gets one of its own.
+    pub fn set_cancel(&mut self, cancel: Cancel) {
+        self.vision.set_cancel(cancel.clone());
+        match &mut self.reader {
+            Reader::Queries(qformer) => qformer.set_cancel(cancel),
+            Reader::Stage1(stage1) => stage1.set_cancel(cancel),
+        }
     }
 
     /// Looks at pictures, all in one batch.

@@ -10,6 +10,7 @@ use super::writing::{Writing, stop_at};
 use crate::decode::{self, Ends, Forced, Model, RequestId, Room, Search, StepLoop, StrategyError, TokenId};
 use crate::error::Error;
 use crate::language::{LanguageModel, Prefix};
+use crate::runtime::{Cancel, RuntimeError};
 use crate::text::Warning;
 use crate::timing::{Stage, Timings};
 
@@ -142,6 +143,12 @@ impl Writer {
         self.decoding.n_live()
     }
 
+    /// Lets `cancel` stop every later run, within the node that it is in: the requests of that run fail. One request alone is given up with
+    /// [`leave`](Self::leave), between two steps.
+    pub fn set_cancel(&mut self, cancel: Cancel) {
+        self.decoding.model().set_cancel(cancel);
+    }
+
     /// Makes room for so many rows at once, before any request comes: requests then join and leave without another allocation. An error if
     /// the memory does not hold them.
     pub fn reserve(&mut self, room: Room) -> Result<(), Error> {
@@ -199,7 +206,7 @@ impl Writer {
         }
     }
 
-    fn take(&mut self, event: decode::Event<crate::runtime::RuntimeError>, times: (Instant, Instant)) -> Option<Event> {
+    fn take(&mut self, event: decode::Event<RuntimeError>, times: (Instant, Instant)) -> Option<Event> {
         let decode::Event { id, is_first, tokens, log_probs, end } = event;
         let running = self.running.get_mut(&id)?;
         running.note(is_first, !tokens.is_empty(), times);

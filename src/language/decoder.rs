@@ -10,7 +10,7 @@ use super::rows::{Row, Rows};
 use crate::bundle::{Bundle, BundleError, Dtype, LanguageFacts};
 use crate::decode::{Pick, Room, Scores, TokenId};
 use crate::qformer::{Queries, QueryCache};
-use crate::runtime::{Graph, Move, Mover, Place, Runtime, RuntimeError, Tensor};
+use crate::runtime::{Cancel, Graph, Move, Mover, Place, Runtime, RuntimeError, Tensor};
 
 /// The decoder graph with the keys and values of all live rows.
 #[derive(Debug)]
@@ -54,6 +54,11 @@ impl Decoder {
         let layouts = Layouts::of(&facts);
         let mover = Mover::new(runtime);
         Ok(Self { graph, mover, facts, layouts, rows: Rows::default(), lanes: None, opened: None })
+    }
+
+    /// Lets `cancel` stop every later run.
+    pub fn set_cancel(&mut self, cancel: Cancel) {
+        self.graph.set_cancel(cancel);
     }
 
     /// Names and shapes of keys and values.

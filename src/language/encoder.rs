@@ -5,7 +5,7 @@ use super::cache::{Cache, Layout};
 use super::inputs::batch;
 use crate::bundle::{Bundle, BundleError, Dtype};
 use crate::qformer::Queries;
-use crate::runtime::{Graph, Mover, Place, Runtime, RuntimeError};
+use crate::runtime::{Cancel, Graph, Mover, Place, Runtime, RuntimeError};
 
 /// The encoder graph.
 #[derive(Debug)]
@@ -27,6 +27,11 @@ impl Encoder {
     /// Loads the graph.
     pub fn open(runtime: &Runtime, bundle: &Bundle) -> Result<Self, BundleError> {
         Ok(Self { graph: Graph::open(runtime, bundle, "encoder")?, mover: Mover::new(runtime) })
+    }
+
+    /// Lets `cancel` stop every later run.
+    pub fn set_cancel(&mut self, cancel: Cancel) {
+        self.graph.set_cancel(cancel);
     }
 
     /// Encodes all prefixes in one batch; shorter ones are padded on the right.

@@ -12,7 +12,7 @@ use std::ops::Range;
 
 use crate::decode::{Model, Pick, Room, Scores, TokenId};
 use crate::qformer::{Queries, QueryCache};
-use crate::runtime::{Budget, Runtime, RuntimeError};
+use crate::runtime::{Budget, Cancel, Runtime, RuntimeError};
 use cache::Layout;
 use decoder::{Decoder, Opening};
 use encoder::{Encoded, Encoder};
@@ -87,6 +87,14 @@ impl LanguageModel {
             budget: runtime.budget(),
             start,
         })
+    }
+
+    /// Lets `cancel` stop every later run.
+    pub fn set_cancel(&mut self, cancel: Cancel) {
+        if let Some(encoder) = &mut self.encoder {
+            encoder.set_cancel(cancel.clone());
+        }
+        self.decoder.set_cancel(cancel);
     }
 
     /// Token ids in front of the new ones, as the reference's searches see them: with the image token in the place of every query, or

@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use ort::logging::LogLevel;
 use ort::session::RunOptions;
 
 /// Stops the runs of the graphs that it is given to, from any thread, within the node that they are in. It stays cancelled.
@@ -41,7 +42,10 @@ impl Cancel {
         if let Some(options) = &state.options {
             return Ok(options.clone());
         }
-        let options = Arc::new(RunOptions::new()?);
+        let mut options = RunOptions::new()?;
+        // A session whose placement was read logs everything; its runs need not.
+        options.set_log_level(LogLevel::Fatal)?;
+        let options = Arc::new(options);
         if state.cancelled {
             terminate(&options);
         }

@@ -1,6 +1,6 @@
 //! One ONNX graph in a session, checked against what the bundle says of it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use ort::memory::Allocator;
@@ -279,20 +279,20 @@ fn session(runtime: &Runtime, bundle: &Bundle, name: &str, placement: &Placement
     builder.commit_from_file(bundle.path(&bundle.graph(name).file))
 }
 
-/// CUDA has GroupQueryAttention for 16-bit numbers only.
+const ATTENTION: &str = "GroupQueryAttention";
+
 fn refuse_attention(runtime: &Runtime, bundle: &Bundle, name: &str) -> Result<(), BundleError> {
-    const OPERATOR: &str = "GroupQueryAttention";
-    let on_cuda = matches!(runtime.provider(), Provider::Cuda | Provider::TensorRt);
-    let wide = bundle.graph(name).inputs.iter().all(|input| !matches!(input.dtype, Dtype::Float16 | Dtype::Bfloat16));
-    if on_cuda && runtime.is_strict() && wide && bundle.operators(name)?.contains(OPERATOR) {
-        return Err(unfit(
-            runtime,
-            bundle,
-            name,
-            format!("it runs {OPERATOR} in float16 and bfloat16 only, this graph is float32"),
-        ));
+    if !runtime.is_strict() || !lacks_attention(runtime.provider(), bundle.graph(name), &bundle.operators(name)?) {
+        return Ok(());
     }
-    Ok(())
+    Err(unfit(runtime, bundle, name, format!("it runs {ATTENTION} in float16 and bfloat16 only, and this graph is float32")))
+}
+
+/// CUDA has this operator for 16-bit numbers only.
+fn lacks_attention(provider: Provider, facts: &GraphFacts, operators: &BTreeSet<String>) -> bool {
+    let on_cuda = matches!(provider, Provider::Cuda | Provider::TensorRt);
+    let wide = facts.inputs.iter().all(|input| !matches!(input.dtype, Dtype::Float16 | Dtype::Bfloat16));
+    on_cuda && wide && operators.contains(ATTENTION)
 }
 
 fn unfit(runtime: &Runtime, bundle: &Bundle, graph: &str, reason: String) -> BundleError {
@@ -383,6 +383,17 @@ fn describe(found: &ValueType) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn attention_in_float32_is_refused_on_cuda_only() {
+        let bundle = Bundle::open(&std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("models/demo-opt")).unwrap();
+        let refused = |provider, graph| lacks_attention(provider, bundle.graph(graph), &bundle.operators(graph).unwrap());
+        assert!(refused(Provider::Cuda, "decoder") && refused(Provider::TensorRt, "decoder"));
+        assert!(!refused(Provider::Cpu, "decoder") && !refused(Provider::Cuda, "vision"));
+        let mut narrow = bundle.graph("decoder").clone();
+        narrow.inputs.iter_mut().filter(|input| input.dtype.is_float()).for_each(|input| input.dtype = Dtype::Float16);
+        assert!(!lacks_attention(Provider::Cuda, &narrow, &bundle.operators("decoder").unwrap()));
+    }
 
     #[test]
     fn places_in_foreign_sources_are_left_out() {

@@ -23,6 +23,7 @@ use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 
 use copies::Counters;
 use library::Loaded;
+use placement::Placement;
 use threads::Threads;
 
 use crate::bundle::Bundle;
@@ -243,6 +244,17 @@ impl Runtime {
         let cache = bundle.filter(|_| self.provider() == Provider::TensorRt);
         let cache = cache.and_then(|bundle| provider::cache(self.0.options.cache.as_deref(), &bundle.hash()));
         provider::register(builder, &self.0.loaded, self.provider(), self.0.options.device, cache.as_deref())
+    }
+
+    /// A session of a model made here. It runs on the provider or not at all: what it moves must not make a detour.
+    fn small_session(&self, model: &[u8]) -> Result<Session, ort::Error> {
+        let placement = Placement::default();
+        let session = placement.listen(self.builder(None)?)?.commit_from_memory(model)?;
+        let strangers = placement.strangers();
+        match self.has_device() && !strangers.is_empty() {
+            true => Err(ort::Error::new(format!("provider {} does not run {strangers}", self.provider()))),
+            false => Ok(session),
+        }
     }
 
     /// Whether every operator must run on the provider.

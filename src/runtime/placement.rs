@@ -21,7 +21,7 @@ struct Lines {
 }
 
 impl Placement {
-    /// Placement is logged at the most verbose level only; what else comes there is dropped.
+    /// Placement is logged at the most verbose level only; what else comes there, some of it while graphs run, is dropped.
     pub fn listen(&self, builder: SessionBuilder) -> Result<SessionBuilder, ort::Error> {
         let listener = self.clone();
         let logger = Arc::new(move |_: LogLevel, _: &str, _: &str, _: &str, message: &str| listener.hear(message));

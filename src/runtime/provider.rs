@@ -70,7 +70,7 @@ pub enum ProviderError {
         plugin: &'static Plugin,
     },
     /// Its library is there, a device is not.
-    #[error("provider `{}` finds {found} devices here, --device is {device}", .plugin.name)]
+    #[error("provider `{}` finds no device {device} here; it counts from 0 and finds {found}", .plugin.name)]
     NoDevice {
         /// The plugin.
         plugin: &'static Plugin,
@@ -206,7 +206,7 @@ impl ProviderError {
     /// Why not, in one line.
     pub fn reason(&self) -> String {
         match self {
-            Self::Unusable { source, .. } => sentence(&source.to_string()),
+            Self::Unusable { source, .. } => sentence(&source.to_string()).trim_end_matches('.').to_owned(),
             Self::NoPlugin { .. } | Self::NoDevice { .. } => self.to_string(),
         }
     }

@@ -13,7 +13,7 @@ use ort::value::DynTensor;
 
 use super::model::{identity, model};
 use super::tensor::element_type;
-use super::{Place, Runtime, RuntimeError, Tensor};
+use super::{Cancel, Place, Runtime, RuntimeError, Tensor};
 use crate::bundle::Dtype;
 
 /// One row of a tensor. Cheap to clone; the whole tensor lives as long as any of its rows.
@@ -40,6 +40,8 @@ pub struct Move {
 #[derive(Debug)]
 pub struct Mover {
     runtime: Runtime,
+    /// Never used to stop anything: moves are short, and half a move is worse than none.
+    cancel: Cancel,
     graphs: Vec<MoveGraph>,
     identities: Vec<(Dtype, Session)>,
 }
@@ -92,7 +94,7 @@ impl Row {
 impl Mover {
     /// Loads nothing yet: the processor needs no graph.
     pub fn new(runtime: &Runtime) -> Self {
-        Self { runtime: runtime.clone(), graphs: Vec::new(), identities: Vec::new() }
+        Self { runtime: runtime.clone(), cancel: Cancel::new(), graphs: Vec::new(), identities: Vec::new() }
     }
 
     /// Copies positions of `from` to the same positions of `into`.
@@ -177,7 +179,7 @@ impl Mover {
 
     fn on_device(&mut self, from: Option<&Tensor>, into: &mut Tensor, moves: &[Move]) -> Result<(), ort::Error> {
         let runtime = self.runtime.clone();
-        let (counters, _turn) = (runtime.counters(), runtime.turn());
+        let (counters, options, _turn) = (runtime.counters(), self.cancel.options()?, runtime.turn());
         let graph = self.graph(into.dtype())?;
         let shape = into.shape();
         if graph.bound.as_ref().is_none_or(|(bound, of)| bound != moves || of[1..] != shape[1..]) {
@@ -194,7 +196,7 @@ impl Mover {
         graph.binding.bind_input("from", &from.unwrap_or(into).0)?;
         graph.binding.bind_input("into", &into.0)?;
         graph.binding.bind_output("out", &mut into.0)?;
-        graph.session.run_binding(&graph.binding).map(drop)
+        graph.session.run_binding_with_options(&graph.binding, &options).map(drop)
     }
 
     fn graph(&mut self, dtype: Dtype) -> Result<&mut MoveGraph, ort::Error> {
@@ -203,7 +205,7 @@ impl Mover {
         }
         let inputs = [("from", dtype), ("into", dtype), ("read", Dtype::Int64), ("write", Dtype::Int64)];
         let nodes = [("GatherND", &["from", "read"][..], "moved"), ("ScatterND", &["into", "write", "moved"], "out")];
-        let session = self.runtime.builder(None)?.commit_from_memory(&model(&nodes, &inputs, ("out", dtype)))?;
+        let session = self.runtime.small_session(&model(&nodes, &inputs, ("out", dtype)))?;
         let binding = session.create_binding()?;
         self.graphs.push(MoveGraph { dtype, session, binding, bound: None });
         Ok(self.graphs.last_mut().expect("it was just put there"))
@@ -223,9 +225,9 @@ impl Mover {
     }
 
     fn bring(&mut self, tensor: &Tensor, place: Place) -> Result<Tensor, ort::Error> {
-        let (dtype, _turn) = (tensor.dtype(), self.runtime.turn());
+        let (dtype, options, _turn) = (tensor.dtype(), self.cancel.options()?, self.runtime.turn());
         if self.identities.iter().all(|(of, _)| *of != dtype) {
-            let session = self.runtime.builder(None)?.commit_from_memory(&identity(dtype))?;
+            let session = self.runtime.small_session(&identity(dtype))?;
             self.identities.push((dtype, session));
         }
         let (_, session) = self.identities.iter_mut().find(|(of, _)| *of == dtype).expect("it was just put there");
@@ -233,7 +235,7 @@ impl Mover {
         self.runtime.count(tensor, place);
         binding.bind_input("x", &tensor.0)?;
         binding.bind_output_to_device("y", &self.runtime.memory(place))?;
-        let output = session.run_binding(&binding)?.remove("y").expect("the model has one output");
+        let output = session.run_binding_with_options(&binding, &options)?.remove("y").expect("the model has one output");
         Tensor::from_value(output)
     }
 }

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from transformers import Blip2QFormerConfig, InstructBlipQFormerConfig
 
-from blip2_export.graphs.builder import MICROSOFT, Graph
-from blip2_export.graphs.decoding import Heads
+from blip2_export.graphs.builder import Graph, Mask
+from blip2_export.graphs.heads import Heads
 from blip2_export.read.checkpoint import Checkpoint
 
 QUERY, TEXT = "_query", ""  # queries and text have their own feed-forward networks
@@ -19,7 +19,7 @@ class Layers:
     def __init__(self, graph: Graph, checkpoint: Checkpoint, cfg: Config) -> None:
         self.g, self.checkpoint, self.cfg = graph, checkpoint, cfg
         self.width, n = cfg.hidden_size, cfg.num_attention_heads
-        self.heads = Heads(n, n, self.width // n)
+        self.heads, self.cached_heads = (Heads(n, n, self.width // n, multiple) for multiple in (1, 8))
         own = isinstance(cfg, InstructBlipQFormerConfig)
         self.embeddings = "qformer.embeddings." if own else "embeddings."
         self.first_norm = "qformer.embeddings.layernorm" if own else "qformer.layernorm"
@@ -39,19 +39,26 @@ class Layers:
         g, cfg, name = self.g, self.cfg, self.embeddings
         words = self.read(name + "word_embeddings.weight", cfg.vocab_size, self.width)
         places = self.read(name + "position_embeddings.weight", cfg.max_position_embeddings, self.width)
-        end = g.op("Shape", [ids], start=1, end=2)
-        places = g.op("Slice", [g.weight(places), g.constant([0]), end, g.constant([0])])
-        return str(g.op("Add", [g.rows(words, ids), places]))
+        x = g.rows(words, ids)
+        end = g.n_tokens(ids, x)
+        return str(g.op("Add", [x, g.op("Slice", [g.weight(places), g.constant([0]), end, g.constant([0])])]))
 
     def query_tokens(self, n_queries: int) -> np.ndarray:
         return self.read("query_tokens", 1, n_queries, self.width).astype(np.float32)
+
+    def real(self, mask: str, n_queries: int = 0) -> Mask:
+        """Of int64 `mask` [batch, tokens], 1 where a token is real, behind queries that all are."""
+        seen = self.g.int32(mask, 2)
+        if n_queries:
+            seen = self.g.op("Pad", [seen, self.g.constant([0, n_queries, 0, 0]), self.g.constant(1, np.int32)])
+        return self.g.mask(seen)
 
     def embedding_norm(self, x: str) -> str:
         """The one layer norm that queries and text share."""
         return self.norm(self.first_norm, x)
 
-    def self_attention(self, i: int, x: str, mask: str = "", queries: str | None = None) -> str:
-        """`mask`: int32 [batch, positions], 1 where a position may be seen. `queries`: the positions that look, if not all."""
+    def self_attention(self, i: int, x: str, mask: Mask | None = None, queries: str | None = None) -> str:
+        """`queries`: the positions that look, if not all."""
         name = f"qformer.encoder.layer.{i}.attention."
         return self._attention(name, queries or x, x, self.width, mask)
 
@@ -60,13 +67,12 @@ class Layers:
         if i % self.cfg.cross_attention_frequency:
             return x
         name = f"qformer.encoder.layer.{i}.crossattention."
-        return self._attention(name, x, features, self.cfg.encoder_hidden_size, "")
+        return self._attention(name, x, features, self.cfg.encoder_hidden_size, None)
 
-    def _attention(self, name: str, x: str, source: str, n_source: int, mask: str) -> str:
+    def _attention(self, name: str, x: str, source: str, n_source: int, mask: Mask | None) -> str:
         query = self.linear(name + "attention.query", x, self.width, self.width)
-        key, value = (self.linear(f"{name}attention.{part}", source, n_source, self.width) for part in ("key", "value"))
-        inputs = [query, key, value, *(["", mask] if mask else [])]
-        y = self.g.op("MultiHeadAttention", inputs, domain=MICROSOFT, num_heads=self.heads.n)
+        kv = [self.linear(f"{name}attention.{part}", source, n_source, self.width) for part in ("key", "value")]
+        y = self.g.attention([query, *kv], self.heads, mask)
         return self.add_and_norm(name + "output", y, x, self.width)
 
     def feed_forward(self, i: int, x: str, branch: str) -> str:
@@ -89,15 +95,8 @@ class Layers:
         y = self.linear(f"qformer.encoder.layer.{i}.attention.attention.{part}", x, self.width, self.width)
         y = g.op("Reshape", [y, g.constant([0, 0, self.heads.n, self.heads.width])])
         y = g.op("Transpose", [y], perm=[0, 2, 1, 3])
-        more = self.heads.padded - self.heads.width
+        more = self.cached_heads.padded - self.heads.width
         return g.op("Pad", [y, g.constant([0, 0, 0, 0, 0, 0, 0, more])]) if more else y
-
-    def expand(self, x: str, like: str) -> str:
-        """A value of batch size 1 repeated to the batch size of `like`, whatever its rank."""
-        g = self.g
-        batch = g.op("Shape", [like], start=0, end=1)
-        rest = g.op("Shape", [x], start=1)
-        return g.op("Expand", [x, g.op("Concat", [batch, rest], axis=0)])
 
     def normalise(self, x: str) -> str:
         """Length 1 along the last axis."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -13,9 +15,12 @@ import onnx
 from onnx import TensorProto, helper
 
 from blip2_export.graphs.grid import on_grid
+from blip2_export.graphs.heads import Heads, padded
 
 OPSET = 21
 MICROSOFT = "com.microsoft"
+MASKED = -1e30  # T5 does not scale its scores; the operators' own -10000 may not be far enough below them
+CAPACITY_STEP = 64  # a cache may hold as many more positions than the model, so that its size is a multiple
 _PAGE = 4096  # large weights start on a page, so that the runtime can map them straight from the file
 _LINE = 64
 _LARGE_BYTES = 1 << 20
@@ -29,6 +34,24 @@ _TYPES = {
     np.dtype(np.int8): TensorProto.INT8,
 }
 Dim = int | str
+Attend = Callable[[str, list[str], list[str]], str]  # packed projections, past and present keys and values → rows
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What attention may see, as the operators of a target take it."""
+
+    padding: str = ""
+    bias: str = ""
+
+
+@dataclass(frozen=True)
+class New:
+    """What a decoder computes: embeddings and int64 positions of rows, which count from the `offset`-th place of the cache."""
+
+    embeds: str
+    positions: str
+    offset: int = 0
 
 
 class Data:
@@ -52,15 +75,19 @@ class Data:
         return self._offsets[key]
 
 
-class Graph:
-    """Nodes, weights and the declared inputs and outputs of one `.onnx` file.
+class Graph(ABC):
+    """Nodes, weights and the declared inputs and outputs of one `.onnx` file, of the operators that a target computes.
 
     Weights keep their dtype, or are stored in 8 bits where nothing is lost; nodes behind them give float32, which the runtime folds
     when it loads the graph.
     """
 
-    def __init__(self, folder: Path, name: str, data: Data | None = None) -> None:
+    target: ClassVar[str]
+
+    def __init__(self, folder: Path, name: str, data: Data | None = None, n_positions: int = 0) -> None:
+        """`n_positions`: the most that a text of the model may have, where the graph counts them."""
         self.name, self.folder = name, folder
+        self._n_positions = padded(n_positions, CAPACITY_STEP)
         self.data = data or Data(folder, name)
         self.nodes: list[onnx.NodeProto] = []
         self.weights: list[onnx.TensorProto] = []
@@ -94,7 +121,7 @@ class Graph:
         return names[0] if len(names) == 1 else names
 
     def constant(self, value: Any, dtype: type = np.int64) -> str:
-        """A small constant; equal ones are shared."""
+        """A constant; equal ones are shared."""
         array = np.asarray(value, dtype)
         key = (array.tobytes(), array.shape, array.dtype.str)
         if key not in self._constants:
@@ -105,10 +132,10 @@ class Graph:
         """A weight as float32 value, stored in its own dtype or, where it is on the grid, as 8-bit numbers and scales."""
         found = on_grid(array) if array.nbytes > _INLINE_BYTES else None
         if found is None:
-            return self._lifted(self.raw(array), array)
+            return self.lifted(self.raw(array), array)
         numbers, scales = found
         parts = (numbers, scales.reshape(-1, *[1] * (array.ndim - 1)))
-        return str(self.op("Mul", [self._lifted(self.raw(part), part) for part in parts]))
+        return str(self.op("Mul", [self.lifted(self.raw(part), part) for part in parts]))
 
     def raw(self, array: np.ndarray) -> str:
         """An initialiser in its own dtype."""
@@ -121,9 +148,10 @@ class Graph:
 
     def stored(self, array: np.ndarray) -> str:
         """A weight in its own dtype as float32 value; bytes that the data file has already are not written again."""
-        return self._lifted(self.raw(array), array)
+        return self.lifted(self.raw(array), array)
 
-    def _lifted(self, name: str, array: np.ndarray) -> str:
+    def lifted(self, name: str, array: np.ndarray) -> str:
+        """A value of the array's dtype as float32."""
         return name if array.dtype == np.float32 else self.op("Cast", [name], to=TensorProto.FLOAT)
 
     def _external(self, array: np.ndarray, offset: int) -> str:
@@ -150,11 +178,52 @@ class Graph:
         self._count += 1
         return f"{stem}_{self._count}"
 
+    # What each target computes in its own way. Projections are [batch, positions, heads × width]
+
+    @abstractmethod
+    def product(self, x: str, weight: str) -> str:
+        """`x · weightᵀ`."""
+
+    @abstractmethod
+    def rows(self, table: np.ndarray, ids: str) -> str:
+        """The rows `ids` of a table as float32."""
+
+    @abstractmethod
+    def n_tokens(self, ids: str, rows: str) -> str:
+        """int64 [1]: how many `ids` each text has, of which `rows` were picked."""
+
+    @abstractmethod
+    def mask(self, real: str) -> Mask:
+        """Of keys that are real where int32 [batch, keys] has a 1."""
+
+    @abstractmethod
+    def mask_behind(self, lengths: str, like: str, axis: int, bias: str = "") -> Mask:
+        """Of the keys along `axis` of `like`, the first `lengths` [batch]. `bias`: [batch or 1, heads, queries, keys]."""
+
+    @abstractmethod
+    def attention(
+        self, qkv: list[str], heads: Heads, mask: Mask | None = None, scale: float | None = None, by_heads: bool = False
+    ) -> str:
+        """Of queries to keys and values, which are projections or, `by_heads`, [batch, heads, positions, width]."""
+
+    @abstractmethod
+    def cache_positions(self) -> str:
+        """float32: those of the cache that attention looks at, from 0."""
+
+    @abstractmethod
+    def over_cache(
+        self, new: New, heads: Heads, scale: float, bias: str = "", rotary: tuple[np.ndarray, ...] = ()
+    ) -> Attend:
+        """Causal attention of rows over the cache and the new positions, which it writes to the cache in place.
+
+        `bias`: of rows, for the positions of the cache. `rotary`: cosines and sines of every position.
+        """
+
     # Layers shared by all networks
 
     def linear(self, x: str, weight: np.ndarray, bias: np.ndarray | None) -> str:
         """`x · weightᵀ + bias`, the weight in PyTorch's [out, in] layout."""
-        y = self.op("FusedMatMul", [x, self.weight(weight)], domain=MICROSOFT, transB=1)
+        y = self.product(x, self.weight(weight))
         return y if bias is None else self.op("Add", [y, self.weight(bias)])
 
     def layer_norm(self, x: str, weight: np.ndarray | None, bias: np.ndarray | None, epsilon: float, width: int) -> str:
@@ -165,9 +234,22 @@ class Graph:
     def rms_norm(self, x: str, weight: np.ndarray, epsilon: float) -> str:
         return self.op("SimplifiedLayerNormalization", [x, self.weight(weight)], axis=-1, epsilon=float(epsilon))
 
-    def rows(self, table: np.ndarray, ids: str) -> str:
-        """The rows `ids` of a table as float32; 16-bit rows are lifted after they are picked."""
-        return self._lifted(self.op("Gather", [self.raw(table), ids], axis=0), table)
+    def to_slots(self, x: str) -> str:
+        """Of every slot what belongs to its row; slots without a row get any."""
+        return self.op("Gather", [x, "slot_rows"], axis=0)
+
+    def to_rows(self, x: str) -> str:
+        """Of every row what its slot holds."""
+        return self.op("Gather", [x, "row_slots"], axis=0)
+
+    def count(self, end: str) -> str:
+        """float32 0, 1, … below `end`, int64 [1] and at most the positions of the graph."""
+        numbers = self.constant(np.arange(self._n_positions), np.float32)
+        return self.op("Slice", [numbers, self.constant([0]), end])
+
+    def int32(self, ids: str, below: int | None = None) -> str:
+        """int64 ids from 0 as int32: positions of the graph, or numbers `below` another. A Gather runs on every device."""
+        return self.op("Gather", [self.constant(np.arange(below or self._n_positions), np.int32), ids], axis=0)
 
     def activation(self, x: str, name: str) -> str:
         """The activation that `transformers` calls `name`."""
@@ -183,11 +265,25 @@ class Graph:
             return self.op("Relu", [x])
         raise UnsupportedError(f"activation `{name}` is not supported; gelu, gelu_new, quick_gelu, silu and relu are")
 
-    def repeat_batch(self, value: np.ndarray, like: str) -> str:
-        """A constant [1, a, b] repeated to the batch size of `like`."""
-        batch = self.op("Shape", [like], start=0, end=1)
-        shape = self.op("Concat", [batch, self.constant(value.shape[1:])], axis=0)
-        return self.op("Expand", [self.weight(value), shape])
+    def repeat(self, value: str, like: str) -> str:
+        """A value of batch size 1 repeated to the batch size of `like`."""
+        first = self.op("Expand", [self.constant([0], np.int32), self.op("Shape", [like], start=0, end=1)])
+        return self.op("Gather", [value, first], axis=0)
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where graphs are written, and of which target they are."""
+
+    folder: Path
+    kind: type[Graph]
+
+    def graph(self, name: str, data: Data | None = None, n_positions: int = 0) -> Graph:
+        return self.kind(self.folder, name, data, n_positions)
+
+    def data(self, name: str) -> Data:
+        """A data file for several graphs."""
+        return Data(self.folder, name)
 
 
 class UnsupportedError(ValueError):

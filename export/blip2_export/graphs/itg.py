@@ -5,13 +5,11 @@ Text positions see all queries and the text up to themselves; with the queries i
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from transformers import Blip2QFormerConfig
 
 from blip2_export.graphs.bert import TEXT, Layers
-from blip2_export.graphs.builder import Data, Graph, UnsupportedError
-from blip2_export.graphs.decoding import Decoder, attend, declare_inputs, finish, own_head, select
+from blip2_export.graphs.builder import Data, Output, UnsupportedError
+from blip2_export.graphs.decoding import Cached, Decoder, declare_inputs, finish, own_head, select
 from blip2_export.read.checkpoint import Checkpoint
 
 _HEAD = "cls.predictions."
@@ -20,30 +18,32 @@ BIAS = _HEAD + "bias"  # there only with the head of image-grounded text generat
 HEAD_BIAS = _HEAD + "decoder.bias"
 
 
-def build(folder: Path, checkpoint: Checkpoint, cfg: Blip2QFormerConfig, data: Data) -> Decoder:
+def build(out: Output, checkpoint: Checkpoint, cfg: Blip2QFormerConfig, data: Data, n_queries: int) -> Decoder:
     """Inputs and outputs as those of the language models' decoders. Its queries stand in the cache."""
-    g = Graph(folder, "decoder", data)
+    g = out.graph("decoder", data, n_queries + cfg.max_position_embeddings)
     layers = Layers(g, checkpoint, cfg)
     width, vocab = cfg.hidden_size, cfg.vocab_size
     words = layers.read(WORDS, vocab, width)
-    inputs = declare_inputs(g, words, reads_queries=False)
+    new = declare_inputs(g, words, reads_queries=False, offset=n_queries)
+    heads = layers.cached_heads
+    cached = Cached(g, heads, g.over_cache(new, heads, heads.width**-0.5))
     learned = layers.read("embeddings.position_embeddings.weight", cfg.max_position_embeddings, width)
-    x = g.op("Add", [inputs.embeds, g.op("Gather", [g.weight(learned), inputs.positions], axis=0)])
+    x = g.op("Add", [new.embeds, g.op("Gather", [g.weight(learned), new.positions], axis=0)])
     x = layers.embedding_norm(x)
     for i in range(cfg.num_hidden_layers):
-        x = layers.feed_forward(i, _attention(layers, i, x), TEXT)
-    x = select(g, x, inputs.logits_at)
+        x = layers.feed_forward(i, _attention(layers, cached, i, x), TEXT)
+    x = select(g, x, width)
     x = g.activation(layers.linear(_HEAD + "transform.dense", x, width, width), cfg.hidden_act)
     x = layers.norm(_HEAD + "transform.LayerNorm", x)
     bias = layers.read(BIAS, vocab)
     if HEAD_BIAS not in checkpoint.tied(BIAS):
         raise UnsupportedError(f"`{HEAD_BIAS}` is not equal to `{BIAS}`; which of them holds cannot be told")
     head = own_head(checkpoint, WORDS, HEAD, words.shape)
-    return finish(g, x, head, words, layers.heads, cfg.num_hidden_layers, bias)
+    return finish(g, x, head, words, heads, cfg.num_hidden_layers, bias)
 
 
-def _attention(layers: Layers, i: int, x: str) -> str:
-    g, heads, width = layers.g, layers.heads, layers.width
+def _attention(layers: Layers, cached: Cached, i: int, x: str) -> str:
+    g, heads, width = layers.g, layers.cached_heads, layers.width
     name = f"qformer.encoder.layer.{i}.attention."
     # Apart, as the graphs that read texts have them: the data file holds every weight once.
     qkv = [
@@ -54,7 +54,7 @@ def _attention(layers: Layers, i: int, x: str) -> str:
         )
         for part in ("query", "key", "value")
     ]
-    y = attend(g, i, heads, g.op("Concat", qkv, axis=-1), heads.width**-0.5)
+    y = cached.attend(i, g.op("Concat", qkv, axis=-1))
     weight = heads.columns(layers.read(name + "output.dense.weight", width, width))
     y = g.linear(y, weight, layers.read(name + "output.dense.bias", width))
     return layers.norm(name + "output.LayerNorm", g.op("Add", [y, x]))

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from blip2_export.graphs import llama, opt, t5
-from blip2_export.graphs.builder import Graph
+from blip2_export.graphs.builder import Graph, Output
 from blip2_export.graphs.decoding import Decoder
 from blip2_export.read import tokenizers
 from blip2_export.read.checkpoint import Checkpoint, CheckpointError
 from blip2_export.read.configuration import Config
-
-_NO_TABLE_POSITIONS = 2048  # what a model without a position table is trusted with
 
 
 @dataclass(frozen=True)
@@ -28,19 +25,19 @@ def width(text: Any) -> int:
     return int(getattr(text, "word_embed_proj_dim", None) or text.hidden_size)
 
 
-def build(folder: Path, checkpoint: Checkpoint, cfg: Config) -> Language:
+def build(out: Output, checkpoint: Checkpoint, cfg: Config) -> Language:
     text = cfg.text_config
     ids = _token_ids(cfg, checkpoint)
     if text.model_type == "t5":
-        both = t5.build(folder, checkpoint, text)
+        both = t5.build(out, checkpoint, text)
         ids["decoder_start"] = _decoder_start(text, checkpoint)
-        facts = _facts(text, _NO_TABLE_POSITIONS, both.decoder, ids)
+        facts = _facts(text, t5.MAX_POSITIONS, both.decoder, ids)
         return Language(
             "encoder_decoder",
             (both.encoder, both.decoder.graph),
             {**facts, "cross_attention": both.cross_attention},
         )
-    made = (llama if text.model_type == "llama" else opt).build(folder, checkpoint, text)
+    made = (llama if text.model_type == "llama" else opt).build(out, checkpoint, text)
     return Language("decoder_only", (made.graph,), _facts(text, text.max_position_embeddings, made, ids))
 
 

@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 from transformers import LlamaConfig
 
-from blip2_export.graphs.builder import Graph, UnsupportedError
-from blip2_export.graphs.decoding import (
-    Decoder,
-    Heads,
-    attend,
-    declare_inputs,
-    finish,
-    own_head,
-    pad_groups,
-    select,
-    to_slots,
-)
+from blip2_export.graphs.builder import Graph, Output, UnsupportedError
+from blip2_export.graphs.decoding import Cached, Decoder, declare_inputs, finish, own_head, select
+from blip2_export.graphs.heads import Heads, pad_groups
 from blip2_export.read.checkpoint import Checkpoint
 
 _PREFIX = "language_model.model."
@@ -30,7 +19,6 @@ class _Builder:
         self.g, self.checkpoint, self.cfg = graph, checkpoint, cfg
         self.width = cfg.hidden_size
         self.heads = Heads(cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim, _ROTARY_MULTIPLE)
-        self.rotary = [graph.raw(t) for t in _rotary_tables(cfg, self.heads.padded // 2)]
 
     def read(self, name: str, *shape: int) -> np.ndarray:
         return self.checkpoint.tensor(_PREFIX + name, shape)
@@ -42,12 +30,11 @@ class _Builder:
     def norm(self, name: str, x: str) -> str:
         return self.g.rms_norm(x, self.read(name + ".weight", self.width), self.cfg.rms_norm_eps)
 
-    def attention(self, name: str, x: str, layer: int, positions: str) -> str:
+    def attention(self, name: str, x: str, layer: int, cached: Cached) -> str:
         heads, biased = self.heads, self.cfg.attention_bias
         bias = self._packed_qkv(name, ".bias") if biased else None
         qkv = self.g.linear(x, self._packed_qkv(name, ".weight", self.width), bias)
-        more = (*self.rotary, positions)
-        y = attend(self.g, layer, heads, qkv, heads.width**-0.5, more, do_rotary=1)
+        y = cached.attend(layer, qkv)
         weight = self.read(name + "o_proj.weight", self.width, heads.n * heads.width)
         bias = self.read(name + "o_proj.bias", self.width) if biased else None
         return self.g.linear(y, heads.columns(weight), bias)
@@ -60,10 +47,10 @@ class _Builder:
             parts.append(heads.rows(part, n) if p == "v" else pad_groups(part, 2 * n, heads.padded // 2))
         return np.concatenate(parts)
 
-    def layer(self, i: int, x: str, positions: str) -> str:
+    def layer(self, i: int, x: str, cached: Cached) -> str:
         g, cfg, name = self.g, self.cfg, f"layers.{i}."
         inner = cfg.intermediate_size
-        y = self.attention(name + "self_attn.", self.norm(name + "input_layernorm", x), i, positions)
+        y = self.attention(name + "self_attn.", self.norm(name + "input_layernorm", x), i, cached)
         x = g.op("Add", [x, y])
         y = self.norm(name + "post_attention_layernorm", x)
         gate = g.activation(self.linear(name + "mlp.gate_proj", y, self.width, inner), cfg.hidden_act)
@@ -71,16 +58,18 @@ class _Builder:
         return str(g.op("Add", [x, self.linear(name + "mlp.down_proj", y, inner, self.width)]))
 
 
-def build(folder: Path, checkpoint: Checkpoint, cfg: LlamaConfig) -> Decoder:
+def build(out: Output, checkpoint: Checkpoint, cfg: LlamaConfig) -> Decoder:
     """Inputs and outputs as those of the OPT decoder. The cache holds `num_key_value_heads` heads."""
-    g = Graph(folder, "decoder")
+    g = out.graph("decoder", n_positions=cfg.max_position_embeddings)
     table = checkpoint.tensor(_PREFIX + "embed_tokens.weight", (cfg.vocab_size, cfg.hidden_size))
-    inputs = declare_inputs(g, table, reads_queries=True)
+    new = declare_inputs(g, table, reads_queries=True)
     b = _Builder(g, checkpoint, cfg)
-    x, positions = inputs.embeds, to_slots(g, inputs.positions)
+    rotary = _rotary_tables(cfg, b.heads.padded // 2)
+    attend = g.over_cache(new, b.heads, b.heads.width**-0.5, rotary=rotary)
+    x, cached = new.embeds, Cached(g, b.heads, attend)
     for i in range(cfg.num_hidden_layers):
-        x = b.layer(i, x, positions)
-    x = b.norm("norm", select(g, x, inputs.logits_at))
+        x = b.layer(i, x, cached)
+    x = b.norm("norm", select(g, x, cfg.hidden_size))
     head = own_head(checkpoint, _PREFIX + "embed_tokens.weight", "language_model.lm_head.weight", table.shape)
     return finish(g, x, head, table, b.heads, cfg.num_hidden_layers)
 

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 from transformers import OPTConfig
 
-from blip2_export.graphs.builder import Graph
-from blip2_export.graphs.decoding import (
-    Decoder,
-    Heads,
-    attend,
-    declare_inputs,
-    finish,
-    own_head,
-    select,
-)
+from blip2_export.graphs.builder import Graph, Output
+from blip2_export.graphs.decoding import Cached, Decoder, declare_inputs, finish, own_head, select
+from blip2_export.graphs.heads import Heads
 from blip2_export.read.checkpoint import Checkpoint
 
 _PREFIX = "language_model.model.decoder."
@@ -29,7 +20,7 @@ class _Builder:
     def __init__(self, graph: Graph, checkpoint: Checkpoint, cfg: OPTConfig) -> None:
         self.g, self.checkpoint, self.cfg = graph, checkpoint, cfg
         self.width, n = cfg.hidden_size, cfg.num_attention_heads
-        self.heads = Heads(n, n, cfg.hidden_size // n)
+        self.heads = Heads(n, n, cfg.hidden_size // n, 8)
 
     def read(self, name: str, *shape: int) -> np.ndarray:
         return self.checkpoint.tensor(_PREFIX + name, shape)
@@ -45,20 +36,20 @@ class _Builder:
         weight, bias = (self.read(f"{name}.{k}", self.width) if affine else None for k in ("weight", "bias"))
         return self.g.layer_norm(x, weight, bias, _EPSILON, self.width)
 
-    def attention(self, name: str, x: str, layer: int) -> str:
+    def attention(self, name: str, x: str, layer: int, cached: Cached) -> str:
         heads, width = self.heads, self.width
         names = [f"{name}self_attn.{p}_proj" for p in "qkv"]
         weight = heads.packed_qkv([self.read(n + ".weight", width, width) for n in names])
         bias = heads.packed_qkv([self.read(n + ".bias", width) for n in names]) if self.cfg.enable_bias else None
-        y = attend(self.g, layer, heads, self.g.linear(x, weight, bias), heads.width**-0.5)
+        y = cached.attend(layer, self.g.linear(x, weight, bias))
         weight = self.read(name + "self_attn.out_proj.weight", width, width)
         return self.g.linear(y, heads.columns(weight), self.bias(name + "self_attn.out_proj", width))
 
-    def layer(self, i: int, x: str) -> str:
+    def layer(self, i: int, x: str, cached: Cached) -> str:
         cfg, g, name = self.cfg, self.g, f"layers.{i}."
         before = cfg.do_layer_norm_before
         y = self.norm(name + "self_attn_layer_norm", x) if before else x
-        x = g.op("Add", [x, self.attention(name, y, i)])
+        x = g.op("Add", [x, self.attention(name, y, i, cached)])
         x = x if before else self.norm(name + "self_attn_layer_norm", x)
         y = self.norm(name + "final_layer_norm", x) if before else x
         y = g.activation(self.linear(name + "fc1", y, self.width, cfg.ffn_dim), cfg.activation_function)
@@ -66,21 +57,21 @@ class _Builder:
         return x if before else self.norm(name + "final_layer_norm", x)
 
 
-def build(folder: Path, checkpoint: Checkpoint, cfg: OPTConfig) -> Decoder:
+def build(out: Output, checkpoint: Checkpoint, cfg: OPTConfig) -> Decoder:
     """Inputs and outputs as `models/README.md` lists them."""
-    g = Graph(folder, "decoder")
+    g = out.graph("decoder", n_positions=cfg.max_position_embeddings)
     b = _Builder(g, checkpoint, cfg)
     width, narrow, vocab = cfg.hidden_size, cfg.word_embed_proj_dim, cfg.vocab_size
     table = b.read("embed_tokens.weight", vocab, narrow)
-    inputs = declare_inputs(g, table, reads_queries=True)
-    x = inputs.embeds
+    new = declare_inputs(g, table, reads_queries=True)
+    x, cached = new.embeds, Cached(g, b.heads, g.over_cache(new, b.heads, b.heads.width**-0.5))
     if narrow != width:
         x = g.linear(x, b.read("project_in.weight", width, narrow), None)
     learned = b.read("embed_positions.weight", cfg.max_position_embeddings + _POSITION_OFFSET, width)
-    x = g.op("Add", [x, g.op("Gather", [g.weight(learned[_POSITION_OFFSET:]), inputs.positions], axis=0)])
+    x = g.op("Add", [x, g.op("Gather", [g.weight(learned[_POSITION_OFFSET:]), new.positions], axis=0)])
     for i in range(cfg.num_hidden_layers):
-        x = b.layer(i, x)
-    x = select(g, x, inputs.logits_at)
+        x = b.layer(i, x, cached)
+    x = select(g, x, width)
     if cfg.do_layer_norm_before and not cfg._remove_final_layer_norm:
         x = b.norm("final_layer_norm", x)
     if narrow != width:

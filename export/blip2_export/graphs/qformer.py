@@ -6,14 +6,12 @@ Where it is conditioned on a question (InstructBLIP, BLIP-2 fine-tuned for VQA),
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-from onnx import TensorProto
 from transformers import InstructBlipQFormerConfig
 
 from blip2_export.graphs.bert import QUERY, TEXT, Config, Layers
-from blip2_export.graphs.builder import Graph
+from blip2_export.graphs.builder import Graph, Output
 from blip2_export.read.checkpoint import Checkpoint, CheckpointError
 
 _END = (1 << 63) - 1
@@ -33,9 +31,9 @@ def reads_text(cfg: Config) -> bool:
     return isinstance(cfg, InstructBlipQFormerConfig) or cfg.use_qformer_text_input
 
 
-def build(folder: Path, checkpoint: Checkpoint, cfg: Config, shape: Shape) -> Graph:
+def build(out: Output, checkpoint: Checkpoint, cfg: Config, shape: Shape) -> Graph:
     """Query tokens through BERT layers with cross-attention, then the language projection."""
-    g = Graph(folder, "qformer")
+    g = out.graph("qformer")
     features = g.input("image_features", "float32", ["batch", shape.n_positions, cfg.encoder_hidden_size])
     run = _with_question if reads_text(cfg) else _queries_alone
     x = run(Layers(g, checkpoint, cfg), features, shape.n_queries)
@@ -46,7 +44,8 @@ def build(folder: Path, checkpoint: Checkpoint, cfg: Config, shape: Shape) -> Gr
 
 
 def _queries_alone(layers: Layers, features: str, n_queries: int) -> str:
-    x = layers.g.repeat_batch(_first_attention(layers.checkpoint, layers.cfg, n_queries), features)
+    g = layers.g
+    x = g.repeat(g.weight(_first_attention(layers.checkpoint, layers.cfg, n_queries)), features)
     for i in range(layers.cfg.num_hidden_layers):
         x = layers.self_attention(i, x) if i > 0 else x
         x = layers.feed_forward(i, layers.cross_attention(i, x, features), QUERY)
@@ -57,9 +56,8 @@ def _with_question(layers: Layers, features: str, n_queries: int) -> str:
     """Query tokens and the question attend to each other; only query tokens see the image, each kind has its own FFN."""
     g, n_layers = layers.g, layers.cfg.num_hidden_layers
     ids, mask = (g.input(name, "int64", ["batch", "question"]) for name in ("question_ids", "question_mask"))
-    mask = g.op("Cast", [mask], to=TensorProto.INT32)
-    seen = g.op("Pad", [mask, g.constant([0, n_queries, 0, 0]), g.constant(1, np.int32)])
-    tokens = g.repeat_batch(layers.query_tokens(n_queries), ids)
+    seen = layers.real(mask, n_queries)
+    tokens = g.repeat(g.weight(layers.query_tokens(n_queries)), features)
     x = layers.embedding_norm(g.op("Concat", [tokens, layers.embed_text(ids)], axis=1))
     for i in range(n_layers):
         last = i == n_layers - 1

@@ -12,7 +12,7 @@ from transformers import Blip2Config
 
 from blip2_export.graphs import itg
 from blip2_export.graphs.bert import QUERY, TEXT, Layers
-from blip2_export.graphs.builder import Data, Graph
+from blip2_export.graphs.builder import Data, Graph, Output
 from blip2_export.read import tokenizers
 from blip2_export.read.checkpoint import Checkpoint, CheckpointError
 
@@ -36,10 +36,10 @@ class Stage1:
         return self.checkpoint.has(itg.BIAS)
 
 
-def build(out: Path, stage: Stage1) -> tuple[list[Graph], dict[str, Any]]:
+def build(out: Output, stage: Stage1) -> tuple[list[Graph], dict[str, Any]]:
     """The graphs behind the image encoder, and what `bundle.json` says of them."""
     cfg, tokenizer = stage.cfg.qformer_config, stage.tokenizer
-    data = Data(out, "qformer")  # all of them run the same layers
+    data = out.data("qformer")  # all of them run the same layers
     graphs = [part(out, stage, data) for part in (_queries, _text, _matching)]
     facts: dict[str, Any] = {
         "family": "qformer",
@@ -49,7 +49,7 @@ def build(out: Path, stage: Stage1) -> tuple[list[Graph], dict[str, Any]]:
         "generation": {},
     }
     if stage.writes:
-        writer = itg.build(out, stage.checkpoint, cfg, data)
+        writer = itg.build(out, stage.checkpoint, cfg, data, stage.cfg.num_query_tokens)
         graphs.append(writer.graph)
         facts["tasks"].append("caption")
         facts["language"] = {
@@ -107,9 +107,9 @@ def _id(tokenizer: Tokenizer, token: str) -> int:
     return number
 
 
-def _queries(out: Path, stage: Stage1, data: Data) -> Graph:
+def _queries(out: Output, stage: Stage1, data: Data) -> Graph:
     """`qformer`: queries alone. They begin alike for every image, so the first self-attention sees a batch of one."""
-    g = Graph(out, "qformer", data)
+    g = out.graph("qformer", data)
     cfg, n_queries = stage.cfg.qformer_config, stage.cfg.num_query_tokens
     layers = Layers(g, stage.checkpoint, cfg)
     features = g.input("image_features", "float32", ["batch", stage.n_positions, cfg.encoder_hidden_size])
@@ -118,29 +118,29 @@ def _queries(out: Path, stage: Stage1, data: Data) -> Graph:
     for i in range(cfg.num_hidden_layers):
         for part in ("key", "value") if stage.writes else ():
             seen = layers.cached(i, part, x)
-            keys_and_values.append((f"query.{i}.{part}", seen if i else layers.expand(seen, features)))
+            keys_and_values.append((f"query.{i}.{part}", seen if i else g.repeat(seen, features)))
         x = layers.self_attention(i, x)
-        x = x if i else layers.expand(x, features)
+        x = x if i else g.repeat(x, features)
         x = layers.feed_forward(i, layers.cross_attention(i, x, features), QUERY)
     g.output(x, "query_states", "float32", ["batch", n_queries, cfg.hidden_size])
     joint = stage.cfg.image_text_hidden_size
     projected = layers.normalise(layers.linear("vision_projection", x, cfg.hidden_size, joint))
     g.output(projected, "image_embeds", "float32", ["batch", n_queries, joint])
     for name, value in keys_and_values:
-        g.output(value, name, "float32", ["batch", layers.heads.n, n_queries, layers.heads.padded])
+        g.output(value, name, "float32", ["batch", layers.heads.n, n_queries, layers.cached_heads.padded])
     g.save()
     return g
 
 
-def _text(out: Path, stage: Stage1, data: Data) -> Graph:
+def _text(out: Output, stage: Stage1, data: Data) -> Graph:
     """`qformer_text`: text alone, projected to the joint space at every position."""
-    g = Graph(out, "qformer_text", data)
+    g = out.graph("qformer_text", data)
     cfg, joint = stage.cfg.qformer_config, stage.cfg.image_text_hidden_size
     layers = Layers(g, stage.checkpoint, cfg)
     ids, mask = _text_inputs(g)
-    x = layers.embedding_norm(layers.embed_text(ids))
+    x, seen = layers.embedding_norm(layers.embed_text(ids)), layers.real(mask)
     for i in range(cfg.num_hidden_layers):
-        x = layers.feed_forward(i, layers.self_attention(i, x, mask), TEXT)
+        x = layers.feed_forward(i, layers.self_attention(i, x, seen), TEXT)
     projected = layers.normalise(layers.linear("text_projection", x, cfg.hidden_size, joint))
     g.output(projected, "text_embeds", "float32", ["batch", "sequence", joint])
     g.output(x, "text_states", "float32", ["batch", "sequence", cfg.hidden_size])
@@ -148,22 +148,20 @@ def _text(out: Path, stage: Stage1, data: Data) -> Graph:
     return g
 
 
-def _matching(out: Path, stage: Stage1, data: Data) -> Graph:
+def _matching(out: Output, stage: Stage1, data: Data) -> Graph:
     """`qformer_itm`: queries and text see each other, only queries see the image. The last layer computes queries only."""
-    g = Graph(out, "qformer_itm", data)
+    g = out.graph("qformer_itm", data)
     cfg, n_queries = stage.cfg.qformer_config, stage.cfg.num_query_tokens
     layers = Layers(g, stage.checkpoint, cfg)
     features = g.input("image_features", "float32", ["batch", stage.n_positions, cfg.encoder_hidden_size])
     ids, mask = _text_inputs(g)
-    queries = layers.expand(g.weight(layers.query_tokens(n_queries)), features)
-    ones = layers.expand(g.constant(np.ones((1, n_queries)), np.int32), features)
-    mask = g.op("Concat", [ones, mask], axis=1)
+    queries, seen = g.repeat(g.weight(layers.query_tokens(n_queries)), features), layers.real(mask, n_queries)
     x = layers.embedding_norm(g.op("Concat", [queries, layers.embed_text(ids)], axis=1))
     for i in range(cfg.num_hidden_layers):
         if i == cfg.num_hidden_layers - 1:
-            queries = layers.self_attention(i, x, mask, _positions(g, x, 0, n_queries))
+            queries = layers.self_attention(i, x, seen, _positions(g, x, 0, n_queries))
         else:
-            x = layers.self_attention(i, x, mask)
+            x = layers.self_attention(i, x, seen)
             queries = _positions(g, x, 0, n_queries)
         queries = layers.feed_forward(i, layers.cross_attention(i, queries, features), QUERY)
         if i < cfg.num_hidden_layers - 1:
@@ -177,9 +175,9 @@ def _matching(out: Path, stage: Stage1, data: Data) -> Graph:
 
 
 def _text_inputs(g: Graph) -> tuple[str, str]:
-    """Token ids, and the mask as the attention operator takes it."""
+    """Token ids and their mask."""
     ids, mask = (g.input(name, "int64", ["batch", "sequence"]) for name in ("input_ids", "attention_mask"))
-    return ids, g.op("Cast", [mask], to=6)  # int32
+    return ids, mask
 
 
 def _positions(g: Graph, x: str, start: int, end: int | None) -> str:

@@ -8,32 +8,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from onnx import TensorProto
 from transformers import T5Config
 
-from blip2_export.graphs.builder import MICROSOFT, Data, Graph, UnsupportedError
-from blip2_export.graphs.decoding import (
-    Decoder,
-    Heads,
-    attend,
-    declare_inputs,
-    embed,
-    finish,
-    own_head,
-    select,
-    to_rows,
-    to_slots,
-)
+from blip2_export.graphs.builder import Graph, Output, UnsupportedError
+from blip2_export.graphs.decoding import Cached, Decoder, declare_inputs, embed, finish, own_head, select
+from blip2_export.graphs.heads import Heads
 from blip2_export.read.checkpoint import Checkpoint
 
 _PREFIX = "language_model."
 _TABLE = _PREFIX + "decoder.embed_tokens.weight"
 _PARTS = {"k": "key", "v": "value"}
-_MASKED = -1e30  # T5 does not scale its scores; the operator's own -10000 may not be far enough below them
+MAX_POSITIONS = 2048  # what a model without a position table is trusted with
 
 
 @dataclass(frozen=True)
@@ -50,7 +39,7 @@ class _Stack:
 
     def __init__(self, graph: Graph, checkpoint: Checkpoint, cfg: T5Config, side: str) -> None:
         self.g, self.checkpoint, self.cfg, self.side = graph, checkpoint, cfg, f"{_PREFIX}{side}."
-        self.heads = Heads(cfg.num_heads, cfg.num_heads, cfg.d_kv)
+        self.heads = Heads(cfg.num_heads, cfg.num_heads, cfg.d_kv, 8)
 
     def read(self, name: str, *shape: int) -> np.ndarray:
         return self.checkpoint.tensor(self.side + name, shape)
@@ -85,31 +74,26 @@ class _Stack:
         return str(g.op("Add", [x, self.linear(name + "wo", y, inner, width)]))
 
     def relative_bias(self, distances: str, bidirectional: bool) -> str:
-        """The bias of every distance (attended minus attending position), heads last. Layer 0 holds it for all layers."""
+        """The bias of every distance, attended minus attending position in float32, heads last. Layer 0 holds it for all layers."""
         cfg, most = self.cfg, self.cfg.relative_attention_max_distance
         name = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"
         learned = self.read(name, cfg.relative_attention_num_buckets, cfg.num_heads)
         first = -most  # beyond, and in the decoder from 0 on, all distances share a bucket
         known = np.arange(first, most + 1 if bidirectional else 1)
         buckets = relative_buckets(known, cfg.relative_attention_num_buckets, most, bidirectional)
-        low, high = (self.g.constant(int(end)) for end in (known[0], known[-1]))
+        low, high = (self.g.constant(end, np.float32) for end in (known[0], known[-1]))
         rows = self.g.op("Sub", [self.g.op("Clip", [distances, low, high]), low])
-        return self.g.rows(learned[buckets], rows)
-
-    def attention(self, q: str, k: str, v: str, lengths: str, bias: tuple[str, ...] = ()) -> str:
-        """Attention without a cache, to the first `lengths` positions of every row."""
-        attributes = {"num_heads": self.heads.n, "scale": 1.0, "mask_filter_value": _MASKED}
-        return str(self.g.op("MultiHeadAttention", [q, k, v, "", lengths, *bias], domain=MICROSOFT, **attributes))
+        return self.g.rows(learned[buckets], self.g.op("Cast", [rows], to=TensorProto.INT32))
 
 
-def build(folder: Path, checkpoint: Checkpoint, cfg: T5Config) -> EncoderDecoder:
+def build(out: Output, checkpoint: Checkpoint, cfg: T5Config) -> EncoderDecoder:
     """Inputs and outputs as `models/README.md` lists them."""
-    n_layers, head = cfg.num_decoder_layers, Heads(cfg.num_heads, cfg.num_heads, cfg.d_kv).padded
+    n_layers, head = cfg.num_decoder_layers, Heads(cfg.num_heads, cfg.num_heads, cfg.d_kv, 8).padded
     cross = {"n_layers": n_layers, "n_heads": cfg.num_heads, "head_dim": head, "dtype": "float32"}
     cross |= {part: f"cross.{{}}.{part}" for part in _PARTS.values()}
-    data = Data(folder, "language")  # both embed tokens with one table
-    encoder = _encoder(Graph(folder, "encoder", data), checkpoint, cfg)
-    return EncoderDecoder(encoder, _decoder(Graph(folder, "decoder", data), checkpoint, cfg), cross)
+    data = out.data("language")  # both embed tokens with one table
+    encoder, decoder = (out.graph(name, data, MAX_POSITIONS) for name in ("encoder", "decoder"))
+    return EncoderDecoder(_encoder(encoder, checkpoint, cfg), _decoder(decoder, checkpoint, cfg), cross)
 
 
 def _table(checkpoint: Checkpoint, cfg: T5Config) -> np.ndarray:
@@ -124,15 +108,15 @@ def _encoder(g: Graph, checkpoint: Checkpoint, cfg: T5Config) -> Graph:
     s = _Stack(g, checkpoint, cfg, "encoder")
     x = embed(g, _table(checkpoint, cfg), "batch", reads_queries=True)
     lengths = g.input("lengths", "int32", ["batch"])
-    positions = _count(g, g.op("Squeeze", [g.op("Shape", [x], start=1, end=2)]))
+    positions = g.count(g.op("Shape", [x], start=1, end=2))
     distances = g.op("Sub", [positions, g.op("Unsqueeze", [positions, g.constant([1])])])
     bias = g.op("Transpose", [s.relative_bias(distances, bidirectional=True)], perm=[2, 0, 1])
-    bias = g.op("Unsqueeze", [bias, g.constant([0])])
+    mask = g.mask_behind(lengths, x, 1, g.op("Unsqueeze", [bias, g.constant([0])]))
     for i in range(cfg.num_layers):
         name = f"block.{i}.layer."
         y = s.norm(name + "0.layer_norm", x)
         qkv = [s.to_heads(f"{name}0.SelfAttention.{p}", y) for p in "qkv"]
-        x = g.op("Add", [x, s.from_heads(name + "0.SelfAttention.o", s.attention(*qkv, lengths, (bias,)))])
+        x = g.op("Add", [x, s.from_heads(name + "0.SelfAttention.o", g.attention(qkv, s.heads, mask, 1.0))])
         x = s.feed_forward(name + "1.", x)
     _cross_outputs(g, checkpoint, cfg, s.norm("final_layer_norm", x))
     g.save()
@@ -153,33 +137,33 @@ def _cross_outputs(g: Graph, checkpoint: Checkpoint, cfg: T5Config, x: str) -> N
 def _decoder(g: Graph, checkpoint: Checkpoint, cfg: T5Config) -> Decoder:
     s = _Stack(g, checkpoint, cfg, "decoder")
     table = _table(checkpoint, cfg)
-    inputs = declare_inputs(g, table, reads_queries=False)
+    new = declare_inputs(g, table, reads_queries=False)
     lengths = g.input("encoder_lengths", "int32", ["slots"])
-    keys = _count(g, g.op("Cast", ["total_sequence_length"], to=TensorProto.INT64))
-    distances = g.op("Sub", [keys, g.op("Unsqueeze", [inputs.positions, g.constant([-1])])])
-    bias = g.op("Transpose", [s.relative_bias(distances, bidirectional=False)], perm=[0, 3, 1, 2])
-    bias = to_slots(g, bias)
-    x = inputs.embeds
+    cached = Cached(g, s.heads, g.over_cache(new, s.heads, 1.0, _cache_bias(s, new.positions)))
+    x, read = new.embeds, g.mask_behind(lengths, "cross.0.key", 2)
     for i in range(cfg.num_decoder_layers):
         name = f"block.{i}.layer."
-        y = s.norm(name + "0.layer_norm", x)
-        y = attend(g, i, s.heads, s.packed_qkv(name + "0.SelfAttention.", y), 1.0, ("", "", "", bias))
+        y = cached.attend(i, s.packed_qkv(name + "0.SelfAttention.", s.norm(name + "0.layer_norm", x)))
         x = g.op("Add", [x, s.from_heads(name + "0.SelfAttention.o", y)])
-        q = to_slots(g, s.to_heads(name + "1.EncDecAttention.q", s.norm(name + "1.layer_norm", x)))
+        q = g.to_slots(s.to_heads(name + "1.EncDecAttention.q", s.norm(name + "1.layer_norm", x)))
         shape = ["slots", s.heads.n, "n_encoder", s.heads.padded]
-        seen = [g.input(f"cross.{i}.{part}", "float32", shape) for part in _PARTS.values()]
-        y = s.from_heads(name + "1.EncDecAttention.o", to_rows(g, s.attention(q, *seen, lengths)))
-        x = s.feed_forward(name + "2.", g.op("Add", [x, y]))
-    x = s.norm("final_layer_norm", select(g, x, inputs.logits_at))
+        kv = [g.input(f"cross.{i}.{part}", "float32", shape) for part in _PARTS.values()]
+        y = g.to_rows(g.attention([q, *kv], s.heads, read, 1.0, by_heads=True))
+        x = g.op("Add", [x, s.from_heads(name + "1.EncDecAttention.o", y)])
+        x = s.feed_forward(name + "2.", x)
+    x = s.norm("final_layer_norm", select(g, x, cfg.d_model))
     if cfg.scale_decoder_outputs:
         x = g.op("Mul", [x, g.constant(cfg.d_model**-0.5, np.float32)])
     head = own_head(checkpoint, _PREFIX + "shared.weight", _PREFIX + "lm_head.weight", table.shape)
     return finish(g, x, head, table, s.heads, cfg.num_decoder_layers)
 
 
-def _count(g: Graph, n: str) -> str:
-    """0, 1, … up to the scalar `n`, excluded."""
-    return str(g.op("Range", [g.constant(0), n, g.constant(1)]))
+def _cache_bias(s: _Stack, positions: str) -> str:
+    """[rows, heads, new positions, positions of the cache]."""
+    g = s.g
+    at = g.op("Unsqueeze", [g.op("Cast", [g.int32(positions)], to=TensorProto.FLOAT), g.constant([-1])])
+    distances = g.op("Sub", [g.cache_positions(), at])
+    return str(g.op("Transpose", [s.relative_bias(distances, bidirectional=False)], perm=[0, 3, 1, 2]))
 
 
 def relative_buckets(distances: np.ndarray, n_buckets: int, most: int, bidirectional: bool) -> np.ndarray:

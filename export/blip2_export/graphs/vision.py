@@ -6,24 +6,23 @@ EVA's ViT-g and CLIP's ViT-L are one network here. CLIP's has a layer norm in fr
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 from transformers import Blip2VisionConfig
 
-from blip2_export.graphs.builder import MICROSOFT, Graph, UnsupportedError
+from blip2_export.graphs.builder import Graph, Output, UnsupportedError
+from blip2_export.graphs.heads import Heads
 from blip2_export.graphs.positions import resize
 from blip2_export.read.checkpoint import Checkpoint
 
 _PREFIX = "vision_model."
 
 
-def build(folder: Path, checkpoint: Checkpoint, cfg: Blip2VisionConfig, side: int | None = None) -> Graph:
+def build(out: Output, checkpoint: Checkpoint, cfg: Blip2VisionConfig, side: int | None = None) -> Graph:
     """A pre-layer-norm ViT with class token and learned positions, as `Blip2VisionModel`.
 
     `side`: pictures of another size than the checkpoint's; the position embeddings are interpolated.
     """
-    g = Graph(folder, "vision")
+    g = out.graph("vision")
     side, width = side or cfg.image_size, cfg.hidden_size
     positions = position_embeddings(checkpoint, cfg, side)
     x = g.input("pixel_values", "float32", ["batch", 3, side, side])
@@ -63,27 +62,27 @@ def position_embeddings(checkpoint: Checkpoint, cfg: Blip2VisionConfig, side: in
     return resize(table, side // cfg.patch_size, align_corners=has_pre_layernorm(cfg))
 
 
-def _embed(g: Graph, checkpoint: Checkpoint, cfg: Blip2VisionConfig, x: str, positions: np.ndarray) -> str:
+def _embed(g: Graph, checkpoint: Checkpoint, cfg: Blip2VisionConfig, pixels: str, positions: np.ndarray) -> str:
     name, width, patch = _PREFIX + "embeddings.", cfg.hidden_size, cfg.patch_size
     weights = [checkpoint.tensor(name + "patch_embedding.weight", (width, 3, patch, patch))]
     if not has_pre_layernorm(cfg):
         weights.append(checkpoint.tensor(name + "patch_embedding.bias", (width,)))
     token = checkpoint.tensor(name + "class_embedding", (1, 1, width)).astype(np.float32)
-    x = g.op("Conv", [x, *map(g.weight, weights)], kernel_shape=[patch, patch], strides=[patch, patch])
+    x = g.op("Conv", [pixels, *map(g.weight, weights)], kernel_shape=[patch, patch], strides=[patch, patch])
     x = g.op("Reshape", [x, g.constant([0, width, positions.shape[1] - 1])])
     x = g.op("Transpose", [x], perm=[0, 2, 1])
     x = g.op("Add", [x, g.weight(positions[:, 1:])])
-    return g.op("Concat", [g.repeat_batch(token + positions[:, :1], x), x], axis=1)
+    return g.op("Concat", [g.repeat(g.weight(token + positions[:, :1]), pixels), x], axis=1)
 
 
 def _block(g: Graph, checkpoint: Checkpoint, name: str, x: str, cfg: Blip2VisionConfig) -> str:
-    width, heads, inner = cfg.hidden_size, cfg.num_attention_heads, cfg.intermediate_size
+    width, n, inner = cfg.hidden_size, cfg.num_attention_heads, cfg.intermediate_size
     y = _norm(g, checkpoint, name + "layer_norm1", x, cfg)
     weight = checkpoint.tensor(name + "self_attn.qkv.weight", (3 * width, width))
     bias = checkpoint.tensor(name + "self_attn.qkv.bias", (3 * width,)) if cfg.qkv_bias else None
     parts = [slice(k * width, (k + 1) * width) for k in range(3)]
     qkv = [g.linear(y, weight[p], None if bias is None else bias[p]) for p in parts]
-    y = g.op("MultiHeadAttention", qkv, domain=MICROSOFT, num_heads=heads)
+    y = g.attention(qkv, Heads(n, n, width // n))
     x = g.op("Add", [x, _linear(g, checkpoint, name + "self_attn.projection", y, width, width)])
     y = _norm(g, checkpoint, name + "layer_norm2", x, cfg)
     y = g.activation(_linear(g, checkpoint, name + "mlp.fc1", y, width, inner), cfg.hidden_act)

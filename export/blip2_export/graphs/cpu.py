@@ -1,0 +1,63 @@
+"""Graphs of ONNX Runtime's fused operators, for processors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from onnx import TensorProto
+
+from blip2_export.graphs.builder import MASKED, MICROSOFT, Attend, Graph, Mask, New
+from blip2_export.graphs.heads import Heads
+
+
+class CpuGraph(Graph):
+    target = "cpu"
+
+    def product(self, x: str, weight: str) -> str:
+        return self.op("FusedMatMul", [x, weight], domain=MICROSOFT, transB=1)
+
+    def rows(self, table: np.ndarray, ids: str) -> str:
+        """16-bit rows are lifted after they are picked."""
+        return self.lifted(self.op("Gather", [self.raw(table), ids], axis=0), table)
+
+    def n_tokens(self, ids: str, rows: str) -> str:
+        return self.op("Shape", [ids], start=1, end=2)
+
+    def mask(self, real: str) -> Mask:
+        return Mask(padding=real)
+
+    def mask_behind(self, lengths: str, like: str, axis: int, bias: str = "") -> Mask:
+        return Mask(lengths, bias)
+
+    def attention(
+        self, qkv: list[str], heads: Heads, mask: Mask | None = None, scale: float | None = None, by_heads: bool = False
+    ) -> str:
+        attributes: dict[str, Any] = {"num_heads": heads.n}
+        if scale is not None:
+            attributes["scale"] = scale
+        if mask is None:
+            return self.op("MultiHeadAttention", qkv, domain=MICROSOFT, **attributes)
+        inputs = [*qkv, "", mask.padding, *([mask.bias] if mask.bias else [])]
+        return self.op("MultiHeadAttention", inputs, domain=MICROSOFT, mask_filter_value=MASKED, **attributes)
+
+    def cache_positions(self) -> str:
+        end = self.op("Cast", ["total_sequence_length"], to=TensorProto.INT64)
+        return self.count(self.op("Unsqueeze", [end, self.constant([0])]))
+
+    def over_cache(
+        self, new: New, heads: Heads, scale: float, bias: str = "", rotary: tuple[np.ndarray, ...] = ()
+    ) -> Attend:
+        more, attributes = [], {"num_heads": heads.n, "kv_num_heads": heads.n_kv, "scale": float(scale)}
+        if rotary:
+            more, attributes["do_rotary"] = [*map(self.raw, rotary), self.to_slots(new.positions)], 1
+        if bias:
+            more = ["", "", "", self.to_slots(bias)]
+
+        def attend(qkv: str, past: list[str], present: list[str]) -> str:
+            inputs = [self.to_slots(qkv), "", "", *past, "seqlens_k", "total_sequence_length", *more]
+            outputs = [self.fresh("attention"), *present]
+            y, *_ = self.op("GroupQueryAttention", inputs, outputs, domain=MICROSOFT, **attributes)
+            return self.to_rows(y)
+
+        return attend
