@@ -156,6 +156,8 @@ def test_a_killed_run_goes_on_and_ends_where_an_unbroken_one_ends(tmp_path: Path
     whole = _regression(tmp_path / "a", 20)
     with pytest.raises(KeyboardInterrupt):
         _regression(tmp_path / "b", 20, stop_after=11)
+    kept = torch.load(tmp_path / "b" / "r.pt", weights_only=True)
+    assert kept.keys() == {"step", "model", "optimisers"}, "a training that began before could not go on"
     resumed = _regression(tmp_path / "b", 20)
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
