@@ -27,25 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, help="folder of the new bundle")
     parser.add_argument("--revision", help="branch, tag or commit of the id on the hub (default: main)")
     parser.add_argument("--name", help="the bundle's name (default: the folder's)")
-    parser.add_argument(
-        "--caption-prompt",
-        help="text before a caption, `a photo of` for COCO-tuned checkpoints (default: none; "
-        "`A short image description:` for InstructBLIP)",
-    )
-    parser.add_argument(
-        "--ask-prompt",
-        help="template around a question (default: `Question: {} Answer:`, with `Short answer:` for Flan-T5 and InstructBLIP)",
-    )
-    parser.add_argument(
-        "--caption-tokens", type=int, default=30, help="most new tokens of a caption (default %(default)s)"
-    )
-    parser.add_argument("--ask-tokens", type=int, default=10, help="most new tokens of an answer (default %(default)s)")
-    parser.add_argument(
-        "--beams",
-        type=int,
-        metavar="N",
-        help="beams of captions and answers, 1 for greedy search (default: 5, and 3 for captions of stage 1)",
-    )
+    _add_texts(parser)
     parser.add_argument(
         "--no-golden", action="store_true", help="record no reference; `blip2 verify` then checks files and shapes only"
     )
@@ -55,34 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="pictures of N×N pixels instead of the checkpoint's size; position embeddings are interpolated",
     )
-    parser.add_argument(
-        "--ignore-tensors",
-        action="append",
-        default=[],
-        metavar="PATTERN",
-        help="tensors of such names (`*` stands for anything) may be left out; otherwise one without a place is an error",
-    )
-    parser.add_argument(
-        "--adapter",
-        action="append",
-        default=[],
-        metavar="FOLDER",
-        help="LoRA adapter of peft to merge, a folder or an id on the hub; repeated, one after another. One that lies beside "
-        "the weights is merged in any case",
-    )
-    lavis = parser.add_argument_group("what a LAVIS file leaves out")
-    lavis.add_argument(
-        "--vision",
-        type=Path,
-        help="its image encoder: eva_vit_g.pth, clip_vit_L.pth, another LAVIS file that holds one, or a BLIP-2 folder",
-    )
-    lavis.add_argument("--llm", type=Path, metavar="FOLDER", help="the OPT or Flan-T5 model of a stage-2 file")
-    lavis.add_argument(
-        "--tokenizer",
-        type=Path,
-        metavar="FOLDER",
-        help="bert-base-uncased for a stage-1 file; for a stage-2 file the language model's, if not in its folder",
-    )
+    _add_weights(parser)
+    _add_lavis(parser.add_argument_group("what a LAVIS file leaves out"))
     parser.add_argument(
         "--target",
         choices=sorted(TARGETS),
@@ -108,6 +64,62 @@ def run(args: argparse.Namespace) -> int:
     total = sum(p.stat().st_size for p in args.out.rglob("*") if p.is_file())
     print(f"{args.out}: {total / 1e6:.1f} MB", file=sys.stderr)
     return 0
+
+
+def _add_texts(parser: argparse.ArgumentParser) -> None:
+    """What captions and answers are unless the engine is told otherwise."""
+    parser.add_argument(
+        "--caption-prompt",
+        help="text before a caption, `a photo of` for COCO-tuned checkpoints (default: none; "
+        "`A short image description:` for InstructBLIP)",
+    )
+    parser.add_argument(
+        "--ask-prompt",
+        help="template around a question (default: `Question: {} Answer:`, with `Short answer:` for Flan-T5 and InstructBLIP)",
+    )
+    parser.add_argument(
+        "--caption-tokens", type=int, default=30, help="most new tokens of a caption (default %(default)s)"
+    )
+    parser.add_argument("--ask-tokens", type=int, default=10, help="most new tokens of an answer (default %(default)s)")
+    parser.add_argument(
+        "--beams",
+        type=int,
+        metavar="N",
+        help="beams of captions and answers, 1 for greedy search (default: 5, and 3 for captions of stage 1)",
+    )
+
+
+def _add_weights(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ignore-tensors",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="tensors of such names (`*` stands for anything) may be left out; otherwise one without a place is an error",
+    )
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="LoRA adapter of peft to merge, a folder or an id on the hub; repeated, one after another. One that lies beside "
+        "the weights is merged in any case",
+    )
+
+
+def _add_lavis(parts: argparse._ArgumentGroup) -> None:
+    parts.add_argument(
+        "--vision",
+        type=Path,
+        help="its image encoder: eva_vit_g.pth, clip_vit_L.pth, another LAVIS file that holds one, or a BLIP-2 folder",
+    )
+    parts.add_argument("--llm", type=Path, metavar="FOLDER", help="the OPT or Flan-T5 model of a stage-2 file")
+    parts.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="FOLDER",
+        help="bert-base-uncased for a stage-1 file; for a stage-2 file the language model's, if not in its folder",
+    )
 
 
 def _convert(args: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ from test_engine import ENGINE
 
 from blip2_export.bundle import Choices, convert
 from blip2_export.check import random_checkpoint
-from blip2_export.measure import baseline, bench, machine, prefill, samples, work
+from blip2_export.measure import baseline, bench, binary, machine, prefill, samples, work
 from blip2_export.measure.peer import Peer
 
 PICTURES = [str(path) for path in sorted(work.SAMPLES.glob("*.png"))[:2]]
@@ -77,6 +77,7 @@ def test_a_bench_prints_ratios_of_what_it_prints(benched: Path, capsys: pytest.C
     assert "same tokens: 4 of 4 captions" in printed
     assert "engine: blip2 " in printed and "instruction set: " in printed and "transformers: 5." in printed
     found = json.loads((benched / "all.json").read_text())
+    assert len(found["engine"]["step"]) == len(found["transformers"]["step"]) == 2 * 2 * 3, "a gap behind every token"
     sides, own = tables(printed)
     assert [label for label, *_ in sides] == list(found["rows"].values()) and len(own) == 3
     for (label, ours, _, theirs, _, ratio), name in zip(sides, found["rows"], strict=True):
@@ -85,6 +86,13 @@ def test_a_bench_prints_ratios_of_what_it_prints(benched: Path, capsys: pytest.C
             assert float(median) == pytest.approx(statistics.median(found[side][name]), rel=1e-3), (label, side)
     for label, over, under, ratio in own:
         assert ratio == f"{float(over) / float(under):.3f}", label
+
+
+def test_requests_at_once_count_until_the_last_one_ends() -> None:
+    times = ({"waiting": 0.5, "prefill": 9.5, "decode": 30.0}, {"waiting": 20.0, "prefill": 10.0, "decode": 20.0})
+    lines = [{"tokens": [7] * 10, "timings_ms": one} for one in times]
+    assert binary._tokens_per_second(lines) == 20 / 0.050
+    assert binary._tokens_per_second(lines[:1]) == 10 / 0.040
 
 
 def test_a_second_bench_keeps_the_model_unless_its_code_is_newer(
@@ -131,6 +139,17 @@ def test_a_bench_without_room_makes_nothing(short: str, tmp_path: Path, monkeypa
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(("typed", "said"), [("--images", "no such picture"), ("--json", "a folder that exists")])
+def test_what_would_fail_in_the_end_is_told_before(
+    typed: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args([typed, str(tmp_path / "absent" / "file")])
+    assert said in capsys.readouterr().err
+
+
 def test_an_absent_engine_is_named(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="make build"):
         run_bench(tmp_path, "--engine", str(tmp_path / "blip2"))
@@ -138,12 +157,17 @@ def test_an_absent_engine_is_named(tmp_path: Path) -> None:
 
 def test_prefill_alone_reads_every_position_and_no_more(checkpoint: Path, tmp_path: Path) -> None:
     convert(checkpoint, tmp_path / "bundle", Choices("tiny", golden=False))
-    n_positions, n_new = 9, 60
-    alone = prefill._Prefill(tmp_path / "bundle", n_positions, n_new, 1)
+    n_queries = json.loads((tmp_path / "bundle" / "bundle.json").read_text())["qformer"]["n_queries"]
+    n_tokens, n_new = 9, 60
+    alone = prefill._Prefill(tmp_path / "bundle", n_tokens, n_new, 1)
     assert alone.run() > 0
     values = {name: value.numpy() for name, value in alone._values.items()}
+    n_positions = n_queries + n_tokens
     n_read = 1 if checkpoint.name == "t5" else n_positions
     assert np.ptp(values["logits"]) > 0
+    ends = {"seqlens_k": n_read - 1, "logits_at": n_read - 1, "total_sequence_length": n_read}
+    ends |= {"lengths": n_positions, "encoder_lengths": n_positions} if checkpoint.name == "t5" else {}
+    assert {name: int(values[name].max()) for name in ends} == ends
     for name in (name for name in values if name.startswith("past_key_values")):
         written = np.abs(values[name]).max(axis=(0, 1, 3)) > 0
         assert written[:n_read].all() and not written[n_read:].any(), name

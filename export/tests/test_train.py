@@ -23,15 +23,16 @@ from blip2_export.train import cli, demo, language, muon, seq2seq, speaker, stag
 from blip2_export.train.features import Pairs
 from blip2_export.train.frozen import frozen
 from blip2_export.train.images import CaptionedImages, DataError, clean
-from blip2_export.train.loop import Phase, Schedule, fit
+from blip2_export.train.loop import Phase, Schedule, Task, fit
 from blip2_export.train.qformer import QFormer
 from blip2_export.train.qformer import config as qformer_config
+from blip2_export.train.text import Mixture
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     work = tmp_path_factory.mktemp("demo")
-    demo.train(work / "work", work / "checkpoint", demo.TINY)
+    demo.train(demo.Demo(work / "work", demo.TINY), work / "checkpoint")
     return work
 
 
@@ -51,14 +52,14 @@ def test_the_chain_writes_a_folder_that_transformers_loads_and_runs(trained: Pat
 @pytest.fixture(scope="module")
 def demos(trained: Path) -> Path:
     for name, stage, llm in (("itm", "stage1", "opt"), ("t5", "stage2", "t5"), ("vqa", "vqa", "opt")):
-        demo.train(trained / "work", trained / name, demo.TINY, stage, llm)
+        demo.train(demo.Demo(trained / "work", demo.TINY, stage, llm), trained / name)
     return trained
 
 
 def test_stage_2_without_stage_1_starts_from_a_new_qformer(trained: Path, tmp_path: Path) -> None:
     work = tmp_path / "work"
     shutil.copytree(trained / "work", work)
-    demo.train(work, tmp_path / "alone", demo.TINY, without_stage1=True)
+    demo.train(demo.Demo(work, demo.TINY, without_stage1=True), tmp_path / "alone")
     assert (work / "stage2.pt").read_bytes() == (trained / "work" / "stage2.pt").read_bytes(), "one checkpoint for both"
     after, alone = (load_file(folder / "model.safetensors") for folder in (trained / "checkpoint", tmp_path / "alone"))
     eye = "vision_model.encoder.layers.0.mlp.fc1.weight"
@@ -113,7 +114,7 @@ def test_demos_share_the_phases_that_they_have_in_common(demos: Path) -> None:
 def test_a_finished_chain_is_not_trained_again(trained: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in (trained / "work").glob("*.pt")}
     assert {"vision", "language", "stage1", "stage2"} <= set(p.stem for p in before)
-    demo.train(trained / "work", trained / "again", demo.TINY)
+    demo.train(demo.Demo(trained / "work", demo.TINY), trained / "again")
     assert before == {p: p.stat().st_mtime_ns for p in (trained / "work").glob("*.pt")}
     first, second = ((trained / d / "model.safetensors").read_bytes() for d in ("checkpoint", "again"))
     assert first == second
@@ -147,7 +148,7 @@ def _regression(work: Path, steps: int, stop_after: int | None = None) -> nn.Lin
         return torch.randn(8, 3, generator=torch.Generator().manual_seed(step))
 
     phase = Phase("r", work, Schedule(steps, 1e-2, matrix_rate=1e-2, warmup=2), save_seconds=0)
-    fit(phase, model, batch, lambda x: {"l": (model(x) - x.sum(1, keepdim=True)).square().mean()}, workers=0)
+    fit(phase, Task(model, batch, lambda x: {"l": (model(x) - x.sum(1, keepdim=True)).square().mean()}), workers=0)
     return model
 
 
@@ -155,6 +156,8 @@ def test_a_killed_run_goes_on_and_ends_where_an_unbroken_one_ends(tmp_path: Path
     whole = _regression(tmp_path / "a", 20)
     with pytest.raises(KeyboardInterrupt):
         _regression(tmp_path / "b", 20, stop_after=11)
+    kept = torch.load(tmp_path / "b" / "r.pt", weights_only=True)
+    assert kept.keys() == {"step", "model", "optimisers"}, "a training that began before could not go on"
     resumed = _regression(tmp_path / "b", 20)
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -165,7 +168,8 @@ def test_a_faster_parameter_moves_that_much_further(tmp_path: Path) -> None:
     model = nn.Linear(3, 1)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     phase = Phase("f", tmp_path, Schedule(1, 1e-3, warmup=0, weight_decay=0.0))
-    fit(phase, model, lambda _: torch.ones(2, 3), lambda x: {"l": model(x).sum()}, workers=0, faster={"bias": 10.0})
+    task = Task(model, lambda _: torch.ones(2, 3), lambda x: {"l": model(x).sum()}, {"bias": 10.0})
+    fit(phase, task, workers=0)
     moved = {name: (p.detach() - before[name]).abs().max().item() for name, p in model.named_parameters()}
     assert moved["weight"] == pytest.approx(1e-3, rel=1e-2), "Adam's first step is the rate"
     assert moved["bias"] == pytest.approx(1e-2, rel=1e-2)
@@ -219,7 +223,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     _regression(tmp_path, 3)
     other = nn.Sequential(nn.Linear(3, 1))
     with pytest.raises(ValueError, match="another model"):
-        fit(Phase("r", tmp_path, Schedule(9, 1e-2)), other, lambda s: s, lambda b: {}, workers=0)
+        fit(Phase("r", tmp_path, Schedule(9, 1e-2)), Task(other, lambda s: s, lambda b: {}), workers=0)
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +236,7 @@ def opt(tmp_path_factory: pytest.TempPathFactory) -> tuple[language.Texts, text.
 def test_packed_texts_give_the_logits_of_each_text_alone(opt: tuple[language.Texts, text.Packer]) -> None:
     model, packer = opt
     rng = random.Random(0)
-    rows = [language.texts_of(drawing.sample_scene(rng), rng, 2, 4, True) for _ in range(3)]
+    rows = [language.texts_of(drawing.sample_scene(rng), rng, Mixture(2, 4, report=True)) for _ in range(3)]
     prefix = torch.randn(3, text.N_QUERIES, model.model.config.hidden_size)
     packed = packer.pack(rows)
     with torch.no_grad():
@@ -255,7 +259,7 @@ def t5(tmp_path_factory: pytest.TempPathFactory) -> tuple[seq2seq.Texts, seq2seq
 def test_rows_of_t5_give_the_logits_of_each_text_alone(t5: tuple[seq2seq.Texts, seq2seq.Batcher]) -> None:
     model, batcher = t5
     rng = random.Random(0)
-    rows = [seq2seq.texts_of(drawing.sample_scene(rng), rng, 2, 2, i == 0) for i in range(2)]
+    rows = [seq2seq.texts_of(drawing.sample_scene(rng), rng, Mixture(2, 2, i == 0)) for i in range(2)]
     every = [(i, one) for i, texts in enumerate(rows) for one in texts]
     prefix = torch.randn(2, text.N_QUERIES, model.width)
     seen = []
@@ -274,7 +278,9 @@ def test_rows_of_t5_give_the_logits_of_each_text_alone(t5: tuple[seq2seq.Texts, 
 def test_the_loss_of_t5_is_the_weighted_mean_over_all_targets(t5: tuple[seq2seq.Texts, seq2seq.Batcher]) -> None:
     model, batcher = t5
     rng = random.Random(3)
-    asked = batcher.pack([seq2seq.texts_of(drawing.sample_scene(rng), rng, 2, 6, True) for _ in range(2)])
+    asked = batcher.pack(
+        [seq2seq.texts_of(drawing.sample_scene(rng), rng, Mixture(2, 6, report=True)) for _ in range(2)]
+    )
     prefix = torch.randn(2, text.N_QUERIES, model.width)
     with torch.no_grad():
         parts = model.losses(prefix, asked)
@@ -299,7 +305,7 @@ def test_the_projection_into_t5_starts_small_and_learns_slowly(
     weight = "language_projection.weight"
     assert 0.006 < before[weight].std() < 0.008
     rng = random.Random(4)
-    asked = t5[1].pack([seq2seq.texts_of(drawing.sample_scene(rng), rng, 0, 6, False)])
+    asked = t5[1].pack([seq2seq.texts_of(drawing.sample_scene(rng), rng, Mixture(0, 6))])
     phase = Phase("stage2", tmp_path, Schedule(1, 1e-3, matrix_rate=3e-3, warmup=1))
     stage2.train(phase, model, lambda step: (torch.randn(1, 5, 16), asked), None)
     moved = {name: float((p - before[name]).std()) for name, p in model.named_parameters()}
@@ -350,8 +356,8 @@ def test_the_gate_of_a_language_model_reads_its_captions() -> None:
 
 def test_a_split_caption_goes_on_in_the_decoder(t5: tuple[seq2seq.Texts, seq2seq.Batcher]) -> None:
     scene = drawing.sample_scene(random.Random(5))
-    whole = {t.target for t in seq2seq.texts_of(scene, random.Random(1), 200, 0, False, split=False)}
-    parts = seq2seq.texts_of(scene, random.Random(1), 200, 0, False)
+    whole = {t.target for t in seq2seq.texts_of(scene, random.Random(1), Mixture(200, 0), split=False)}
+    parts = seq2seq.texts_of(scene, random.Random(1), Mixture(200, 0))
     begun = [t for t in parts if t.prompt]
     assert 60 < len(begun) < 140
     assert any(f"{t.prompt} {t.target}" in whole for t in begun) and all(t.target for t in parts)

@@ -36,13 +36,8 @@ def run(args: argparse.Namespace) -> int:
     found: dict[str, Samples] = {}
     try:
         for dtype in args.dtype:
-            peer = Peer(args.checkpoint, dtype, args.threads)
-            wanted = work.of(args, peer.n_prompt_tokens)
-            found[dtype] = _measured(peer, wanted, args.rounds, dtype)
-            if args.compile:
-                peer.compile()
-                compiled = f"{dtype}, compiled"
-                found[compiled] = _measured(peer, wanted, args.rounds, compiled)
+            wanted, more = _in_dtype(args, dtype)
+            found |= more
     except CheckpointError as error:
         raise SystemExit(f"error: {error}") from error
     described = machine.describe(args.threads, "torch", "transformers")
@@ -51,6 +46,18 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         args.json.write_text(json.dumps({"machine": described, "rows": wanted.rows, "samples": found}, indent=1) + "\n")
     return 0
+
+
+def _in_dtype(args: argparse.Namespace, dtype: str) -> tuple[Work, dict[str, Samples]]:
+    """Eager and perhaps compiled; the model is let go before that of the next precision is loaded."""
+    peer = Peer(args.checkpoint, dtype, args.threads)
+    wanted = work.of(args, peer.n_prompt_tokens)
+    found = {dtype: _measured(peer, wanted, args.rounds, dtype)}
+    if args.compile:
+        peer.compile()
+        compiled = f"{dtype}, compiled"
+        found[compiled] = _measured(peer, wanted, args.rounds, compiled)
+    return wanted, found
 
 
 def _measured(peer: Peer, wanted: Work, n_rounds: int, label: str) -> Samples:

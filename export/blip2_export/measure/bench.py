@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 
 from blip2_export import bundle, graphs, read
 from blip2_export.check import random_checkpoint
@@ -56,13 +57,12 @@ def run(args: argparse.Namespace) -> int:
     found = _Found(wanted)
     _say("transformers: warming up")
     peer.warm_up(wanted)
-    n_positions = models.n_queries + peer.n_prompt_tokens("")
     for i in range(args.rounds):
         _say(f"round {i + 1} of {args.rounds}: engine")
         samples.add(found.engine, engine.measure(wanted, i))
         _say(f"round {i + 1} of {args.rounds}: transformers")
         samples.add(found.peer, peer.measure(wanted, i))
-        alone = prefill.times(models.bundle, n_positions, wanted.n_tokens, args.threads, _PREFILLS)
+        alone = prefill.times(models.bundle, peer.n_prompt_tokens(""), wanted.n_tokens, args.threads, _PREFILLS)
         samples.add(found.engine, {"prefill of the graphs alone": alone})
     described = {
         "command": shlex.join(["python", "-m", "blip2_export", *sys.argv[1:]]),
@@ -93,18 +93,12 @@ class _Models:
     def bundle(self) -> Path:
         return self.folder / f"{self.shape}-bundle"
 
-    @property
-    def n_queries(self) -> int:
-        facts = json.loads((self.bundle / "bundle.json").read_text())
-        return int(facts["qformer"]["n_queries"])
-
     def prepare(self) -> None:
         """Makes what is missing, or older than the code that makes it; refuses before that where there is no room."""
         n_bytes = 4 * random_checkpoint.n_parameters(self.shape)
-        code = [Path(module.__file__ or "") for module in (random_checkpoint, bundle)]
-        parts = [path for part in (graphs, read) for path in Path(part.__path__[0]).rglob("*.py")]
-        drawn = _is_current(self.checkpoint / "config.json", code[:1])
-        built = drawn and _is_current(self.bundle / "bundle.json", [*code[1:], *parts, self.checkpoint / "config.json"])
+        config, facts = self.checkpoint / "config.json", self.bundle / "bundle.json"
+        drawn = _is_current(config, _code(random_checkpoint))
+        built = drawn and _is_current(facts, [config, *_code(bundle), *_code(graphs), *_code(read)])
         absent = [path for path in (self.checkpoint, self.bundle) if not path.exists()]
         machine.require_disk(self.folder, int(1.02 * n_bytes * len(absent)), self.shape)
         machine.require_memory(2 * n_bytes + _BESIDE_WEIGHTS, self.shape)
@@ -155,6 +149,12 @@ def _agreement(engine: dict[str, list[int]], peer: dict[str, list[int]]) -> str:
     """Captions of both sides; with random weights scores tie more often than with trained ones, so that a few may differ."""
     same = sum(engine[name] == tokens for name, tokens in peer.items())
     return f"{same} of {len(peer)} captions"
+
+
+def _code(module: ModuleType) -> list[Path]:
+    """The files of a module, or of all in a package."""
+    file = Path(module.__file__ or "")
+    return list(file.parent.rglob("*.py")) if file.name == "__init__.py" else [file]
 
 
 def _is_current(made: Path, sources: Iterable[Path]) -> bool:

@@ -47,13 +47,13 @@ class Engine:
         return {
             "preprocess": [times["decode_image"] + times["preprocess"] for times in stages],
             **{name: [times[name] for times in stages] for name in ("vision", "qformer", "prefill")},
-            "step": [_step(one) for one in captions],
+            "step": [gap for one in captions for gap in one["token_gaps_ms"]],
             "caption": [times["total"] for times in stages],
             "beams": [one["timings_ms"]["total"] for one in beams],
             "alone": [_tokens_per_second([one]) for one in alone],
             "together": [_tokens_per_second(together)],
-            "step of rows": [_step(asked_rows[0])],
-            "step of beams": [_step(asked_beams[0])],
+            "step of rows": [_mean_step(asked_rows[0])],
+            "step of beams": [_mean_step(asked_beams[0])],
         }
 
     def _captions(self, work: Work, images: tuple[Path, ...] | list[Path], prompt: str, n_beams: int) -> list[_Line]:
@@ -78,12 +78,13 @@ class Engine:
         return lines
 
 
-def _step(line: _Line) -> float:
-    """The mean of one text: its first token comes from prefill."""
+def _mean_step(line: _Line) -> float:
+    """Of one text, whose first token comes from prefill. What beams have settled says nothing of the time of a step."""
     return line["timings_ms"]["decode"] / (len(line["tokens"]) - 1)
 
 
 def _tokens_per_second(lines: list[_Line]) -> float:
-    """Of the language model alone; lines of one batch share their times."""
-    times = lines[0]["timings_ms"]
-    return sum(len(line["tokens"]) for line in lines) * 1e3 / (times["prefill"] + times["decode"])
+    """Of the language model alone, until the last of these texts ends."""
+    each = (line["timings_ms"] for line in lines)
+    slowest = max(times["waiting"] + times["prefill"] + times["decode"] for times in each)
+    return sum(len(line["tokens"]) for line in lines) * 1e3 / slowest

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-_CAPACITY_STEP = 64  # as the engine's buffers
+_CAPACITY_STEP = 64  # as the engine's slots
 
 
-def times(bundle: Path, n_positions: int, n_new: int, n_threads: int, n_runs: int) -> list[float]:
-    """Milliseconds of prefills of `n_positions` with room for `n_new` tokens, measured in a new process."""
+def times(bundle: Path, n_tokens: int, n_new: int, n_threads: int, n_runs: int) -> list[float]:
+    """Milliseconds of prefills of `n_tokens` behind the queries with room for `n_new`, measured in a new process."""
     package = Path(__file__).parents[2]
-    numbers = [str(n) for n in (n_positions, n_new, n_threads, n_runs)]
+    numbers = [str(n) for n in (n_tokens, n_new, n_threads, n_runs)]
     command = [sys.executable, "-m", "blip2_export.measure.prefill", str(bundle.absolute()), *numbers]
     done = subprocess.run(command, cwd=package, capture_output=True, encoding="utf-8", check=False)
     if done.returncode:
@@ -31,29 +31,31 @@ def times(bundle: Path, n_positions: int, n_new: int, n_threads: int, n_runs: in
 
 
 class _Prefill:
-    """The graphs of a prefill with one row, in the order in which they run."""
+    """The graphs of a prefill of one row in one slot, in the order in which they run."""
 
-    def __init__(self, bundle: Path, n_positions: int, n_new: int, n_threads: int) -> None:
+    def __init__(self, bundle: Path, n_tokens: int, n_new: int, n_threads: int) -> None:
         facts = json.loads((bundle / "bundle.json").read_text())
         self._graphs, cache = facts["graphs"], facts["language"]["kv_cache"]
-        encodes = "encoder" in self._graphs
         self._values: dict[str, ort.OrtValue] = {}
         self._written_in_place = {
             cache[f"present_{side}"].format(layer): cache[f"past_{side}"].format(layer)
             for layer in range(cache["n_layers"])
             for side in ("key", "value")
         }
-        n_read = 1 if encodes else n_positions
-        capacity = -(-(n_read + n_new) // _CAPACITY_STEP) * _CAPACITY_STEP
-        sizes = {"batch": 1, "n_logits": 1, "n_encoder": n_positions, "capacity": capacity}
+        n_queries = facts["qformer"]["n_queries"]
+        prompt = {"n_queries": n_queries, "n_tokens": n_tokens, "sequence": n_queries + n_tokens}
+        start = {"n_tokens": 1, "sequence": 1}  # behind an encoder, the decoder reads what a text begins with
+        reads = {"encoder": prompt, "decoder": start} if "encoder" in self._graphs else {"decoder": prompt}
+        capacity = -(-(reads["decoder"]["sequence"] + n_new) // _CAPACITY_STEP) * _CAPACITY_STEP
+        ones = dict.fromkeys(("batch", "rows", "slots", "n_logits"), 1)
+        shared = {**ones, "n_encoder": prompt["sequence"], "capacity": capacity}
         options = ort.SessionOptions()
         options.intra_op_num_threads = n_threads
-        lengths = [("encoder", n_positions)] * encodes + [("decoder", n_read)]
         self._bound = []
-        for name, length in lengths:
+        for name, read in reads.items():
             session = ort.InferenceSession(bundle / self._graphs[name]["file"], options)
-            self._bound.append((session, self._bind(session, name, {**sizes, "sequence": length})))
-            self._values.pop("inputs_embeds")
+            self._bound.append((session, self._bind(session, name, {**shared, **read})))
+            self._values.pop("input_ids")
 
     def run(self) -> float:
         start = time.perf_counter()
@@ -81,16 +83,15 @@ class _Prefill:
 
 def _filled(name: str, shape: list[int], sizes: dict[str, int]) -> np.ndarray:
     """An input of a prefill of one row; what is not known by name is a buffer of zeros."""
-    length = sizes["sequence"]
     match name:
-        case "inputs_embeds":
+        case "queries":
             return np.random.default_rng(0).standard_normal(shape)
-        case "position_ids":
-            return np.arange(length)[None]
+        case "input_ids" | "position_ids":
+            return np.arange(shape[1])[None]
         case "seqlens_k" | "logits_at":
-            return np.full(shape, length - 1)
+            return np.full(shape, sizes["sequence"] - 1)
         case "total_sequence_length":
-            return np.full(shape, length)
+            return np.full(shape, sizes["sequence"])
         case "lengths" | "encoder_lengths":
             return np.full(shape, sizes["n_encoder"])
     return np.zeros(shape)
@@ -99,10 +100,10 @@ def _filled(name: str, shape: list[int], sizes: dict[str, int]) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle", type=Path)
-    for name in ("n_positions", "n_new", "n_threads", "n_runs"):
+    for name in ("n_tokens", "n_new", "n_threads", "n_runs"):
         parser.add_argument(name, type=int)
     args = parser.parse_args()
-    prefill = _Prefill(args.bundle, args.n_positions, args.n_new, args.n_threads)
+    prefill = _Prefill(args.bundle, args.n_tokens, args.n_new, args.n_threads)
     prefill.run()
     print(json.dumps([prefill.run() for _ in range(args.n_runs)]))
 

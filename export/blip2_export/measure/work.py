@@ -48,13 +48,8 @@ class Work:
         }
 
 
-RATES = ("alone", "together")  # the more the better; of all other rows the less
-
-
 def of(args: argparse.Namespace, n_prompt_tokens: Callable[[str], int]) -> Work:
     """The questions that are asked have prompts of one length, so that no side gains by how it pads."""
-    if missing := next((path for path in args.images if not path.is_file()), None):
-        raise SystemExit(f"{missing}: no such picture")
     asked = [" ".join(words) + "?" for words in itertools.product(*_PARTS)]
     by_length: dict[int, list[str]] = {}
     for question in asked:
@@ -68,7 +63,7 @@ def of(args: argparse.Namespace, n_prompt_tokens: Callable[[str], int]) -> Work:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images",
-        type=Path,
+        type=_picture,
         nargs="+",
         default=sorted(SAMPLES.glob("*.png")),
         metavar="FILE",
@@ -85,7 +80,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=_count(1), default=machine.n_cores(), metavar="N", help="on both sides (default: one a core)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="every single value, with machine and versions")
+    parser.add_argument("--json", type=_report, metavar="FILE", help="every single value, with machine and versions")
+
+
+def _picture(text: str) -> Path:
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"{text}: no such picture")
+    return Path(text)
+
+
+def _report(text: str) -> Path:
+    """A file that can be written once everything is measured."""
+    if not Path(text).absolute().parent.is_dir() or Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: no file can be written there; choose one in a folder that exists")
+    return Path(text)
 
 
 def _count(least: int) -> Callable[[str], int]:

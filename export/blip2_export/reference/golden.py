@@ -54,12 +54,9 @@ def _cases(checkpoint: Checkpoint, folder: Path, facts: dict[str, Any]) -> list[
     for i, (picture, pixels) in enumerate(pictures.shown(model.prepare, facts["image"]["size"])):
         picture.save(folder / f"{i}.png")
         features = model.features(pixels)
-        shared = {
-            "pixels": save(folder / f"{i}.pixels.bin", pixels),
-            "features": save(folder / f"{i}.features.bin", features),
-        }
+        shared = _saved(folder / f"{i}", pixels=pixels, features=features)
         if model.question is None:
-            shared["queries"] = save(folder / f"{i}.queries.bin", model.queries(features))
+            shared |= _saved(folder / f"{i}", queries=model.queries(features))
         for task, question, prompt in (
             ("caption", "", facts["prompts"]["caption"]),
             ("ask", _QUESTION, facts["prompts"]["ask"].format(_QUESTION)),
@@ -77,7 +74,7 @@ def _cases(checkpoint: Checkpoint, folder: Path, facts: dict[str, Any]) -> list[
                     "max_new_tokens": n_new,
                     **shared,
                     **own,
-                    "first_logits": save(folder / f"{i}.{task}.first_logits.bin", logits),
+                    **_saved(folder / f"{i}.{task}", first_logits=logits),
                     "tokens": tokens,
                     "text": text,
                 }
@@ -96,11 +93,8 @@ def _check_room(facts: dict[str, Any], task: str, n_tokens: int) -> None:
 
 def _asked(model: generation.Reference, stem: Path, features: np.ndarray, prompt: str, question: str) -> dict[str, Any]:
     """What a case holds of its own where the Q-Former reads a question."""
-    queries = model.queries(features, prompt, question)
-    return {
-        "question_ids": model.question_ids(prompt, question),
-        "queries": save(stem.with_name(stem.name + ".queries.bin"), queries),
-    }
+    ids = model.question_ids(prompt, question)
+    return {"question_ids": ids, **_saved(stem, queries=model.queries(features, prompt, question))}
 
 
 def _stage1_cases(
@@ -108,52 +102,54 @@ def _stage1_cases(
 ) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
     """Drawn pictures, each matched with texts, embedded, and captioned where the checkpoint can; and the compared stages."""
     model = retrieval.Reference(checkpoint, facts)
-    out = []
+    writes = "caption" in facts["tasks"]
+    cases: list[dict[str, Any]] = []
     for i, (picture, pixels) in enumerate(pictures.shown(model.prepare, facts["image"]["size"])):
+        stem, text = folder / f"{i}", retrieval.TEXTS[i]
         picture.save(folder / f"{i}.png")
         features = model.features(pixels)
         queries, image_embeds = model.image(features)
-        shared = {
-            "image": f"golden/{i}.png",
-            "pixels": save(folder / f"{i}.pixels.bin", pixels),
-            "features": save(folder / f"{i}.features.bin", features),
-            "queries": save(folder / f"{i}.queries.bin", queries),
-        }
-        out.append(
-            {"task": "match", **shared, "texts": [model.match(features, image_embeds, t) for t in retrieval.TEXTS]}
-        )
-        ids = model.encode(retrieval.TEXTS[i])
-        states, multimodal = model.text(ids), model.matching(features, ids)[1]
-        out.append(
-            {
-                "task": "embed",
-                **shared,
-                "text": retrieval.TEXTS[i],
-                "input_ids": ids,
-                "image_embeds": save(folder / f"{i}.image_embeds.bin", image_embeds),
-                "text_embeds": save(folder / f"{i}.text_embeds.bin", states),
-                "multimodal_states": save(folder / f"{i}.multimodal_states.bin", multimodal),
-            }
-        )
-        if "caption" in facts["tasks"]:
-            most = facts["generation"]["caption"]["max_new_tokens"]
-            ids, logits, tokens, text = model.write(features, most)
-            out.append(
-                {
-                    "task": "caption",
-                    "prompt": "",
-                    "prompt_ids": ids,
-                    "max_new_tokens": most,
-                    **shared,
-                    "first_logits": save(folder / f"{i}.caption.first_logits.bin", logits),
-                    "tokens": tokens,
-                    "text": text,
-                }
-            )
-    return out, _STAGE1 if "caption" in facts["tasks"] else _STAGE1[:-1]
+        shared = {"image": f"golden/{i}.png", **_saved(stem, pixels=pixels, features=features, queries=queries)}
+        matched = [model.match(features, image_embeds, other) for other in retrieval.TEXTS]
+        cases.append({"task": "match", **shared, "texts": matched})
+        embedded = _embedded(model, stem, features, text)
+        cases.append({"task": "embed", **shared, **_saved(stem, image_embeds=image_embeds), **embedded})
+        if writes:
+            n_new = facts["generation"]["caption"]["max_new_tokens"]
+            cases.append({"task": "caption", **shared, **_written(model, folder / f"{i}.caption", features, n_new)})
+    return cases, _STAGE1 if writes else _STAGE1[:-1]
 
 
-def save(path: Path, value: np.ndarray) -> dict[str, Any]:
+def _embedded(model: retrieval.Reference, stem: Path, features: np.ndarray, text: str) -> dict[str, Any]:
+    """A text alone, and beside the picture."""
+    ids = model.encode(text)
+    _, multimodal = model.matching(features, ids)
+    return {
+        "text": text,
+        "input_ids": ids,
+        **_saved(stem, text_embeds=model.text(ids), multimodal_states=multimodal),
+    }
+
+
+def _written(model: retrieval.Reference, stem: Path, features: np.ndarray, n_new: int) -> dict[str, Any]:
+    """A caption of the Q-Former itself."""
+    ids, logits, tokens, text = model.write(features, n_new)
+    return {
+        "prompt": "",
+        "prompt_ids": ids,
+        "max_new_tokens": n_new,
+        **_saved(stem, first_logits=logits),
+        "tokens": tokens,
+        "text": text,
+    }
+
+
+def _saved(stem: Path, **values: np.ndarray) -> dict[str, Any]:
+    """Each value in a file of its own; what a case says of them."""
+    return {name: _save(stem.with_name(f"{stem.name}.{name}.bin"), value) for name, value in values.items()}
+
+
+def _save(path: Path, value: np.ndarray) -> dict[str, Any]:
     value.astype("<f4").tofile(path)
     return {"file": f"golden/{path.name}", "shape": list(value.shape)}
 

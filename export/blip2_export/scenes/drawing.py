@@ -51,6 +51,12 @@ MAX_OBJECTS = 4
 _EMPTY_SLOT = " and nothing else to be seen here ."
 _JITTER = 0.09  # of the side, around a cell's centre: neighbouring rows and columns stay 0.15 apart
 _GAP = 0.02
+_CORNERS = {  # distance in radii and angle in degrees, from the centre
+    "square": [(1.0, 45 + 90 * k) for k in range(4)],
+    "triangle": [(1.0, -90 + 120 * k) for k in range(3)],
+    "star": [(1.0 if k % 2 == 0 else 0.42, -90 + 36 * k) for k in range(10)],
+    "cross": [p for k in range(4) for p in ((1.0, 90 * k - 19), (1.0, 90 * k + 19), (0.45, 90 * k + 45))],
+}
 
 
 @dataclass(frozen=True)
@@ -147,33 +153,22 @@ def coverage(thing: Thing, side: int) -> tuple[int, int, np.ndarray]:
     left, top = max(left, 0), max(top, 0)
     extent = min(int(2 * thing.radius * side) + 4, side - left, side - top)
     mask = Image.new("L", (extent * scale, extent * scale))
-    pen = ImageDraw.Draw(mask)
-    cx, cy, r = (thing.x * side - left) * scale, (thing.y * side - top) * scale, thing.radius * side * scale
-    _outline(pen, thing.shape, cx, cy, r, math.radians(thing.rotation))
+    centre = (thing.x * side - left) * scale, (thing.y * side - top) * scale
+    _outline(ImageDraw.Draw(mask), thing, centre, thing.radius * side * scale)
     return left, top, np.asarray(mask.reduce(scale), dtype=np.float32) / 255
 
 
-def _outline(pen: ImageDraw.ImageDraw, shape: str, cx: float, cy: float, r: float, turn: float) -> None:
-    if shape in ("circle", "ring"):
+def _outline(pen: ImageDraw.ImageDraw, thing: Thing, centre: tuple[float, float], r: float) -> None:
+    (cx, cy), turn = centre, math.radians(thing.rotation)
+    if thing.shape in ("circle", "ring"):
         q = r * 0.92
         pen.ellipse((cx - q, cy - q, cx + q, cy + q), fill=255)
-        if shape == "ring":
+        if thing.shape == "ring":
             q = r * 0.48
             pen.ellipse((cx - q, cy - q, cx + q, cy + q), fill=0)
         return
-    points = {
-        "square": [(1.0, 45 + 90 * k) for k in range(4)],
-        "triangle": [(1.0, -90 + 120 * k) for k in range(3)],
-        "star": [(1.0 if k % 2 == 0 else 0.42, -90 + 36 * k) for k in range(10)],
-        "cross": [p for k in range(4) for p in ((1.0, 90 * k - 19), (1.0, 90 * k + 19), (0.45, 90 * k + 45))],
-    }[shape]
-    pen.polygon(
-        [
-            (cx + r * d * math.cos(math.radians(a) + turn), cy + r * d * math.sin(math.radians(a) + turn))
-            for d, a in points
-        ],
-        fill=255,
-    )
+    corners = [(r * distance, math.radians(degrees) + turn) for distance, degrees in _CORNERS[thing.shape]]
+    pen.polygon([(cx + d * math.cos(a), cy + d * math.sin(a)) for d, a in corners], fill=255)
 
 
 def _background(kind: str, side: int, rng: np.random.Generator) -> np.ndarray:

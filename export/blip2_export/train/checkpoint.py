@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,40 +26,33 @@ from blip2_export.train.vqa import Vqa
 _STAGE1_PARTS = ("qformer", "embeddings", "vision_projection", "text_projection", "itm_head")
 
 
+@dataclass(frozen=True)
+class _Weights:
+    """Modules by the start of their names, and further tensors. `small`: with matrices of 8 bits."""
+
+    parts: dict[str, nn.Module]
+    more: dict[str, Tensor]
+    small: bool
+
+
 def write_stage2(
     folder: Path,
     vision: Blip2VisionModel,
-    model: Stage2 | Vqa,
+    model: Stage2,
     tokenizer: PreTrainedTokenizerFast,
-    more: dict[str, nn.Module] | None = None,
     small: bool = False,
 ) -> None:
-    """What `Blip2ForConditionalGeneration` and `Blip2Processor` read. `more`: further modules by the start of their names."""
-    language = model.texts.model
-    config = Blip2Config(
-        vision_config=vision.config.to_dict(),
-        qformer_config=model.qformer.config.to_dict(),
-        text_config=language.config.to_dict(),
-        num_query_tokens=model.query_tokens.shape[1],
-        image_text_hidden_size=64,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-    )
-    config.architectures = [Blip2ForConditionalGeneration.__name__]
-    parts = {
-        "vision_model": vision,
-        "qformer": model.qformer,
-        "language_projection": model.language_projection,
-        "language_model": language,
-        **(more or {}),
-    }
-    _write(folder, config, parts, {"query_tokens": model.query_tokens}, tokenizer, small)
+    """What `Blip2ForConditionalGeneration` and `Blip2Processor` read."""
+    _write(folder, _language_config(vision, model, tokenizer), _language_weights(vision, model, small), tokenizer)
 
 
 def write_vqa(
     folder: Path, model: Vqa, tokenizer: PreTrainedTokenizerFast, question_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """As a small `write_stage2`, with the embeddings and the tokenizer of the question that the Q-Former reads."""
-    write_stage2(folder, model.vision, model, tokenizer, {"embeddings": model.embeddings}, small=True)
+    weights = _language_weights(model.vision, model, small=True)
+    weights.parts["embeddings"] = model.embeddings
+    _write(folder, _language_config(model.vision, model, tokenizer), weights, tokenizer)
     question_tokenizer.save_pretrained(folder / "qformer_tokenizer")
 
 
@@ -80,36 +74,53 @@ def write_stage1(folder: Path, vision: Blip2VisionModel, stage1: QFormer, tokeni
         f"{head}transform.LayerNorm": norm,
     }
     more = {"query_tokens": stage1.query_tokens, f"{head}bias": stage1.head_bias, "temp": stage1.temperature}
-    _write(folder, config, parts, more, tokenizer, small=True)
+    _write(folder, config, _Weights(parts, more, small=True), tokenizer)
 
 
-def _write(
-    folder: Path,
-    config: Blip2Config,
-    parts: dict[str, nn.Module],
-    more: dict[str, Tensor],
-    tokenizer: PreTrainedTokenizerFast,
-    small: bool,
-) -> None:
+def _language_weights(vision: Blip2VisionModel, model: Stage2 | Vqa, small: bool) -> _Weights:
+    parts = {
+        "vision_model": vision,
+        "qformer": model.qformer,
+        "language_projection": model.language_projection,
+        "language_model": model.texts.model,
+    }
+    return _Weights(parts, {"query_tokens": model.query_tokens}, small)
+
+
+def _language_config(vision: Blip2VisionModel, model: Stage2 | Vqa, tokenizer: PreTrainedTokenizerFast) -> Blip2Config:
+    config = Blip2Config(
+        vision_config=vision.config.to_dict(),
+        qformer_config=model.qformer.config.to_dict(),
+        text_config=model.texts.model.config.to_dict(),
+        num_query_tokens=model.query_tokens.shape[1],
+        image_text_hidden_size=64,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    config.architectures = [Blip2ForConditionalGeneration.__name__]
+    return config
+
+
+def _write(folder: Path, config: Blip2Config, weights: _Weights, tokenizer: PreTrainedTokenizerFast) -> None:
     """config.json, model.safetensors, tokenizer and processor configs."""
     folder.mkdir(parents=True, exist_ok=True)
-    config.dtype = torch.float32 if small else torch.float16
+    config.dtype = torch.float32 if weights.small else torch.float16
     config.save_pretrained(folder)
-    save_file(_stored(parts, more, small), folder / "model.safetensors", {"format": "pt"})
+    save_file(_stored(weights), folder / "model.safetensors", {"format": "pt"})
     tokenizer.save_pretrained(folder)
     _write_processor(folder, config.vision_config.image_size, config.num_query_tokens)
 
 
-def _stored(parts: dict[str, nn.Module], more: dict[str, Tensor], small: bool) -> dict[str, Tensor]:
+def _stored(weights: _Weights) -> dict[str, Tensor]:
     """In float16, but if `small`, matrices that are no tables in float32 on the grid. Of tied tensors only the first is stored."""
-    tensors = {f"{name}.{k}": v for name, part in parts.items() for k, v in part.state_dict().items()} | more
+    parts = weights.parts
+    tensors = {f"{name}.{k}": v for name, part in parts.items() for k, v in part.state_dict().items()} | weights.more
     names = {value.data_ptr(): name for name, value in reversed(tensors.items())}
     modules = [module for part in parts.values() for module in part.modules()]
     matrices = {m.weight.data_ptr() for m in modules if isinstance(m, (nn.Linear, nn.Conv2d))}
     matrices -= {m.weight.data_ptr() for m in modules if isinstance(m, nn.Embedding)}
 
     def rounded(value: Tensor) -> Tensor:
-        if small and value.data_ptr() in matrices:
+        if weights.small and value.data_ptr() in matrices:
             return torch.from_numpy(round_to_grid(value.detach().numpy()))
         return value.detach().to(torch.float16)
 

@@ -23,23 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         description="Trains every phase that is not finished and writes a Hugging Face folder to --out. Demos in the same "
         f"--work share the phases that they have in common. {_RESUMES}",
     )
-    chain.add_argument(
-        "--stage",
-        choices=("stage1", "stage2", "vqa"),
-        default="stage2",
-        help="the last stage: stage1 for matching and retrieval, stage2 for captions and questions, vqa for a Q-Former "
-        "that reads the question (default %(default)s)",
-    )
-    chain.add_argument(
-        "--llm", choices=("opt", "t5"), default="opt", help="the language model's family (default %(default)s)"
-    )
-    chain.add_argument(
-        "--without-stage1",
-        action="store_true",
-        help="start stage 2 from a new Q-Former, to see what stage 1 is worth; only with --stage stage2",
-    )
-    chain.add_argument("--out", type=Path, required=True, help="the Hugging Face folder to write")
-    chain.add_argument("--tiny", action="store_true", help="three steps a phase: tries the chain, learns nothing")
+    _add_demo(chain)
     first = what.add_parser(
         "stage1",
         help="stage 1 on image-caption pairs: ITC, ITM and ITG, ViT frozen",
@@ -57,6 +41,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for command in (chain, first, second):
         command.add_argument("--work", type=Path, required=True, help="folder for checkpoints, logs and tokenizers")
         command.add_argument("--threads", type=int, default=0, help="CPU threads (default: PyTorch's choice)")
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--stage",
+        choices=("stage1", "stage2", "vqa"),
+        default="stage2",
+        help="the last stage: stage1 for matching and retrieval, stage2 for captions and questions, vqa for a Q-Former "
+        "that reads the question (default %(default)s)",
+    )
+    parser.add_argument(
+        "--llm", choices=("opt", "t5"), default="opt", help="the language model's family (default %(default)s)"
+    )
+    parser.add_argument(
+        "--without-stage1",
+        action="store_true",
+        help="start stage 2 from a new Q-Former, to see what stage 1 is worth; only with --stage stage2",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the Hugging Face folder to write")
+    parser.add_argument("--tiny", action="store_true", help="three steps a phase: tries the chain, learns nothing")
 
 
 def _add_pairs(parser: argparse.ArgumentParser, steps: int) -> None:
@@ -86,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
             if args.without_stage1 and args.stage != "stage2":
                 raise ValueError("--without-stage1 is for --stage stage2 only")
             plan = demo.TINY if args.tiny else demo.Plan()
-            demo.train(args.work, args.out, plan, args.stage, args.llm, args.without_stage1)
+            demo.train(demo.Demo(args.work, plan, args.stage, args.llm, args.without_stage1), args.out)
         else:
             _run_stage(args)
     except (DataError, ValueError, FloatingPointError) as error:

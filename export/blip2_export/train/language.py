@@ -18,6 +18,7 @@ from blip2_export.train.text import (
     BOS,
     N_QUERIES,
     PAD,
+    Mixture,
     Packed,
     Packer,
     answers_right,
@@ -88,7 +89,7 @@ def pretrain(phase: Phase, tokenizer: PreTrainedTokenizerFast, batch_size: int =
     torch.manual_seed(0)
     model = Texts(OPTForCausalLM(config(tokenizer)))
     teacher = speaker(model, Packer(tokenizer, prompt_weight=0.1))
-    speakers.pretrain(phase, teacher, batch_size, lambda _: (2, 9))
+    speakers.pretrain(phase, teacher, batch_size, lambda _: Mixture(2, 9))
     return model.model
 
 

@@ -7,8 +7,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -74,75 +74,116 @@ class StepBatches(Dataset[Any]):
         return self.make(step)
 
 
-def fit(
-    phase: Phase,
-    model: nn.Module,
-    make_batch: Callable[[int], Any],
-    losses: Callable[[Any], dict[str, Tensor]],
-    *,
-    workers: int = 1,
-    evaluate: Callable[[], dict[str, float]] | None = None,
-    evaluate_every: int = 2000,
-    faster: dict[str, float] | None = None,
-) -> None:
-    """Trains the parameters of `model` that require gradients. The loss is the sum of what `losses` returns.
+@dataclass(frozen=True)
+class Task:
+    """What a phase trains: the parameters of `model` that require gradients.
 
-    Keys that start with `_` are only logged. Calls `evaluate` now and then and logs what it returns.
+    The loss of a batch is the sum of what `losses` returns; keys that start with `_` are only logged.
     `faster`: factors, also below 1, to the learning rate of parameters whose names end so.
     """
+
+    model: nn.Module
+    make_batch: Callable[[int], Any]
+    losses: Callable[[Any], dict[str, Tensor]]
+    faster: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is measured and logged after this many steps, and at the end."""
+
+    measure: Callable[[], dict[str, float]]
+    every: int
+
+
+def fit(phase: Phase, task: Task, evaluation: Evaluation | None = None, workers: int = 1) -> None:
+    """Trains from the last checkpoint to the end of the schedule. `workers`: processes that make batches."""
     phase.work.mkdir(parents=True, exist_ok=True)
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimisers = _optimisers(model, trained, phase.schedule, faster or {})
-    start = _resume(phase, trained, optimisers)
-    if start >= phase.schedule.steps:
+    state, steps = _State(phase, task), phase.schedule.steps
+    start = state.resume()
+    if start >= steps:
         return
-    indices = range(start, phase.schedule.steps)
-    loader = DataLoader(
-        StepBatches(make_batch, phase.schedule.steps),
-        batch_size=None,
-        sampler=indices,
-        num_workers=workers,
-        multiprocessing_context="fork"
-        if workers
-        else None,  # `make_batch` is a closure; nothing else can carry it over
-    )
     progress, saved = _Progress(phase, start), time.monotonic()
-    model.train()
-    for step, batch in zip(indices, loader, strict=True):
-        for optimiser in optimisers:
-            for group in optimiser.param_groups:
-                group["lr"] = optimiser.defaults["lr"] * group["faster"] * phase.schedule.factor(step)
-        parts = losses(batch)
+    task.model.train()
+    for step, batch in _batches(task, range(start, steps), workers):
+        parts = task.losses(batch)
+        state.update(step, parts)
+        progress.add(step, {k: float(v.detach()) for k, v in parts.items()})
+        done, is_last = step + 1, step + 1 == steps
+        if is_last or time.monotonic() - saved > phase.save_seconds:
+            state.save(done)
+            saved = time.monotonic()
+        if evaluation and (is_last or done % evaluation.every == 0):
+            task.model.eval()
+            with torch.no_grad():
+                progress.write({"step": done, "evaluation": evaluation.measure()})
+            task.model.train()
+
+
+def _batches(task: Task, steps: range, workers: int) -> Iterable[tuple[int, Any]]:
+    loader = DataLoader(
+        StepBatches(task.make_batch, steps.stop),
+        batch_size=None,
+        sampler=steps,
+        num_workers=workers,
+        # `make_batch` is a closure; nothing else can carry it over.
+        multiprocessing_context="fork" if workers else None,
+    )
+    return zip(steps, loader, strict=True)
+
+
+class _State:
+    """What a step changes, and a checkpoint holds: trained parameters and their optimisers."""
+
+    def __init__(self, phase: Phase, task: Task) -> None:
+        self.phase = phase
+        self.trained = {n: p for n, p in task.model.named_parameters() if p.requires_grad}
+        self.optimisers = _optimisers(task, self.trained, phase.schedule)
+
+    def update(self, step: int, parts: dict[str, Tensor]) -> None:
+        """Moves the parameters by the gradients of the summed loss."""
         total = torch.stack([v for k, v in parts.items() if not k.startswith("_")]).sum()
         if not torch.isfinite(total):
             raise FloatingPointError(
-                f"{phase.name}: the loss is {float(total)} at step {step}; lower the learning rate"
+                f"{self.phase.name}: the loss is {float(total)} at step {step}; lower the learning rate"
             )
-        for p in trained.values():
+        for p in self.trained.values():
             p.grad = None
         total.backward()
-        nn.utils.clip_grad_norm_(trained.values(), phase.schedule.clip)
-        for optimiser in optimisers:
+        nn.utils.clip_grad_norm_(self.trained.values(), self.phase.schedule.clip)
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = optimiser.defaults["lr"] * group["faster"] * self.phase.schedule.factor(step)
             optimiser.step()
-        progress.add(step, {k: float(v.detach()) for k, v in parts.items()})
-        done = step + 1
-        if time.monotonic() - saved > phase.save_seconds or done == phase.schedule.steps:
-            _save(phase, done, trained, optimisers)
-            saved = time.monotonic()
-        if evaluate and (done % evaluate_every == 0 or done == phase.schedule.steps):
-            model.eval()
-            with torch.no_grad():
-                progress.write({"step": done, "evaluation": evaluate()})
-            model.train()
+
+    def save(self, step: int) -> None:
+        aside = self.phase.checkpoint.with_suffix(".tmp")
+        weights = {n: p.detach() for n, p in self.trained.items()}
+        torch.save({"step": step, "model": weights, "optimisers": [o.state_dict() for o in self.optimisers]}, aside)
+        os.replace(aside, self.phase.checkpoint)
+
+    def resume(self) -> int:
+        """Takes over the last checkpoint, if there is one; gives the step that comes next."""
+        file = self.phase.checkpoint
+        if not file.exists():
+            return 0
+        kept = torch.load(file, weights_only=True)
+        if kept["model"].keys() != self.trained.keys():
+            raise ValueError(f"{file} belongs to another model; remove it or choose another --work folder")
+        with torch.no_grad():
+            for name, value in kept["model"].items():
+                self.trained[name].copy_(value)
+        for optimiser, state in zip(self.optimisers, kept["optimisers"], strict=True):
+            optimiser.load_state_dict(state)
+        print(f"{self.phase.name}: going on from step {kept['step']}", file=sys.stderr)
+        return int(kept["step"])
 
 
-def _optimisers(
-    model: nn.Module, trained: dict[str, nn.Parameter], schedule: Schedule, faster: dict[str, float]
-) -> list[torch.optim.Optimizer]:
-    by_muon = muon.takes(model) & trained.keys() if schedule.matrix_rate else set()
+def _optimisers(task: Task, trained: dict[str, nn.Parameter], schedule: Schedule) -> list[torch.optim.Optimizer]:
+    by_muon = muon.takes(task.model) & trained.keys() if schedule.matrix_rate else set()
     groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}  # by optimiser, weight decay and rate
     for name, parameter in trained.items():
-        rate = next((r for end, r in faster.items() if name.endswith(end)), 1.0)
+        rate = next((r for end, r in task.faster.items() if name.endswith(end)), 1.0)
         decay = schedule.weight_decay if parameter.ndim >= 2 else 0.0
         groups.setdefault((name in by_muon, decay, rate), []).append(parameter)
 
@@ -155,28 +196,6 @@ def _optimisers(
 
     adam = torch.optim.AdamW(of(False), lr=schedule.learning_rate, betas=(0.9, schedule.beta2))
     return [adam, muon.Muon(of(True), schedule.matrix_rate)] if by_muon else [adam]
-
-
-def _save(phase: Phase, step: int, trained: dict[str, nn.Parameter], optimisers: list[torch.optim.Optimizer]) -> None:
-    aside = phase.checkpoint.with_suffix(".tmp")
-    weights = {n: p.detach() for n, p in trained.items()}
-    torch.save({"step": step, "model": weights, "optimisers": [o.state_dict() for o in optimisers]}, aside)
-    os.replace(aside, phase.checkpoint)
-
-
-def _resume(phase: Phase, trained: dict[str, nn.Parameter], optimisers: list[torch.optim.Optimizer]) -> int:
-    if not phase.checkpoint.exists():
-        return 0
-    state = torch.load(phase.checkpoint, weights_only=True)
-    if state["model"].keys() != trained.keys():
-        raise ValueError(f"{phase.checkpoint} belongs to another model; remove it or choose another --work folder")
-    with torch.no_grad():
-        for name, value in state["model"].items():
-            trained[name].copy_(value)
-    for optimiser, kept in zip(optimisers, state["optimisers"], strict=True):
-        optimiser.load_state_dict(kept)
-    print(f"{phase.name}: going on from step {state['step']}", file=sys.stderr)
-    return int(state["step"])
 
 
 class _Progress:

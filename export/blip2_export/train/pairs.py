@@ -16,7 +16,7 @@ from blip2_export.train.features import Pairs
 from blip2_export.train.frozen import frozen
 from blip2_export.train.images import CaptionedImages, DataError, PixelPairs
 from blip2_export.train.language import Texts
-from blip2_export.train.loop import Phase, fit
+from blip2_export.train.loop import Phase, Task, fit
 from blip2_export.train.qformer import QFormer
 from blip2_export.train.text import N_QUERIES, Packed, Packer, Text, train_qformer_tokenizer
 
@@ -50,7 +50,7 @@ def train_stage1(setup: Setup, phase: Phase) -> None:
         return stage.losses(Pairs(_features(eye, batch.pixels), batch.captions, batch.true))
 
     with frozen(eye, "vision model"):
-        fit(phase, stage.model, lambda step: setup.data.batch(step, setup.batch_size, side), losses)
+        fit(phase, Task(stage.model, lambda step: setup.data.batch(step, setup.batch_size, side), losses))
 
 
 def train_stage2(setup: Setup, phase: Phase, out: Path) -> None:
@@ -68,7 +68,7 @@ def train_stage2(setup: Setup, phase: Phase, out: Path) -> None:
         return batch.pixels, packer.pack(texts)
 
     with frozen(eye, "vision model"), frozen(base.language_model, "language model"):
-        fit(phase, second, make_batch, lambda batch: second.losses((_features(eye, batch[0]), batch[1])))
+        fit(phase, Task(second, make_batch, lambda batch: second.losses((_features(eye, batch[0]), batch[1]))))
     checkpoint.write_stage2(out, eye, second, tokenizer)
 
 

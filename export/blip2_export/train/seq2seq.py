@@ -24,6 +24,7 @@ from blip2_export.train import speaker as speakers
 from blip2_export.train import text
 from blip2_export.train.loop import Phase
 from blip2_export.train.speaker import Speaker
+from blip2_export.train.text import Mixture
 
 PAD, END = 0, 1
 ASK_PROMPT = "Question: {} Short answer:"
@@ -197,12 +198,10 @@ def right_by_kind(groups: Iterable[tuple[Tensor, Tensor, Tensor]], kinds: list[s
     return counts
 
 
-def texts_of(
-    scene: drawing.Scene, rng: random.Random, n_captions: int, n_questions: int, report: bool, split: bool = True
-) -> list[text.Text]:
+def texts_of(scene: drawing.Scene, rng: random.Random, mixture: Mixture, split: bool = True) -> list[text.Text]:
     """Texts about one scene. `split`: half of the captions are given up to a random word, and the decoder writes the rest."""
     said = []
-    for one in text.texts_of(scene, rng, n_captions, n_questions, report, ASK_PROMPT):
+    for one in text.texts_of(scene, rng, mixture, ASK_PROMPT):
         prompt, target = one.prompt, one.target.strip()
         if one.kind == "caption" and split and rng.random() < 0.5:
             words = target.split()
@@ -212,9 +211,9 @@ def texts_of(
     return said
 
 
-def _mixture(share: float) -> tuple[int, int]:
-    """Captions and questions of a scene: lookup is learned on questions, and then put to use in captions."""
-    return (1, 8) if share < 0.75 else (4, 6)
+def _mixture(share: float) -> Mixture:
+    """Lookup is learned on questions, and then put to use in captions."""
+    return Mixture(1, 8) if share < 0.75 else Mixture(4, 6)
 
 
 def pretrain(phase: Phase, tokenizer: PreTrainedTokenizerFast, batch_size: int = 24) -> T5ForConditionalGeneration:

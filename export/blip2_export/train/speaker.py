@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from blip2_export.scenes import drawing
-from blip2_export.train.loop import Phase, fit
-from blip2_export.train.text import Text, add_counts, shares
+from blip2_export.train.loop import Evaluation, Phase, Task, fit
+from blip2_export.train.text import Mixture, Text, add_counts, shares
 
 
 @dataclass(frozen=True)
@@ -28,16 +28,8 @@ class Projection:
     rate: float = 1.0
 
     def faster(self) -> dict[str, float]:
-        """As `fit` takes it."""
+        """As in `Task`."""
         return {f"language_projection.{part}": self.rate for part in ("weight", "bias")}
-
-
-class TextsOf(Protocol):
-    """Texts about one scene: this many captions and questions, and perhaps the report."""
-
-    def __call__(
-        self, scene: drawing.Scene, rng: random.Random, n_captions: int, n_questions: int, report: bool
-    ) -> list[Text]: ...
 
 
 @dataclass(frozen=True)
@@ -45,14 +37,15 @@ class Speaker:
     """`texts`: the model with `losses(prefix, batch)`, with `described(ids)`, which turns descriptions [batch, 32] into a prefix,
     and with the `width` of a query in its soft prompt and the `projection` into it.
 
-    `description` gives the token ids of a scene's description. `asked` is the text of a question of some kind with its answer.
-    `pack` makes a batch of the texts of each prefix. `right` counts (right, all) texts per kind of such a batch, right when every
-    token of the target is the most probable one after the true tokens. `captions` writes greedy ones.
+    `description` gives the token ids of a scene's description, `texts_of` a mixture of texts about it. `asked` is the text of
+    a question of some kind with its answer. `pack` makes a batch of the texts of each prefix. `right` counts (right, all)
+    texts per kind of such a batch, right when every token of the target is the most probable one after the true tokens.
+    `captions` writes greedy ones.
     """
 
     texts: Any
     description: Callable[[drawing.Scene], list[int]]
-    texts_of: TextsOf
+    texts_of: Callable[[drawing.Scene, random.Random, Mixture], list[Text]]
     asked: Callable[[str, str, str], Text]
     pack: Callable[[list[list[Text]]], Any]
     right: Callable[[Tensor, Any], dict[str, tuple[int, int]]]
@@ -63,19 +56,19 @@ def pretrain(
     phase: Phase,
     speaker: Speaker,
     batch_size: int,
-    mixture: Callable[[float], tuple[int, int]],
+    mixture: Callable[[float], Mixture],
     faster: dict[str, float] | None = None,
 ) -> None:
     """Trains (or goes on training) the language model on text alone.
 
-    `mixture`: how many captions and questions of a scene at this share of the training. `faster`: as `fit` takes it.
+    `mixture`: of a scene's texts at this share of the training; a fifth of the scenes has a report too. `faster`: as in `Task`.
     """
 
     def make_batch(step: int) -> tuple[Tensor, Any]:
         rng = random.Random(f"text {step}")
         share = step / phase.schedule.steps
         found = [_scene_to_read(rng, share) for _ in range(batch_size)]
-        rows = [speaker.texts_of(s, rng, *mixture(share), rng.random() < 0.2) for s in found]
+        rows = [speaker.texts_of(s, rng, replace(mixture(share), report=rng.random() < 0.2)) for s in found]
         return _descriptions(speaker, found), speaker.pack(rows)
 
     def losses(batch: tuple[Tensor, Any]) -> dict[str, Tensor]:
@@ -83,7 +76,7 @@ def pretrain(
         parts: dict[str, Tensor] = speaker.texts.losses(speaker.texts.described(ids), texts)
         return parts
 
-    fit(phase, speaker.texts, make_batch, losses, evaluate=lambda: gate(speaker), evaluate_every=500, faster=faster)
+    fit(phase, Task(speaker.texts, make_batch, losses, faster or {}), Evaluation(lambda: gate(speaker), every=500))
 
 
 def _scene_to_read(rng: random.Random, share: float) -> drawing.Scene:
@@ -103,7 +96,7 @@ def gate(speaker: Speaker) -> dict[str, float]:
     for _ in range(6):
         found = [drawing.sample_scene(rng) for _ in range(50)]
         prefix = speaker.texts.described(_descriptions(speaker, found))
-        texts = speaker.pack([speaker.texts_of(s, rng, 1, 6, False) for s in found])
+        texts = speaker.pack([speaker.texts_of(s, rng, Mixture(1, 6)) for s in found])
         add_counts(counts, speaker.right(prefix, texts))
         add_counts(counts, {"captions_true": true_captions(speaker, prefix, found)})
     return shares(counts)

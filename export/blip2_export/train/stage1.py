@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from blip2_export.scenes import drawing
 from blip2_export.train.features import Pairs, SceneFeatures
-from blip2_export.train.loop import Phase, fit
+from blip2_export.train.loop import Evaluation, Phase, Task, fit
 from blip2_export.train.qformer import QFormer
 
 _SMOOTHING = 0.1
@@ -118,10 +118,8 @@ def _smoothed(logits: Tensor, target: Tensor, candidates: Tensor) -> Tensor:
 
 
 def train(phase: Phase, stage: Stage1, pairs: Callable[[int], Pairs], held_out: SceneFeatures | None = None) -> None:
-    def evaluate() -> dict[str, float]:
-        return gate(stage, held_out) if held_out else {}
-
-    fit(phase, stage.model, pairs, stage.losses, workers=1, evaluate=evaluate if held_out else None, evaluate_every=500)
+    gated = Evaluation(lambda: gate(stage, held_out), every=500) if held_out else None
+    fit(phase, Task(stage.model, pairs, stage.losses), gated)
 
 
 def gate(stage: Stage1, held_out: SceneFeatures, n: int = 200) -> dict[str, float]:

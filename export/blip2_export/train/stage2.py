@@ -11,10 +11,10 @@ from transformers import Blip2QFormerModel
 
 from blip2_export.train.features import SceneFeatures
 from blip2_export.train.frozen import frozen
-from blip2_export.train.loop import Phase, fit
+from blip2_export.train.loop import Evaluation, Phase, Task, fit
 from blip2_export.train.qformer import QFormer
 from blip2_export.train.speaker import Speaker, true_captions
-from blip2_export.train.text import add_counts, answers_right, shares
+from blip2_export.train.text import Mixture, add_counts, answers_right, shares
 
 
 class Stage2(nn.Module):
@@ -52,15 +52,13 @@ def query_only(qformer: Blip2QFormerModel) -> Blip2QFormerModel:
     return copy
 
 
-def scene_batches(
-    data: SceneFeatures, speaker: Speaker, size: int, n_captions: int, n_questions: int
-) -> Callable[[int], Any]:
-    """Captions, a report and questions of `size` scenes a step."""
+def scene_batches(data: SceneFeatures, speaker: Speaker, size: int, mixture: Mixture) -> Callable[[int], Any]:
+    """Texts about `size` scenes a step."""
 
     def make(step: int) -> tuple[Tensor, Any]:
         rng = random.Random(f"stage 2 {step}")
         indices = [rng.randrange(data.count) for _ in range(size)]
-        texts = [speaker.texts_of(data.scene(i), rng, n_captions, n_questions, True) for i in indices]
+        texts = [speaker.texts_of(data.scene(i), rng, mixture) for i in indices]
         return data.features(indices), speaker.pack(texts)
 
     return make
@@ -70,8 +68,8 @@ def train(
     phase: Phase, model: Stage2, batches: Callable[[int], Any], evaluate: Callable[[], dict[str, float]] | None
 ) -> None:
     with frozen(model.texts.model, "language model"):
-        faster = model.texts.projection.faster()
-        fit(phase, model, batches, model.losses, evaluate=evaluate, evaluate_every=250, faster=faster)
+        task = Task(model, batches, model.losses, model.texts.projection.faster())
+        fit(phase, task, evaluate and Evaluation(evaluate, every=250))
 
 
 def gate(model: Stage2, speaker: Speaker, held_out: SceneFeatures, n: int = 400) -> dict[str, float]:
@@ -82,7 +80,7 @@ def gate(model: Stage2, speaker: Speaker, held_out: SceneFeatures, n: int = 400)
         indices = list(range(start, start + 50))
         found = [held_out.scene(i) for i in indices]
         prefix = model.prefix(held_out.features(indices))
-        batch = speaker.pack([speaker.texts_of(s, rng, 0, 6, True) for s in found])
+        batch = speaker.pack([speaker.texts_of(s, rng, Mixture(0, 6, report=True)) for s in found])
         add_counts(counts, speaker.right(prefix, batch))
         add_counts(counts, {"captions_true": true_captions(speaker, prefix, found)})
     return {**shares(counts), "answers": round(answers_right(counts) or 0.0, 4)}

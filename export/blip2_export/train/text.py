@@ -99,18 +99,21 @@ def question_kinds(n: int) -> list[str]:
     return [*drawing.QUESTION_KINDS, *["yes/no"] * n][:n]
 
 
-def texts_of(
-    scene: drawing.Scene,
-    rng: random.Random,
-    n_captions: int,
-    n_questions: int,
-    report: bool,
-    ask_prompt: str = ASK_PROMPT,
-) -> list[Text]:
+@dataclass(frozen=True)
+class Mixture:
+    """How many texts of each sort there are about a scene."""
+
+    n_captions: int
+    n_questions: int
+    report: bool = False
+
+
+def texts_of(scene: drawing.Scene, rng: random.Random, mixture: Mixture, ask_prompt: str = ASK_PROMPT) -> list[Text]:
     """Texts about one scene."""
-    texts = [asked_text(*drawing.question(scene, rng, kind), ask_prompt) for kind in question_kinds(n_questions)]
-    texts += [caption_text(scene, rng) for _ in range(n_captions)]
-    return texts + [report_text(scene)] * report
+    kinds = question_kinds(mixture.n_questions)
+    texts = [asked_text(*drawing.question(scene, rng, kind), ask_prompt) for kind in kinds]
+    texts += [caption_text(scene, rng) for _ in range(mixture.n_captions)]
+    return texts + [report_text(scene)] * mixture.report
 
 
 def target_weight(text: Text) -> float:

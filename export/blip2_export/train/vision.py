@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 from transformers import Blip2VisionConfig, Blip2VisionModel
 
 from blip2_export.scenes import drawing
-from blip2_export.train.loop import Phase, fit
+from blip2_export.train.loop import Evaluation, Phase, Task, fit
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -47,7 +48,6 @@ class Pretext(nn.Module):
         super().__init__()
         self.vision = vision
         width = vision.config.hidden_size
-        self.n_side = vision.config.image_size // vision.config.patch_size
         self.mask = nn.Linear(width, CELLS * CELLS)
         self.offset = nn.Linear(width, 2)
         self.count = nn.Linear(width, drawing.MAX_OBJECTS)
@@ -80,17 +80,29 @@ class Pretext(nn.Module):
         return out
 
 
+@dataclass(frozen=True)
+class Patches:
+    """Pictures of `side` × `side` pixels in patches of `patch` × `patch`."""
+
+    side: int
+    patch: int
+
+    @property
+    def n_side(self) -> int:
+        return self.side // self.patch
+
+
 def make_batch(
-    seed: str, size: int, side: int, patch: int, recoloured: float = RECOLOURED, unseen: bool = False
+    seed: str, size: int, patches: Patches, recoloured: float = RECOLOURED, unseen: bool = False
 ) -> dict[str, Tensor]:
     """`size` scenes with what each patch and each object is; -100 marks a label that is not learned."""
     rng = random.Random(seed)
-    rows = [_example(drawing.sample_scene(rng, unseen=unseen), rng, side, patch, recoloured) for _ in range(size)]
+    rows = [_example(drawing.sample_scene(rng, unseen=unseen), rng, patches, recoloured) for _ in range(size)]
     return {k: torch.from_numpy(np.stack([r[k] for r in rows])) for k in rows[0]}
 
 
-def _example(scene: drawing.Scene, rng: random.Random, side: int, patch: int, recoloured: float) -> dict[str, Any]:
-    n, cell = side // patch, patch // CELLS
+def _example(scene: drawing.Scene, rng: random.Random, patches: Patches, recoloured: float) -> dict[str, Any]:
+    side, patch, n, cell = patches.side, patches.patch, patches.n_side, patches.patch // CELLS
     canvas = np.asarray(drawing.draw(drawing.Scene((), scene.background, scene.seed), side)).astype(np.float32)
     labels = np.full((drawing.MAX_OBJECTS, 3), -1, np.int64)
     cover = np.zeros((drawing.MAX_OBJECTS, side, side), np.float32)
@@ -145,30 +157,22 @@ def pretrain(phase: Phase, batch_size: int = 64) -> Blip2VisionModel:
     torch.manual_seed(0)
     vision = Blip2VisionModel(config())
     model = Pretext(vision)
-    side, patch = vision.config.image_size, vision.config.patch_size
+    patches = Patches(vision.config.image_size, vision.config.patch_size)
 
     def evaluate() -> dict[str, float]:
-        return {
-            **gate(model, side, patch),
-            **{f"unseen_{k}": v for k, v in gate(model, side, patch, unseen=True).items()},
-        }
+        unseen = gate(model, patches, unseen=True)
+        return {**gate(model, patches), **{f"unseen_{name}": share for name, share in unseen.items()}}
 
-    fit(
-        phase,
-        model,
-        lambda step: make_batch(f"train {step}", batch_size, side, patch),
-        model.losses,
-        evaluate=evaluate,
-        evaluate_every=500,
-    )
+    task = Task(model, lambda step: make_batch(f"train {step}", batch_size, patches), model.losses)
+    fit(phase, task, Evaluation(evaluate, every=500))
     return vision
 
 
-def gate(model: Pretext, side: int, patch: int, unseen: bool = False) -> dict[str, float]:
+def gate(model: Pretext, patches: Patches, unseen: bool = False) -> dict[str, float]:
     """Share of objects whose shape, colour and size are right, on scenes that training never sees (seeds of their own)."""
     totals: dict[str, float] = {}
     for k in range(4):
-        parts = model.losses(make_batch(f"held-out {k}", 128, side, patch, recoloured=0.0, unseen=unseen))
+        parts = model.losses(make_batch(f"held-out {k}", 128, patches, recoloured=0.0, unseen=unseen))
         for name in ("shape", "colour", "size"):
             totals[name] = totals.get(name, 0.0) + float(parts[f"_{name}_right"]) / 4
     return {k: round(v, 4) for k, v in totals.items()}

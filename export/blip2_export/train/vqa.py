@@ -16,11 +16,11 @@ from transformers import Blip2QFormerModel, Blip2VisionConfig, Blip2VisionModel,
 from blip2_export.graphs import positions
 from blip2_export.scenes import drawing
 from blip2_export.train.frozen import frozen
-from blip2_export.train.loop import Phase, fit
+from blip2_export.train.loop import Evaluation, Phase, Task, fit
 from blip2_export.train.qformer import QFormer
 from blip2_export.train.speaker import Speaker
 from blip2_export.train.stage2 import Stage2
-from blip2_export.train.text import Text, add_counts, answers_right, question_kinds, shares
+from blip2_export.train.text import Mixture, Text, add_counts, answers_right, question_kinds, shares
 from blip2_export.train.vision import pixels
 
 MAX_TOKENS = 32
@@ -94,7 +94,7 @@ class Asker:
             for kind in rng.sample(question_kinds(n_questions), n_questions):
                 _, asked, answer = drawing.question(scene, rng, kind)
                 rows.append((i, asked, self.speaker.asked(kind, asked, answer)))
-            rows += [(i, "", t) for t in self.speaker.texts_of(scene, rng, n_captions, 0, False)]
+            rows += [(i, "", t) for t in self.speaker.texts_of(scene, rng, Mixture(n_captions, 0))]
         batch = self.tokenizer(
             [asked for _, asked, _ in rows], padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
         )
@@ -116,10 +116,9 @@ class Asker:
 
 
 def train(phase: Phase, model: Vqa, asker: Asker, size: int, evaluate: bool) -> None:
-    gated = (lambda: gate(model, asker)) if evaluate else None
+    gated = Evaluation(lambda: gate(model, asker), every=200) if evaluate else None
     with frozen(model.texts.model, "language model"):
-        faster = model.texts.projection.faster()
-        fit(phase, model, asker.batches(size), model.losses, evaluate=gated, evaluate_every=200, faster=faster)
+        fit(phase, Task(model, asker.batches(size), model.losses, model.texts.projection.faster()), gated)
 
 
 def gate(model: Vqa, asker: Asker, n: int = 200) -> dict[str, float]:
