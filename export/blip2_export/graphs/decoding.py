@@ -84,20 +84,20 @@ def own_head(checkpoint: Checkpoint, table: str, head: str, shape: tuple[int, ..
     return checkpoint.tensor(head, shape)
 
 
-def finish(
-    g: Graph,
-    x: str,
-    head: np.ndarray | None,
-    table: np.ndarray,
-    heads: Heads,
-    n_layers: int,
-    bias: np.ndarray | None = None,
-) -> Decoder:
-    """The head behind the last states, tied to the embedding table where it has no weights of its own."""
-    weight = g.stored(table) if head is None else g.weight(head)
-    logits = g.product(x, weight)
-    g.outputs.insert(0, {"name": "logits", "dtype": "float32", "shape": ["rows", "n_logits", len(table)]})
-    g.op("Identity", [logits if bias is None else g.op("Add", [logits, g.weight(bias)])], ["logits"])
+@dataclass(frozen=True)
+class Head:
+    """What makes logits of states: `own` weights, or those of the embedding table; `bias` behind them."""
+
+    table: np.ndarray
+    own: np.ndarray | None
+    bias: np.ndarray | None = None
+
+
+def finish(g: Graph, x: str, head: Head, heads: Heads, n_layers: int) -> Decoder:
+    """The head behind the last states."""
+    logits = g.product(x, g.stored(head.table) if head.own is None else g.weight(head.own))
+    g.outputs.insert(0, {"name": "logits", "dtype": "float32", "shape": ["rows", "n_logits", len(head.table)]})
+    g.op("Identity", [logits if head.bias is None else g.op("Add", [logits, g.weight(head.bias)])], ["logits"])
     g.save()
     return Decoder(g, _cache_facts(heads, n_layers))
 

@@ -9,7 +9,7 @@ from transformers import Blip2QFormerConfig
 
 from blip2_export.graphs.bert import TEXT, Layers
 from blip2_export.graphs.builder import Data, Output, UnsupportedError
-from blip2_export.graphs.decoding import Cached, Decoder, declare_inputs, finish, own_head, select
+from blip2_export.graphs.decoding import Cached, Decoder, Head, declare_inputs, finish, own_head, select
 from blip2_export.read.checkpoint import Checkpoint
 
 _HEAD = "cls.predictions."
@@ -39,7 +39,7 @@ def build(out: Output, checkpoint: Checkpoint, cfg: Blip2QFormerConfig, data: Da
     if HEAD_BIAS not in checkpoint.tied(BIAS):
         raise UnsupportedError(f"`{HEAD_BIAS}` is not equal to `{BIAS}`; which of them holds cannot be told")
     head = own_head(checkpoint, WORDS, HEAD, words.shape)
-    return finish(g, x, head, words, heads, cfg.num_hidden_layers, bias)
+    return finish(g, x, Head(words, head, bias), heads, cfg.num_hidden_layers)
 
 
 def _attention(layers: Layers, cached: Cached, i: int, x: str) -> str:

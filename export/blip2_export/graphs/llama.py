@@ -6,7 +6,7 @@ import numpy as np
 from transformers import LlamaConfig
 
 from blip2_export.graphs.builder import Graph, Output, UnsupportedError
-from blip2_export.graphs.decoding import Cached, Decoder, declare_inputs, finish, own_head, select
+from blip2_export.graphs.decoding import Cached, Decoder, Head, declare_inputs, finish, own_head, select
 from blip2_export.graphs.heads import Heads, pad_groups
 from blip2_export.read.checkpoint import Checkpoint
 
@@ -71,7 +71,7 @@ def build(out: Output, checkpoint: Checkpoint, cfg: LlamaConfig) -> Decoder:
         x = b.layer(i, x, cached)
     x = b.norm("norm", select(g, x, cfg.hidden_size))
     head = own_head(checkpoint, _PREFIX + "embed_tokens.weight", "language_model.lm_head.weight", table.shape)
-    return finish(g, x, head, table, b.heads, cfg.num_hidden_layers)
+    return finish(g, x, Head(table, head), b.heads, cfg.num_hidden_layers)
 
 
 def _rotary_tables(cfg: LlamaConfig, half: int) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,7 @@ import numpy as np
 from transformers import OPTConfig
 
 from blip2_export.graphs.builder import Graph, Output
-from blip2_export.graphs.decoding import Cached, Decoder, declare_inputs, finish, own_head, select
+from blip2_export.graphs.decoding import Cached, Decoder, Head, declare_inputs, finish, own_head, select
 from blip2_export.graphs.heads import Heads
 from blip2_export.read.checkpoint import Checkpoint
 
@@ -77,4 +77,4 @@ def build(out: Output, checkpoint: Checkpoint, cfg: OPTConfig) -> Decoder:
     if narrow != width:
         x = g.linear(x, b.read("project_out.weight", narrow, width), None)
     head = own_head(checkpoint, _PREFIX + "embed_tokens.weight", _HEAD, table.shape)
-    return finish(g, x, head, table, b.heads, cfg.num_hidden_layers)
+    return finish(g, x, Head(table, head), b.heads, cfg.num_hidden_layers)

@@ -37,7 +37,7 @@ def build(out: Output, checkpoint: Checkpoint, cfg: Config, shape: Shape) -> Gra
     features = g.input("image_features", "float32", ["batch", shape.n_positions, cfg.encoder_hidden_size])
     run = _with_question if reads_text(cfg) else _queries_alone
     x = run(Layers(g, checkpoint, cfg), features, shape.n_queries)
-    x = _project(g, checkpoint, cfg, x, shape.n_queries, shape.width)
+    x = _project(g, checkpoint, x, shape)
     g.output(x, "queries", "float32", ["batch", shape.n_queries, shape.width])
     g.save()
     return g
@@ -76,7 +76,8 @@ def _cut(g: Graph, x: str, start: int, end: int) -> str:
     return str(g.op("Slice", [x, *(g.constant([v]) for v in (start, end, 1))]))
 
 
-def _project(g: Graph, checkpoint: Checkpoint, cfg: Config, x: str, n_queries: int, width: int) -> str:
+def _project(g: Graph, checkpoint: Checkpoint, x: str, shape: Shape) -> str:
+    n_queries, width = shape.n_queries, shape.width
     weight = checkpoint.tensor("language_projection.weight")
     n_out = weight.shape[0]
     x = g.linear(x, weight, checkpoint.tensor("language_projection.bias", (n_out,)))

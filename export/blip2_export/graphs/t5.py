@@ -15,7 +15,7 @@ from onnx import TensorProto
 from transformers import T5Config
 
 from blip2_export.graphs.builder import Graph, Output, UnsupportedError
-from blip2_export.graphs.decoding import Cached, Decoder, declare_inputs, embed, finish, own_head, select
+from blip2_export.graphs.decoding import Cached, Decoder, Head, declare_inputs, embed, finish, own_head, select
 from blip2_export.graphs.heads import Heads
 from blip2_export.read.checkpoint import Checkpoint
 
@@ -155,7 +155,7 @@ def _decoder(g: Graph, checkpoint: Checkpoint, cfg: T5Config) -> Decoder:
     if cfg.scale_decoder_outputs:
         x = g.op("Mul", [x, g.constant(cfg.d_model**-0.5, np.float32)])
     head = own_head(checkpoint, _PREFIX + "shared.weight", _PREFIX + "lm_head.weight", table.shape)
-    return finish(g, x, head, table, s.heads, cfg.num_decoder_layers)
+    return finish(g, x, Head(table, head), s.heads, cfg.num_decoder_layers)
 
 
 def _cache_bias(s: _Stack, positions: str) -> str:

@@ -23,15 +23,16 @@ def build(out: Output, checkpoint: Checkpoint, cfg: Blip2VisionConfig, side: int
     `side`: pictures of another size than the checkpoint's; the position embeddings are interpolated.
     """
     g = out.graph("vision")
+    tower = _Tower(g, checkpoint, cfg)
     side, width = side or cfg.image_size, cfg.hidden_size
     positions = position_embeddings(checkpoint, cfg, side)
     x = g.input("pixel_values", "float32", ["batch", 3, side, side])
-    x = _embed(g, checkpoint, cfg, x, positions)
+    x = tower.embed(x, positions)
     if has_pre_layernorm(cfg):
-        x = _norm(g, checkpoint, _PREFIX + "pre_layernorm", x, cfg)
+        x = tower.norm("pre_layernorm", x)
     for i in range(cfg.num_hidden_layers):
-        x = _block(g, checkpoint, f"{_PREFIX}encoder.layers.{i}.", x, cfg)
-    x = _norm(g, checkpoint, _PREFIX + "post_layernorm", x, cfg, post_layernorm_epsilon(cfg))
+        x = tower.block(f"encoder.layers.{i}.", x)
+    x = tower.norm("post_layernorm", x, post_layernorm_epsilon(cfg))
     g.output(x, "image_features", "float32", ["batch", positions.shape[1], width])
     g.save()
     return g
@@ -62,40 +63,43 @@ def position_embeddings(checkpoint: Checkpoint, cfg: Blip2VisionConfig, side: in
     return resize(table, side // cfg.patch_size, align_corners=has_pre_layernorm(cfg))
 
 
-def _embed(g: Graph, checkpoint: Checkpoint, cfg: Blip2VisionConfig, pixels: str, positions: np.ndarray) -> str:
-    name, width, patch = _PREFIX + "embeddings.", cfg.hidden_size, cfg.patch_size
-    weights = [checkpoint.tensor(name + "patch_embedding.weight", (width, 3, patch, patch))]
-    if not has_pre_layernorm(cfg):
-        weights.append(checkpoint.tensor(name + "patch_embedding.bias", (width,)))
-    token = checkpoint.tensor(name + "class_embedding", (1, 1, width)).astype(np.float32)
-    x = g.op("Conv", [pixels, *map(g.weight, weights)], kernel_shape=[patch, patch], strides=[patch, patch])
-    x = g.op("Reshape", [x, g.constant([0, width, positions.shape[1] - 1])])
-    x = g.op("Transpose", [x], perm=[0, 2, 1])
-    x = g.op("Add", [x, g.weight(positions[:, 1:])])
-    return g.op("Concat", [g.repeat(g.weight(token + positions[:, :1]), pixels), x], axis=1)
+class _Tower:
+    """The layers of the image encoder."""
 
+    def __init__(self, graph: Graph, checkpoint: Checkpoint, cfg: Blip2VisionConfig) -> None:
+        self.g, self.checkpoint, self.cfg, self.width = graph, checkpoint, cfg, cfg.hidden_size
 
-def _block(g: Graph, checkpoint: Checkpoint, name: str, x: str, cfg: Blip2VisionConfig) -> str:
-    width, n, inner = cfg.hidden_size, cfg.num_attention_heads, cfg.intermediate_size
-    y = _norm(g, checkpoint, name + "layer_norm1", x, cfg)
-    weight = checkpoint.tensor(name + "self_attn.qkv.weight", (3 * width, width))
-    bias = checkpoint.tensor(name + "self_attn.qkv.bias", (3 * width,)) if cfg.qkv_bias else None
-    parts = [slice(k * width, (k + 1) * width) for k in range(3)]
-    qkv = [g.linear(y, weight[p], None if bias is None else bias[p]) for p in parts]
-    y = g.attention(qkv, Heads(n, n, width // n))
-    x = g.op("Add", [x, _linear(g, checkpoint, name + "self_attn.projection", y, width, width)])
-    y = _norm(g, checkpoint, name + "layer_norm2", x, cfg)
-    y = g.activation(_linear(g, checkpoint, name + "mlp.fc1", y, width, inner), cfg.hidden_act)
-    return g.op("Add", [x, _linear(g, checkpoint, name + "mlp.fc2", y, inner, width)])
+    def read(self, name: str, *shape: int) -> np.ndarray:
+        return self.checkpoint.tensor(_PREFIX + name, shape)
 
+    def embed(self, pixels: str, positions: np.ndarray) -> str:
+        g, name, width, patch = self.g, "embeddings.", self.width, self.cfg.patch_size
+        weights = [self.read(name + "patch_embedding.weight", width, 3, patch, patch)]
+        if not has_pre_layernorm(self.cfg):
+            weights.append(self.read(name + "patch_embedding.bias", width))
+        token = self.read(name + "class_embedding", 1, 1, width).astype(np.float32)
+        x = g.op("Conv", [pixels, *map(g.weight, weights)], kernel_shape=[patch, patch], strides=[patch, patch])
+        x = g.op("Reshape", [x, g.constant([0, width, positions.shape[1] - 1])])
+        x = g.op("Transpose", [x], perm=[0, 2, 1])
+        x = g.op("Add", [x, g.weight(positions[:, 1:])])
+        return g.op("Concat", [g.repeat(g.weight(token + positions[:, :1]), pixels), x], axis=1)
 
-def _norm(
-    g: Graph, checkpoint: Checkpoint, name: str, x: str, cfg: Blip2VisionConfig, epsilon: float | None = None
-) -> str:
-    width = cfg.hidden_size
-    weight, bias = (checkpoint.tensor(f"{name}.{k}", (width,)) for k in ("weight", "bias"))
-    return g.layer_norm(x, weight, bias, epsilon or cfg.layer_norm_eps, width)
+    def block(self, name: str, x: str) -> str:
+        g, cfg, width, n = self.g, self.cfg, self.width, self.cfg.num_attention_heads
+        y = self.norm(name + "layer_norm1", x)
+        weight = self.read(name + "self_attn.qkv.weight", 3 * width, width)
+        bias = self.read(name + "self_attn.qkv.bias", 3 * width) if cfg.qkv_bias else None
+        parts = [slice(k * width, (k + 1) * width) for k in range(3)]
+        qkv = [g.linear(y, weight[p], None if bias is None else bias[p]) for p in parts]
+        y = g.attention(qkv, Heads(n, n, width // n))
+        x = g.op("Add", [x, self.linear(name + "self_attn.projection", y, width, width)])
+        y = self.norm(name + "layer_norm2", x)
+        y = g.activation(self.linear(name + "mlp.fc1", y, width, cfg.intermediate_size), cfg.hidden_act)
+        return g.op("Add", [x, self.linear(name + "mlp.fc2", y, cfg.intermediate_size, width)])
 
+    def norm(self, name: str, x: str, epsilon: float | None = None) -> str:
+        weight, bias = (self.read(f"{name}.{k}", self.width) for k in ("weight", "bias"))
+        return self.g.layer_norm(x, weight, bias, epsilon or self.cfg.layer_norm_eps, self.width)
 
-def _linear(g: Graph, checkpoint: Checkpoint, name: str, x: str, n_in: int, n_out: int) -> str:
-    return g.linear(x, checkpoint.tensor(name + ".weight", (n_out, n_in)), checkpoint.tensor(name + ".bias", (n_out,)))
+    def linear(self, name: str, x: str, n_in: int, n_out: int) -> str:
+        return self.g.linear(x, self.read(name + ".weight", n_out, n_in), self.read(name + ".bias", n_out))
