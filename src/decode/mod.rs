@@ -130,6 +130,12 @@ pub struct Room {
 }
 
 impl Room {
+    /// The larger of each.
+    #[must_use]
+    pub fn or(self, other: Self) -> Self {
+        Self { rows: self.rows.max(other.rows), ..self.beside(other) }
+    }
+
     /// What both need together.
     #[must_use]
     pub fn beside(self, other: Self) -> Self {

@@ -149,10 +149,10 @@ impl Writer {
         self.decoding.model().set_cancel(cancel);
     }
 
-    /// Makes room for so many rows at once, before any request comes: requests then join and leave without another allocation. An error if
-    /// the memory does not hold them.
+    /// Makes room for so many rows at once, before any request comes, and keeps it: requests that fit then join and leave without another
+    /// allocation. An error if the memory does not hold it.
     pub fn reserve(&mut self, room: Room) -> Result<(), Error> {
-        match self.decoding.model().reserve(room)? {
+        match self.decoding.model().hold(room)? {
             true => Ok(()),
             false => Err(self.too_large(room).into()),
         }

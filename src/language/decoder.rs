@@ -119,19 +119,29 @@ impl Decoder {
             }
         };
         let logits = self.read(&mut cache, encoded.as_mut().map(|encoded| &mut encoded.cache), openings, &read)?;
-        let (first, lanes) = (self.rows.live().len(), self.lanes.as_mut().expect("room was made for every row"));
+        let first = self.rows.live().len();
+        if let Err(error) = self.settle(&read, &cache, encoded.as_ref().map(|encoded| &encoded.cache)) {
+            self.rows.keep(&(0..first).collect::<Vec<_>>());
+            return Err(error);
+        }
+        self.aside = Some(cache);
+        self.opened = Some((first, logits));
+        Ok(())
+    }
+
+    /// Gives rows that were read aside a slot each, with what was read.
+    fn settle(&mut self, read: &[Row], cache: &Cache, encoded: Option<&Cache>) -> Result<(), RuntimeError> {
+        let lanes = self.lanes.as_mut().expect("room was made for every row");
         let rows: Vec<Row> = read.iter().map(|row| self.rows.open(*row)).collect();
         let moves = |end: fn(&Row) -> usize| {
             let step = |(from, to): (&Row, &Row)| Move { from: from.slot, to: to.slot, start: 0, end: end(from) };
             read.iter().zip(&rows).map(step).collect::<Vec<Move>>()
         };
-        lanes.cache.copy_from(&mut self.mover, &cache, &moves(|row| row.length))?;
-        if let (Some(into), Some(encoded)) = (&mut lanes.encoded, &encoded) {
-            into.copy_from(&mut self.mover, &encoded.cache, &moves(|row| row.n_encoded))?;
+        lanes.cache.copy_from(&mut self.mover, cache, &moves(|row| row.length))?;
+        match (&mut lanes.encoded, encoded) {
+            (Some(into), Some(encoded)) => into.copy_from(&mut self.mover, encoded, &moves(|row| row.n_encoded)),
+            _ => Ok(()),
         }
-        self.aside = Some(cache);
-        self.opened = Some((first, logits));
-        Ok(())
     }
 
     /// Replaces the live rows by `picks`.
@@ -151,7 +161,7 @@ impl Decoder {
             self.opened.as_ref().map(|(first, logits)| (*first, logits)).or_else(step).expect("rows were computed");
         let (values, size) = (logits.f32().map_err(|source| self.graph.failed("reading logits", source))?, self.facts.vocab_size);
         let values = &values[(rows.start - first) * size..(rows.end - first) * size];
-        if values.iter().any(|value| value.is_nan()) {
+        if values.chunks(1024).any(|some| some.iter().fold(false, |found, value| found | value.is_nan())) {
             return Err(RuntimeError::NotANumber { graph: "decoder".into(), output: "logits".into() });
         }
         Ok(Scores::new(values, size))

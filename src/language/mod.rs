@@ -67,6 +67,8 @@ pub struct LanguageModel {
     token_ids: TokenIds,
     vocab_size: usize,
     budget: Budget,
+    /// Room that is never given up.
+    least: Room,
     /// What a decoder behind an encoder reads first.
     start: Vec<TokenId>,
 }
@@ -85,6 +87,7 @@ impl LanguageModel {
             token_ids,
             vocab_size,
             budget: runtime.budget(),
+            least: Room::default(),
             start,
         })
     }
@@ -113,6 +116,16 @@ impl LanguageModel {
     fn encode(&mut self, prefixes: &[Prefix]) -> Result<Option<Encoded>, RuntimeError> {
         let (Some(encoder), Some(layout)) = (&mut self.encoder, &self.decoder.layouts().encoded) else { return Ok(None) };
         encoder.encode(prefixes, layout).map(Some)
+    }
+
+    /// Makes room that is never given up, however little is needed; false if there is not as much.
+    pub fn hold(&mut self, room: Room) -> Result<bool, RuntimeError> {
+        let before = std::mem::replace(&mut self.least, room);
+        let held = self.reserve(room);
+        if !matches!(held, Ok(true)) {
+            self.least = before;
+        }
+        held
     }
 
     /// Bytes of keys and values that one position takes.
@@ -164,17 +177,17 @@ impl Model for LanguageModel {
     }
 
     fn reserve(&mut self, wanted: Room) -> Result<bool, RuntimeError> {
-        let now = self.decoder.room();
+        let (now, least) = (self.decoder.room(), wanted.or(self.least));
         let is_idle = self.decoder.is_idle();
         let has = now.rows >= wanted.rows && now.positions >= wanted.positions && now.read >= wanted.read;
         // Slots without a row cost little, but they cost.
-        let is_wasteful = is_idle && now.rows / 4 >= wanted.rows;
+        let is_wasteful = is_idle && now.rows / 4 >= least.rows;
         if has && !is_wasteful {
             return Ok(true);
         }
         let both = Room { positions: now.positions.max(wanted.positions), read: now.read.max(wanted.read), ..wanted };
         let doubled = Room { rows: wanted.rows.max(now.rows * 2), ..both };
-        let candidates = if is_idle { [wanted, wanted] } else { [doubled, both] };
+        let candidates = if is_idle { [least, wanted] } else { [doubled, both] };
         let allowed = self.allowed_bytes();
         let Some(room) = candidates.into_iter().find(|room| self.bytes(*room) <= allowed) else { return Ok(has) };
         self.decoder.resize(room)?;
