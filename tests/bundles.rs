@@ -13,9 +13,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use blip2::bundle::Bundle;
-use blip2::pixels::Limits;
 use blip2::runtime::{Provider, ProviderChoice, Runtime, RuntimeOptions};
-use blip2::{Engine, Error, Picture, verify};
+use blip2::{Engine, Error, verify};
 use serde_json::{Value, json};
 
 const BUNDLES: [&str; 4] = ["instruct-llama", "stage1", "t5", "vqa-opt"];
@@ -721,20 +720,22 @@ fn verify_says_what_it_did_not_compare_and_names_files_that_nothing_lists() {
 
 #[test]
 fn a_graph_that_gives_another_shape_than_it_declares_is_refused_when_it_runs() {
-    let scratch = Scratch::of("t5");
-    let (five, six) = (b"\x0a\x02\x08\x05".as_slice(), b"\x0a\x02\x08\x06".as_slice());
-    for file in ["vision.onnx", "qformer.onnx"] {
-        let content = scratch.bytes(file);
-        let at = content.windows(4).rposition(|window| window == five).unwrap();
-        scratch.list(file, &[&content[..at], six, &content[at + 4..]].concat());
+    let scratch = Scratch::of("stage1");
+    let (batch, sequence) = (b"\x0a\x07\x12\x05batch".as_slice(), b"\x0a\x0a\x12\x08sequence".as_slice());
+    let (true_axes, false_axes) = ([batch, sequence].concat(), [sequence, batch].concat());
+    let mut graph = scratch.bytes("qformer_text.onnx");
+    for _output in 0..2 {
+        let at = graph.windows(true_axes.len()).rposition(|window| window == true_axes).unwrap();
+        graph[at..at + false_axes.len()].copy_from_slice(&false_axes);
     }
+    scratch.list("qformer_text.onnx", &graph);
     scratch.edit(|facts| {
-        facts["vision"]["n_positions"] = json!(6);
-        facts["graphs"]["vision"]["outputs"][0]["shape"][1] = json!(6);
-        facts["graphs"]["qformer"]["inputs"][0]["shape"][1] = json!(6);
+        for output in facts["graphs"]["qformer_text"]["outputs"].as_array_mut().unwrap() {
+            output["shape"].as_array_mut().unwrap().swap(0, 1);
+        }
     });
-    let mut engine = scratch.load("six positions").unwrap();
-    let picture = Picture::open(&root().join("models/samples/0.png"), &Limits::default()).unwrap();
-    let found = tried("six positions", || engine.see(&[&picture])).unwrap_err();
-    assert!(found.contains("vision: `image_features` came out as [1, 5, 32], the bundle says float32 [batch, 6, 32]"), "{found}");
+    let mut engine = scratch.load("axes in another order").unwrap();
+    let found = tried("axes in another order", || engine.seer().embed_texts(&["a red star"])).unwrap_err();
+    let said = ["qformer_text: `text_embeds` came out as [1, ", ", 24], the bundle says float32 [sequence, batch, 24]"];
+    assert!(said.iter().all(|said| found.contains(said)), "{found}");
 }
