@@ -167,7 +167,7 @@ fn alone(engine: &mut Engine, order: &Order) -> Answer {
 }
 
 fn same_alone_and_in_company(bundle: &str) {
-    let n_schedules: u64 = std::env::var("COMPANY_SCHEDULES").ok().and_then(|n| n.parse().ok()).unwrap_or(60);
+    let n_schedules: u64 = std::env::var("COMPANY_SCHEDULES").ok().and_then(|n| n.parse().ok()).unwrap_or(120);
     let mut engine = Engine::open(&root().join(bundle), &RuntimeOptions::default()).unwrap();
     let mut random = Random::new(7);
     let orders = orders(&mut engine, &mut random);

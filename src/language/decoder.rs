@@ -87,12 +87,13 @@ impl Decoder {
         }
         let mut lanes = Lanes::new(&self.graph, &mut self.mover, &self.layouts, room)?;
         if let Some(old) = &self.lanes {
-            let stays = |row: &Row, end| Move { from: row.slot, to: row.slot, start: 0, end };
-            let past: Vec<Move> = self.rows.live().iter().map(|row| stays(row, row.length)).collect();
-            lanes.cache.copy_from(&mut self.mover, &old.cache, &past)?;
+            let moves = |end: fn(&Row) -> usize| {
+                let step = |(to, row): (usize, &Row)| Move { from: row.slot, to, start: 0, end: end(row) };
+                self.rows.live().iter().enumerate().map(step).collect::<Vec<Move>>()
+            };
+            lanes.cache.copy_from(&mut self.mover, &old.cache, &moves(|row| row.length))?;
             if let (Some(into), Some(from)) = (&mut lanes.encoded, &old.encoded) {
-                let encoded: Vec<Move> = self.rows.live().iter().map(|row| stays(row, row.n_encoded)).collect();
-                into.copy_from(&mut self.mover, from, &encoded)?;
+                into.copy_from(&mut self.mover, from, &moves(|row| row.n_encoded))?;
             }
         }
         self.rows.resize(room.rows);

@@ -59,10 +59,18 @@ impl Rows {
         self.slots.len()
     }
 
-    /// Goes on with so many slots at least, of which only those of live rows hold what they held.
+    /// Goes on with so many slots: the live rows take the first of them, in order, and the others hold nothing.
+    ///
+    /// # Panics
+    /// If there are more rows than slots.
     pub fn resize(&mut self, n_slots: usize) {
-        self.slots.iter_mut().filter(|slot| !slot.is_taken).for_each(|slot| *slot = Slot::default());
-        self.slots.resize_with(n_slots.max(self.slots.len()), Slot::default);
+        assert!(self.live.len() <= n_slots, "there is a slot for every row");
+        let mut slots = vec![Slot::default(); n_slots];
+        for (slot, row) in self.live.iter_mut().enumerate() {
+            slots[slot] = std::mem::take(&mut self.slots[row.slot]);
+            row.slot = slot;
+        }
+        self.slots = slots;
     }
 
     /// Adds a row behind the live ones and gives it a slot, which `row` names.
@@ -155,13 +163,14 @@ mod tests {
     const NOISE: u64 = u64::MAX;
 
     impl Memory {
-        fn resize(&mut self, rows: &Rows) {
-            let kept = |slot: usize| rows.live().iter().any(|row| row.slot == slot);
-            for slot in (0..self.past.len()).filter(|slot| !kept(*slot)) {
-                (self.past[slot], self.encoded[slot]) = (vec![NOISE; 64], NOISE);
-            }
-            self.past.resize(rows.n_slots(), vec![NOISE; 64]);
-            self.encoded.resize(rows.n_slots(), NOISE);
+        /// As new lanes are filled: what live rows hold goes to the first slots.
+        fn resize(&mut self, rows: &mut Rows, n_slots: usize) {
+            let old: Vec<usize> = rows.live().iter().map(|row| row.slot).collect();
+            rows.resize(n_slots);
+            let past = old.iter().map(|slot| self.past[*slot].clone());
+            self.past = past.chain(std::iter::repeat_with(|| vec![NOISE; 64])).take(n_slots).collect();
+            let encoded = old.iter().map(|slot| self.encoded[*slot]);
+            self.encoded = encoded.chain(std::iter::repeat(NOISE)).take(n_slots).collect();
         }
 
         fn copy(&mut self, moves: &Moves, n_copied: &mut usize) {
@@ -221,8 +230,9 @@ mod tests {
                 (Random::new(seed), Rows::default(), Memory::default(), Wanted::new());
             for _ in 0..40 {
                 for _ in 0..below(&mut random, 3) {
-                    rows.resize(rows.live().len() + 1 + below(&mut random, 3));
-                    memory.resize(&rows);
+                    // More slots than before, or fewer.
+                    let n_slots = rows.live().len() + 1 + below(&mut random, 3);
+                    memory.resize(&mut rows, n_slots);
                     open(&mut rows, &mut memory, &mut wanted, &mut random);
                 }
                 if below(&mut random, 4) == 0 {
@@ -245,7 +255,7 @@ mod tests {
     #[test]
     fn beams_copy_their_prefix_once_and_then_only_what_differs() {
         let (mut random, mut rows, mut memory, mut wanted) = (Random::new(3), Rows::new(5), Memory::default(), Wanted::new());
-        memory.resize(&rows);
+        memory.resize(&mut rows, 5);
         open(&mut rows, &mut memory, &mut wanted, &mut random);
         let length = wanted[0].0.len();
         let mut step = |parents: &[usize]| step(&mut rows, &mut memory, &mut wanted, parents, &mut random);
