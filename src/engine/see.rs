@@ -87,10 +87,8 @@ impl Seer {
 
     /// As [`seen`](Self::seen), of pictures that this bundle saw.
     pub(super) fn seen_together(&mut self, asked: &[(&Sight, &Prompt)]) -> Result<Vec<Seen>, RuntimeError> {
-        let Reader::Queries(qformer) = &mut self.reader else {
-            return Ok(asked.iter().filter_map(|(sight, _)| sight.seen()).collect());
-        };
-        let Some(facts) = &self.context.bundle.facts().qformer.text else {
+        let text = &self.context.bundle.facts().qformer.text;
+        let (Reader::Queries(qformer), Some(facts)) = (&mut self.reader, text) else {
             return Ok(asked.iter().filter_map(|(sight, _)| sight.seen()).collect());
         };
         if asked.is_empty() {

@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::cache::Cache;
 use super::encoder::Encoded;
 use super::inputs::{Inputs, Size, batch};
-use super::lanes::{CAPACITY_STEP, Lanes, Layouts};
+use super::lanes::{Lanes, Layouts, capacity};
 use super::rows::{Row, Rows};
 use crate::bundle::{Bundle, BundleError, Dtype, LanguageFacts};
 use crate::decode::{Pick, Room, Scores, TokenId};
@@ -114,10 +114,7 @@ impl Decoder {
         let (longest, mut encoded) = (read.iter().map(|row| row.length).max().unwrap_or(0), encoded);
         let mut cache = match self.aside.take() {
             Some(cache) if cache.n_slots() == openings.len() && cache.capacity() >= longest => cache,
-            _ => {
-                let capacity = longest.next_multiple_of(CAPACITY_STEP);
-                Cache::new(&self.graph, &mut self.mover, &self.layouts.past, [openings.len(), capacity])?
-            }
+            _ => Cache::new(&self.graph, &mut self.mover, &self.layouts.past, [openings.len(), capacity(longest)])?,
         };
         let logits = self.read(&mut cache, encoded.as_mut().map(|encoded| &mut encoded.cache), openings, &read)?;
         let first = self.rows.live().len();

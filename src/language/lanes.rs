@@ -11,7 +11,7 @@ use crate::decode::{Pick, Room};
 use crate::runtime::{Binding, Graph, Mover, Place, RuntimeError, Tensor};
 
 /// Capacities are multiples of this, so that requests of nearly equal length share buffers.
-pub const CAPACITY_STEP: usize = 64;
+const CAPACITY_STEP: usize = 64;
 
 /// Slots of one capacity.
 #[derive(Debug)]
@@ -48,15 +48,16 @@ impl Layouts {
     }
 }
 
-fn capacity(room: Room) -> usize {
-    room.positions.next_multiple_of(CAPACITY_STEP)
+/// Positions that a slot is made for where so many are needed.
+pub fn capacity(n_positions: usize) -> usize {
+    n_positions.next_multiple_of(CAPACITY_STEP)
 }
 
 impl Lanes {
     /// Allocates slots where the graph runs.
     pub fn new(graph: &Graph, mover: &mut Mover, layouts: &Layouts, room: Room) -> Result<Self, RuntimeError> {
         let mut binding = graph.binding()?;
-        let mut cache = Cache::new(graph, mover, &layouts.past, [room.rows, capacity(room)])?;
+        let mut cache = Cache::new(graph, mover, &layouts.past, [room.rows, capacity(room.positions)])?;
         cache.bind(&mut binding)?;
         let encoded = layouts.encoded.as_ref().map(|layout| Cache::new(graph, mover, layout, [room.rows, room.read.max(1)]));
         let mut encoded = encoded.transpose()?;

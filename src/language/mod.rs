@@ -16,7 +16,7 @@ use crate::runtime::{Budget, Cancel, Runtime, RuntimeError};
 use cache::Layout;
 use decoder::{Decoder, Opening};
 use encoder::{Encoded, Encoder};
-use lanes::CAPACITY_STEP;
+use lanes::capacity;
 
 /// What one text starts from: what was seen, prompt, and room for what is to be written.
 #[derive(Clone, Debug)]
@@ -149,7 +149,7 @@ impl LanguageModel {
 
     /// Positions that a slot is made for.
     pub fn capacity(room: Room) -> usize {
-        room.positions.next_multiple_of(CAPACITY_STEP)
+        capacity(room.positions)
     }
 
     /// Bytes that may be taken, those that are held included.

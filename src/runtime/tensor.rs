@@ -101,11 +101,6 @@ impl Tensor {
         Ok(self.0.try_extract_tensor::<f32>()?.1)
     }
 
-    /// The float32 values, writable in place. The tensor must lie on the host.
-    pub fn f32_mut(&mut self) -> Result<&mut [f32], ort::Error> {
-        Ok(self.0.try_extract_tensor_mut::<f32>()?.1)
-    }
-
     /// The int64 values, writable in place. The tensor must lie on the host.
     pub fn i64_mut(&mut self) -> Result<&mut [i64], ort::Error> {
         Ok(self.0.try_extract_tensor_mut::<i64>()?.1)
