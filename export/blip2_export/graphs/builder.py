@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ from onnx import TensorProto, helper
 
 from blip2_export.graphs.grid import on_grid
 from blip2_export.graphs.heads import Heads, padded
+from blip2_export.graphs.precision import Precision
 
 OPSET = 21
 MICROSOFT = "com.microsoft"
@@ -83,12 +84,13 @@ class Graph(ABC):
     """
 
     target: ClassVar[str]
+    precisions: ClassVar[tuple[Precision, ...]] = (Precision.FLOAT32,)
 
-    def __init__(self, folder: Path, name: str, data: Data | None = None, n_positions: int = 0) -> None:
+    def __init__(self, out: Output, name: str, data: Data | None = None, n_positions: int = 0) -> None:
         """`n_positions`: the most that a text of the model may have, where the graph counts them."""
-        self.name, self.folder = name, folder
+        self.name, self.folder, self.precision = name, out.folder, out.precision
         self._n_positions = padded(n_positions, CAPACITY_STEP)
-        self.data = data or Data(folder, name)
+        self.data = data or out.data(name)
         self.nodes: list[onnx.NodeProto] = []
         self.weights: list[onnx.TensorProto] = []
         self.inputs: list[dict[str, Any]] = []
@@ -172,7 +174,7 @@ class Graph(ABC):
 
     def describe(self) -> dict[str, Any]:
         """The graph's entry in `bundle.json`."""
-        return {"file": self.file_name, "precision": "float32", "inputs": self.inputs, "outputs": self.outputs}
+        return {"file": self.file_name, "precision": self.precision, "inputs": self.inputs, "outputs": self.outputs}
 
     def fresh(self, stem: str) -> str:
         self._count += 1
@@ -273,13 +275,21 @@ class Graph(ABC):
 
 @dataclass(frozen=True)
 class Output:
-    """Where graphs are written, and of which target they are."""
+    """Where graphs are written, of which target and in which precision they are."""
 
     folder: Path
     kind: type[Graph]
+    precision: Precision = Precision.FLOAT32
+
+    def at(self, precision: Precision) -> Output:
+        """The same in another precision, which the target must have."""
+        if precision not in self.kind.precisions:
+            known = ", ".join(self.kind.precisions)
+            raise UnsupportedError(f"graphs for {self.kind.target} cannot be {precision}; {known} are possible")
+        return replace(self, precision=precision)
 
     def graph(self, name: str, data: Data | None = None, n_positions: int = 0) -> Graph:
-        return self.kind(self.folder, name, data, n_positions)
+        return self.kind(self, name, data, n_positions)
 
     def data(self, name: str) -> Data:
         """A data file for several graphs."""
