@@ -33,6 +33,7 @@ _TYPES = {
     np.dtype(np.int64): TensorProto.INT64,
     np.dtype(np.int32): TensorProto.INT32,
     np.dtype(np.int8): TensorProto.INT8,
+    np.dtype(np.uint8): TensorProto.UINT8,
 }
 Dim = int | str
 Attend = Callable[[str, list[str], list[str]], str]  # packed projections, past and present keys and values → rows
@@ -88,13 +89,14 @@ class Graph(ABC):
 
     def __init__(self, out: Output, name: str, data: Data | None = None, n_positions: int = 0) -> None:
         """`n_positions`: the most that a text of the model may have, where the graph counts them."""
-        self.name, self.folder, self.precision = name, out.folder, out.precision
+        self.name, self.folder, self.precision, self.weight_bits = name, out.folder, out.precision, out.weight_bits
         self._n_positions = padded(n_positions, CAPACITY_STEP)
         self.data = data or out.data(name)
         self.nodes: list[onnx.NodeProto] = []
         self.weights: list[onnx.TensorProto] = []
         self.inputs: list[dict[str, Any]] = []
         self.outputs: list[dict[str, Any]] = []
+        self.narrowed: dict[str, tuple[str, str]] = {}
         self._constants: dict[tuple[Any, ...], str] = {}
         self._count = 0
 
@@ -184,7 +186,7 @@ class Graph(ABC):
 
     @abstractmethod
     def product(self, x: str, weight: str) -> str:
-        """`x · weightᵀ`."""
+        """`x · weightᵀ`, both float32 values."""
 
     @abstractmethod
     def rows(self, table: np.ndarray, ids: str) -> str:
@@ -225,8 +227,12 @@ class Graph(ABC):
 
     def linear(self, x: str, weight: np.ndarray, bias: np.ndarray | None) -> str:
         """`x · weightᵀ + bias`, the weight in PyTorch's [out, in] layout."""
-        y = self.product(x, self.weight(weight))
+        y = self.times(x, weight)
         return y if bias is None else self.op("Add", [y, self.weight(bias)])
+
+    def times(self, x: str, weight: np.ndarray, shared: bool = False) -> str:
+        """`x · weightᵀ` in the graph's precision. `shared`: the data file may hold the weight's own bytes already."""
+        return self.product(x, self.stored(weight) if shared else self.weight(weight))
 
     def layer_norm(self, x: str, weight: np.ndarray | None, bias: np.ndarray | None, epsilon: float, width: int) -> str:
         scale = self.constant(np.ones(width), np.float32) if weight is None else self.weight(weight)
@@ -280,6 +286,7 @@ class Output:
     folder: Path
     kind: type[Graph]
     precision: Precision = Precision.FLOAT32
+    weight_bits: int = 8  # of int8
 
     def at(self, precision: Precision) -> Output:
         """The same in another precision, which the target must have."""
