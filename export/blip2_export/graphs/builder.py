@@ -17,6 +17,7 @@ from onnx import TensorProto, helper
 from blip2_export.graphs.grid import on_grid
 from blip2_export.graphs.heads import Heads, padded
 from blip2_export.graphs.precision import Precision
+from blip2_export.graphs.statistics import Channels, Statistics
 
 OPSET = 21
 MICROSOFT = "com.microsoft"
@@ -95,6 +96,8 @@ class Graph(ABC):
         self.weights: list[onnx.TensorProto] = []
         self.inputs: list[dict[str, Any]] = []
         self.outputs: list[dict[str, Any]] = []
+        self.linear_inputs: list[str] = []  # distinct values that weights are multiplied with, in order of first use
+        self._statistics = None if out.statistics is None else out.statistics[name]
         self._constants: dict[tuple[Any, ...], str] = {}
         self._count = 0
 
@@ -223,8 +226,15 @@ class Graph(ABC):
 
     # Layers shared by all networks
 
+    def seen(self, x: str) -> Channels | None:
+        """Notes that a weight is multiplied with `x`; gives what calibration saw there."""
+        if x not in self.linear_inputs:
+            self.linear_inputs.append(x)
+        return None if self._statistics is None else self._statistics[self.linear_inputs.index(x)]
+
     def linear(self, x: str, weight: np.ndarray, bias: np.ndarray | None) -> str:
         """`x · weightᵀ + bias`, the weight in PyTorch's [out, in] layout."""
+        self.seen(x)
         y = self.product(x, self.weight(weight))
         return y if bias is None else self.op("Add", [y, self.weight(bias)])
 
@@ -275,11 +285,12 @@ class Graph(ABC):
 
 @dataclass(frozen=True)
 class Output:
-    """Where graphs are written, of which target and in which precision they are."""
+    """Where graphs are written, of which target and in which precision they are, and what calibration saw."""
 
     folder: Path
     kind: type[Graph]
     precision: Precision = Precision.FLOAT32
+    statistics: Statistics | None = None  # of the same graphs in float32, where calibration ran
 
     def at(self, precision: Precision) -> Output:
         """The same in another precision, which the target must have."""

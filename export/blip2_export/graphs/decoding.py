@@ -95,6 +95,7 @@ class Head:
 
 def finish(g: Graph, x: str, head: Head, heads: Heads, n_layers: int) -> Decoder:
     """The head behind the last states."""
+    g.seen(x)
     logits = g.product(x, g.stored(head.table) if head.own is None else g.weight(head.own))
     g.outputs.insert(0, {"name": "logits", "dtype": "float32", "shape": ["rows", "n_logits", len(head.table)]})
     g.op("Identity", [logits if head.bias is None else g.op("Add", [logits, g.weight(head.bias)])], ["logits"])
