@@ -16,7 +16,8 @@ from onnx import TensorProto, helper
 
 from blip2_export.graphs.grid import on_grid
 from blip2_export.graphs.heads import Heads, padded
-from blip2_export.graphs.precision import Precision
+from blip2_export.graphs.precision import FLOATS, Precision
+from blip2_export.graphs.statistics import Channels, Statistics
 
 OPSET = 21
 MICROSOFT = "com.microsoft"
@@ -26,6 +27,7 @@ _PAGE = 4096  # large weights start on a page, so that the runtime can map them 
 _LINE = 64
 _LARGE_BYTES = 1 << 20
 _INLINE_BYTES = 1024
+_LEAST_OUTPUTS = 32  # products with fewer stay in float32: they cost nothing
 _TYPES = {
     np.dtype(np.float32): TensorProto.FLOAT,
     np.dtype(np.float16): TensorProto.FLOAT16,
@@ -97,6 +99,8 @@ class Graph(ABC):
         self.inputs: list[dict[str, Any]] = []
         self.outputs: list[dict[str, Any]] = []
         self.narrowed: dict[str, tuple[str, str]] = {}
+        self.linear_inputs: list[str] = []  # distinct values that weights are multiplied with, in order of first use
+        self._statistics = None if out.statistics is None else out.statistics[name]
         self._constants: dict[tuple[Any, ...], str] = {}
         self._count = 0
 
@@ -188,6 +192,10 @@ class Graph(ABC):
     def product(self, x: str, weight: str) -> str:
         """`x · weightᵀ`, both float32 values."""
 
+    def narrow_product(self, x: str, weight: np.ndarray, channels: Channels | None) -> str:
+        """`x · weightᵀ` with weights of 8 or 4 bits, for targets that have such precisions. `channels`: those of `x`."""
+        raise UnsupportedError(f"graphs for {self.target} cannot be {self.precision}")
+
     @abstractmethod
     def rows(self, table: np.ndarray, ids: str) -> str:
         """The rows `ids` of a table as float32."""
@@ -225,6 +233,12 @@ class Graph(ABC):
 
     # Layers shared by all networks
 
+    def seen(self, x: str) -> Channels | None:
+        """Notes that a weight is multiplied with `x`; gives what calibration saw there."""
+        if x not in self.linear_inputs:
+            self.linear_inputs.append(x)
+        return None if self._statistics is None else self._statistics[self.linear_inputs.index(x)]
+
     def linear(self, x: str, weight: np.ndarray, bias: np.ndarray | None) -> str:
         """`x · weightᵀ + bias`, the weight in PyTorch's [out, in] layout."""
         y = self.times(x, weight)
@@ -232,7 +246,10 @@ class Graph(ABC):
 
     def times(self, x: str, weight: np.ndarray, shared: bool = False) -> str:
         """`x · weightᵀ` in the graph's precision. `shared`: the data file may hold the weight's own bytes already."""
-        return self.product(x, self.stored(weight) if shared else self.weight(weight))
+        channels = self.seen(x)
+        if len(weight) < _LEAST_OUTPUTS or self.precision in FLOATS:
+            return self.product(x, self.stored(weight) if shared else self.weight(weight))
+        return self.narrow_product(x, weight, channels)
 
     def layer_norm(self, x: str, weight: np.ndarray | None, bias: np.ndarray | None, epsilon: float, width: int) -> str:
         scale = self.constant(np.ones(width), np.float32) if weight is None else self.weight(weight)
@@ -281,12 +298,13 @@ class Graph(ABC):
 
 @dataclass(frozen=True)
 class Output:
-    """Where graphs are written, of which target and in which precision they are."""
+    """Where graphs are written, of which target and in which precision they are, and what calibration saw."""
 
     folder: Path
     kind: type[Graph]
     precision: Precision = Precision.FLOAT32
     weight_bits: int = 8  # of int8
+    statistics: Statistics | None = None  # of the same graphs in float32, where calibration ran
 
     def at(self, precision: Precision) -> Output:
         """The same in another precision, which the target must have."""

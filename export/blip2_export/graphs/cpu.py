@@ -11,6 +11,7 @@ from blip2_export.graphs import quantized
 from blip2_export.graphs.builder import MASKED, MICROSOFT, Attend, Graph, Mask, New
 from blip2_export.graphs.heads import Heads
 from blip2_export.graphs.precision import Precision
+from blip2_export.graphs.statistics import Channels
 
 _BLOCKS = {Precision.INT8_BLOCKS: (8, 128), Precision.INT4_BLOCKS: (4, 32)}  # bits, weights of a block
 
@@ -19,9 +20,7 @@ class CpuGraph(Graph):
     target = "cpu"
     precisions = (Precision.FLOAT32, Precision.INT8, *_BLOCKS)
 
-    def times(self, x: str, weight: np.ndarray, shared: bool = False) -> str:
-        if self.precision is Precision.FLOAT32 or len(weight) < quantized.LEAST_OUTPUTS:
-            return super().times(x, weight, shared)
+    def narrow_product(self, x: str, weight: np.ndarray, channels: Channels | None) -> str:
         if self.precision is Precision.INT8:
             return quantized.by_rows(self, x, weight, self.weight_bits)
         return quantized.by_blocks(self, x, weight, *_BLOCKS[self.precision])

@@ -14,7 +14,6 @@ import numpy as np
 from blip2_export.graphs.builder import MICROSOFT, Graph, UnsupportedError
 from blip2_export.graphs.grid import on_grid
 
-LEAST_OUTPUTS = 32  # smaller products stay in float32: they cost nothing
 _ZERO_POINT = 128  # activations are unsigned, as the kernels want them
 _STEP = 1 / 127
 _SMALLEST = 1e-30  # stands in for the largest value of a row of zeros
