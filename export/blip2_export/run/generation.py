@@ -36,19 +36,33 @@ class Graphs(Bundle):
         return first, written
 
     def prefill(
-        self, queries: np.ndarray, prompts: list[list[int]], n_new: int, n_idle: int = 2
+        self, queries: np.ndarray, prompts: list[list[int]], n_new: int
     ) -> tuple[Slots, np.ndarray, np.ndarray]:
         """The cache with room for `n_new` tokens a row, logits [rows, vocab] behind the prompts, and the rows' lengths."""
-        opening: np.ndarray | None = queries
-        seen: dict[str, np.ndarray] = {}
-        if self.facts["family"] == "encoder_decoder":
-            seen, opening = self.encode(queries, prompts), None
-            prompts = [[self.facts["language"]["token_ids"]["decoder_start"]]] * len(prompts)
-        lengths = np.array(list(map(len, prompts))) + (0 if opening is None else opening.shape[1])
-        slots = self.slots(len(prompts), int(lengths.max()) + n_new, n_idle, seen)
-        positions = np.tile(np.arange(lengths.max()), (len(prompts), 1))
-        logits = slots.run(padded(prompts, 0), positions, lengths, lengths[:, None] - 1, opening)[:, 0]
+        seen, opening, ids = self._opening(queries, prompts)
+        lengths = np.array(list(map(len, ids))) + (0 if opening is None else opening.shape[1])
+        slots = self.slots(len(ids), int(lengths.max()) + n_new, seen=seen)
+        positions = np.tile(np.arange(lengths.max()), (len(ids), 1))
+        logits = slots.run(padded(ids, 0), positions, lengths, lengths[:, None] - 1, opening)[:, 0]
         return slots, logits, lengths
+
+    def forced(self, queries: np.ndarray, prompt: list[int], text: list[int]) -> np.ndarray:
+        """Logits [tokens, vocab] at every place of a text behind a prompt, all of it read at once."""
+        seen, opening, (start,) = self._opening(queries[None], [prompt])
+        first = len(start) - 1 + (0 if opening is None else opening.shape[1])
+        length = first + len(text)
+        slots = self.slots(1, length, 0, seen)
+        at = np.arange(first, length)[None]
+        return slots.run(np.array([start + text[:-1]]), np.arange(length)[None], np.array([length]), at, opening)[0]
+
+    def _opening(
+        self, queries: np.ndarray, prompts: list[list[int]]
+    ) -> tuple[dict[str, np.ndarray], np.ndarray | None, list[list[int]]]:
+        """What the decoder sees of an encoder, and the queries and ids that it reads first."""
+        if self.facts["family"] != "encoder_decoder":
+            return {}, queries, prompts
+        start = [self.facts["language"]["token_ids"]["decoder_start"]]
+        return self.encode(queries, prompts), None, [start] * len(prompts)
 
     def encode(self, queries: np.ndarray, prompts: list[list[int]]) -> dict[str, np.ndarray]:
         """Of every row the decoder's inputs about the encoder's side: keys and values, and how many are real."""

@@ -39,6 +39,25 @@ class Stage1Graphs(Bundle):
             live, new = live[going], picks[going, None]
         return tokens, [np.stack(s) for s in steps]
 
+    def written(self, seen: dict[str, np.ndarray], n_new: int) -> list[int]:
+        """Greedy ids of one picture up to their end. `seen`: what `qformer` gave."""
+        ids, n_queries = self.facts["language"]["token_ids"], self.facts["qformer"]["n_queries"]
+        slots, tokens, new = self.slots_behind(seen, n_queries + n_new, 0), [], ids["bos"]
+        while len(tokens) < n_new and new not in ids["eos"]:
+            place = np.array([[len(tokens)]])
+            new = int(
+                slots.run(np.array([[new]]), place, n_queries + 1 + place[0], np.zeros_like(place))[0, 0].argmax()
+            )
+            tokens.append(new)
+        return tokens
+
+    def forced(self, seen: dict[str, np.ndarray], text: list[int]) -> np.ndarray:
+        """Logits [tokens, vocab] at every place of a text, all of it read at once."""
+        n_queries, at = self.facts["qformer"]["n_queries"], np.arange(len(text))[None]
+        slots = self.slots_behind(seen, n_queries + len(text), 0)
+        ids = np.array([[self.facts["language"]["token_ids"]["bos"], *text[:-1]]])
+        return slots.run(ids, at, np.array([n_queries + len(text)]), at)[0]
+
     def slots(self, features: np.ndarray, capacity: int, n_idle: int = 2) -> Slots:
         """A row for each picture, whose queries stand in the cache."""
         return self.slots_behind(self.run("qformer", image_features=features), capacity, n_idle)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,10 @@ class Session:
     """One graph, with the inputs and outputs that `bundle.json` says. 16-bit numbers become float32 on the way out."""
 
     def __init__(self, place: Place, path: Path, said: dict[str, Any]) -> None:
-        self._session, self.outputs = place.session(path), [v["name"] for v in said["outputs"]]
+        self._session, self.outputs = _opened(place, path), [v["name"] for v in said["outputs"]]
         assert [v.name for v in self._session.get_inputs()] == [v["name"] for v in said["inputs"]]
         assert [v.name for v in self._session.get_outputs()][: len(self.outputs)] == self.outputs
-        self.dtypes = {v["name"]: _NUMBERS[v["dtype"]] for v in said["inputs"] if v["dtype"].startswith("float")}
+        self.dtypes = {v["name"]: _NUMBERS[v["dtype"]] for v in said["inputs"] if v["dtype"] in _NUMBERS}
 
     def run(self, **feeds: np.ndarray) -> dict[str, np.ndarray]:
         values = self._session.run(None, {name: self._given(name, value) for name, value in feeds.items()})
@@ -76,22 +77,33 @@ class Session:
         return value.astype(self.dtypes[name], copy=False) if name in self.dtypes else value
 
 
+class UnrunnableError(Exception):
+    """A graph for other devices."""
+
+
+def _opened(place: Place, path: Path) -> ort.InferenceSession:
+    try:
+        return place.session(path)
+    except Exception as error:  # of the many kinds that the runtime has
+        raise UnrunnableError(f"{path.name}: {error}") from error
+
+
+Open = Callable[[Place, Path, dict[str, Any]], Session]
+
+
 class Bundle:
     """A bundle's facts and graphs. Those that are large are closed once they are through."""
 
-    def __init__(self, folder: Path, place: Place | None = None) -> None:
-        self.folder, self.place = folder, place or Place()
+    def __init__(self, folder: Path, place: Place | None = None, session: Open = Session) -> None:
+        self.folder, self.place, self._open = folder, place or Place(), session
         self.facts: dict[str, Any] = json.loads((folder / "bundle.json").read_text())
         self._sessions: dict[str, Session] = {}
 
     def session(self, name: str) -> Session:
         if name not in self._sessions:
-            self._sessions[name] = self.open(name)
+            said = self.facts["graphs"][name]
+            self._sessions[name] = self._open(self.place, self.folder / said["file"], said)
         return self._sessions[name]
-
-    def open(self, name: str) -> Session:
-        said = self.facts["graphs"][name]
-        return Session(self.place, self.folder / said["file"], said)
 
     def close(self, *names: str) -> None:
         """Gives back the memory of graphs."""
@@ -115,3 +127,8 @@ def real(rows: list[list[int]]) -> np.ndarray:
     """The mask of `padded` rows: 1 where a token is real."""
     lengths = np.array(list(map(len, rows)))
     return (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)
+
+
+def alone(ids: list[int]) -> dict[str, np.ndarray]:
+    """One text as the Q-Former reads it."""
+    return {"input_ids": np.array([ids], np.int64), "attention_mask": real([ids])}
