@@ -17,7 +17,7 @@ from typing import Any
 from blip2_export.graphs import language, qformer, retrieval, vision
 from blip2_export.graphs.builder import OPSET, Graph, Output, sha256
 from blip2_export.graphs.cpu import CpuGraph
-from blip2_export.graphs.precision import Precisions
+from blip2_export.graphs.precision import Precision, Precisions
 from blip2_export.graphs.statistics import Statistics
 from blip2_export.graphs.targets import TARGETS
 from blip2_export.loss import tolerances
@@ -90,7 +90,7 @@ def convert(source: Path, out: Path, choices: Choices) -> None:
         if choices.golden:
             print("golden: recording the reference", file=sys.stderr)
             golden.record(checkpoint, aside, facts)
-        if not choices.precisions.is_exact:
+        if any(graph["precision"] != Precision.FLOAT32 for graph in facts["graphs"].values()):
             _save(aside, facts)
             facts |= _lost(aside, exact, choices)
         facts["files"] = {
