@@ -17,6 +17,7 @@ from typing import Any
 from blip2_export.graphs import language, qformer, retrieval, vision
 from blip2_export.graphs.builder import OPSET, Graph, Output, sha256
 from blip2_export.graphs.cpu import CpuGraph
+from blip2_export.graphs.precision import Precisions
 from blip2_export.graphs.targets import TARGETS
 from blip2_export.read import adapter, configuration, lavis, leftovers, processor, tokenizers
 from blip2_export.read.checkpoint import Checkpoint, CheckpointError
@@ -45,6 +46,8 @@ class Choices:
     adapters: tuple[Path, ...] = ()  # merged in this order
     ignored_tensors: tuple[str, ...] = ()  # patterns of names that may be left out
     target: str = CpuGraph.target  # whose operators the graphs have
+    precisions: Precisions = Precisions()
+    weight_bits: int = 8  # of int8
 
     def check(self) -> None:
         if self.ask_prompt is not None and self.ask_prompt.count("{}") != 1:
@@ -84,7 +87,9 @@ def open_checkpoint(source: Path, parts: lavis.Parts, adapters: tuple[Path, ...]
     if source.is_file():
         return adapter.adapted(lavis.LavisCheckpoint(source, parts), adapters)
     if parts != lavis.Parts():
-        raise CheckpointError(f"{source}: --vision, --llm and --tokenizer go with a LAVIS file, not with a folder")
+        raise CheckpointError(
+            f"{source}: --vision-weights, --llm and --tokenizer go with a LAVIS file, not with a folder"
+        )
     return adapter.open_folder(source, adapters)
 
 
@@ -99,12 +104,12 @@ def _build(checkpoint: Checkpoint, out: Path, choices: Choices) -> dict[str, Any
         processor.check_queries(checkpoint.processor_folder, cfg.num_query_tokens)
         tokenizers.write(checkpoint.tokenizer_folder, out / "tokenizer.json", cfg.text_config.vocab_size)
     print("vision: building", file=sys.stderr)
-    output = Output(out, TARGETS[choices.target])
-    eye = vision.build(output, checkpoint, cfg.vision_config, side)
+    output = Output(out, TARGETS[choices.target], weight_bits=choices.weight_bits)
+    eye = vision.build(output.at(choices.precisions.vision), checkpoint, cfg.vision_config, side)
     print("qformer: building", file=sys.stderr)
     if checkpoint.is_retrieval:
         stage = retrieval.Stage1(checkpoint, cfg, tokenizer, n_positions)
-        graphs, facts = retrieval.build(output, stage)
+        graphs, facts = retrieval.build(output.at(choices.precisions.qformer), stage)
         if stage.writes:
             facts |= _captions(checkpoint, choices)
     else:
@@ -132,14 +137,14 @@ def _generation(
     """The graphs behind the image encoder, and what `bundle.json` says of them."""
     text, kind = cfg.text_config, checkpoint.config["model_type"]
     shape = qformer.Shape(cfg.num_query_tokens, n_positions, language.width(text))
-    bridge = qformer.build(out, checkpoint, cfg.qformer_config, shape)
+    bridge = qformer.build(out.at(choices.precisions.qformer), checkpoint, cfg.qformer_config, shape)
     bridge_facts: dict[str, Any] = {"n_queries": cfg.num_query_tokens, "hidden": cfg.qformer_config.hidden_size}
     if qformer.reads_text(cfg.qformer_config):
         bridge_facts["text"] = tokenizers.question_facts(
             checkpoint.tokenizer_folder, out.folder, cfg.qformer_config, kind
         )
     print(f"{text.model_type}: building", file=sys.stderr)
-    mouth = language.build(out, checkpoint, cfg)
+    mouth = language.build(out.at(choices.precisions.language), checkpoint, cfg)
     return [bridge, *mouth.graphs], {
         "family": mouth.family,
         "tasks": ["caption", "ask"],

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from blip2_export.bundle import Choices, convert
 from blip2_export.graphs.builder import UnsupportedError
+from blip2_export.graphs.precision import Precision, Precisions
 from blip2_export.graphs.targets import TARGETS
 from blip2_export.read.checkpoint import CheckpointError
 from blip2_export.read.hub import locate
@@ -45,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="cpu",
         help="whose operators the graphs have: `webgpu` is for GPUs of any maker (default: %(default)s)",
     )
+    _add_precisions(parser.add_argument_group("precision of each part"))
     parser.add_argument("--force", action="store_true", help="replace an existing bundle, once the new one is complete")
 
 
@@ -107,10 +109,36 @@ def _add_weights(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_precisions(parts: argparse._ArgumentGroup) -> None:
+    names = [str(precision) for precision in Precision]
+    parts.add_argument(
+        "--precision",
+        choices=names,
+        metavar="NAME",
+        default=Precision.FLOAT32,
+        help=f"of every part: {', '.join(names)} (default: %(default)s, which is exact)",
+    )
+    for part, what in (("vision", "image encoder"), ("qformer", "Q-Former"), ("language", "language model")):
+        parts.add_argument(f"--{part}", choices=names, metavar="NAME", help=f"of the {what}")
+    parts.add_argument(
+        "--weight-bits",
+        type=int,
+        choices=(7, 8),
+        default=8,
+        help="of int8 weights; 7 are faster on x86 processors without VNNI (AVX2) and less exact (default: %(default)s)",
+    )
+
+
+def _precisions(args: argparse.Namespace) -> Precisions:
+    chosen = (args.vision, args.qformer, args.language)
+    return Precisions(*(Precision(name or args.precision) for name in chosen))
+
+
 def _add_lavis(parts: argparse._ArgumentGroup) -> None:
     parts.add_argument(
-        "--vision",
+        "--vision-weights",
         type=Path,
+        metavar="FILE",
         help="its image encoder: eva_vit_g.pth, clip_vit_L.pth, another LAVIS file that holds one, or a BLIP-2 folder",
     )
     parts.add_argument("--llm", type=Path, metavar="FOLDER", help="the OPT or Flan-T5 model of a stage-2 file")
@@ -133,9 +161,11 @@ def _convert(args: argparse.Namespace) -> None:
         not args.no_golden,
         args.force,
         args.image_size,
-        Parts(args.vision, args.llm, args.tokenizer),
+        Parts(args.vision_weights, args.llm, args.tokenizer),
         ignored_tensors=tuple(args.ignore_tensors),
         target=args.target,
+        precisions=_precisions(args),
+        weight_bits=args.weight_bits,
     )
     choices = replace(choices, adapters=tuple(locate(adapter) for adapter in args.adapter))
     convert(locate(args.checkpoint, args.revision), args.out, choices)

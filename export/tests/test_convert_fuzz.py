@@ -165,7 +165,7 @@ def test_numbers_that_no_model_has_are_refused_by_name(
         (("--name", "\udcff"), "valid UTF-8"),
         (("--ask-prompt", "\udcff{}"), "valid UTF-8"),
         (("--revision", "main"), "a revision is chosen of an id"),
-        *(((option, "nowhere"), "go with a LAVIS file") for option in ("--vision", "--llm", "--tokenizer")),
+        *(((option, "nowhere"), "go with a LAVIS file") for option in ("--vision-weights", "--llm", "--tokenizer")),
     ],
 )
 def test_every_option_that_cannot_be_gets_one_sentence(

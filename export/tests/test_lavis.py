@@ -332,7 +332,7 @@ def _edit(change: Callable[[dict], object], name: str = "model.pth") -> Callable
         (_edit(lambda s: s.pop("blocks.0.attn.q_bias"), "vision.pth"), {}, "`blocks.0.attn.q_bias` is missing"),
         (_edit(lambda s: s.pop("patch_embed.proj.weight"), "vision.pth"), {}, "neither EVA's image encoder"),
         (_edit(lambda s: s.update({"blocks.0.gamma_1": torch.zeros(88)}), "vision.pth"), {}, "`blocks.0.gamma_1`"),
-        (lambda f: None, {"vision": None}, "give one with --vision"),
+        (lambda f: None, {"vision": None}, "give one with --vision-weights"),
         (lambda f: None, {"tokenizer": None}, "with --tokenizer"),
         (lambda f: None, {"llm": Path("somewhere")}, "leave --llm out"),
         (lambda f: (f / "bert" / "tokenizer.json").unlink(), {}, "no tokenizer.json"),

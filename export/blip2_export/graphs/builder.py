@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +16,8 @@ from onnx import TensorProto, helper
 
 from blip2_export.graphs.grid import on_grid
 from blip2_export.graphs.heads import Heads, padded
+from blip2_export.graphs.precision import FLOATS, Precision
+from blip2_export.graphs.statistics import Channels, Statistics
 
 OPSET = 21
 MICROSOFT = "com.microsoft"
@@ -25,6 +27,7 @@ _PAGE = 4096  # large weights start on a page, so that the runtime can map them 
 _LINE = 64
 _LARGE_BYTES = 1 << 20
 _INLINE_BYTES = 1024
+_LEAST_OUTPUTS = 32  # products with fewer stay in float32: they cost nothing
 _TYPES = {
     np.dtype(np.float32): TensorProto.FLOAT,
     np.dtype(np.float16): TensorProto.FLOAT16,
@@ -32,6 +35,7 @@ _TYPES = {
     np.dtype(np.int64): TensorProto.INT64,
     np.dtype(np.int32): TensorProto.INT32,
     np.dtype(np.int8): TensorProto.INT8,
+    np.dtype(np.uint8): TensorProto.UINT8,
 }
 Dim = int | str
 Attend = Callable[[str, list[str], list[str]], str]  # packed projections, past and present keys and values → rows
@@ -83,16 +87,20 @@ class Graph(ABC):
     """
 
     target: ClassVar[str]
+    precisions: ClassVar[tuple[Precision, ...]] = (Precision.FLOAT32,)
 
-    def __init__(self, folder: Path, name: str, data: Data | None = None, n_positions: int = 0) -> None:
+    def __init__(self, out: Output, name: str, data: Data | None = None, n_positions: int = 0) -> None:
         """`n_positions`: the most that a text of the model may have, where the graph counts them."""
-        self.name, self.folder = name, folder
+        self.name, self.folder, self.precision, self.weight_bits = name, out.folder, out.precision, out.weight_bits
         self._n_positions = padded(n_positions, CAPACITY_STEP)
-        self.data = data or Data(folder, name)
+        self.data = data or out.data(name)
         self.nodes: list[onnx.NodeProto] = []
         self.weights: list[onnx.TensorProto] = []
         self.inputs: list[dict[str, Any]] = []
         self.outputs: list[dict[str, Any]] = []
+        self.narrowed: dict[str, tuple[str, str]] = {}
+        self.linear_inputs: list[str] = []  # distinct values that weights are multiplied with, in order of first use
+        self._statistics = None if out.statistics is None else out.statistics[name]
         self._constants: dict[tuple[Any, ...], str] = {}
         self._count = 0
 
@@ -172,7 +180,7 @@ class Graph(ABC):
 
     def describe(self) -> dict[str, Any]:
         """The graph's entry in `bundle.json`."""
-        return {"file": self.file_name, "precision": "float32", "inputs": self.inputs, "outputs": self.outputs}
+        return {"file": self.file_name, "precision": self.precision, "inputs": self.inputs, "outputs": self.outputs}
 
     def fresh(self, stem: str) -> str:
         self._count += 1
@@ -182,7 +190,11 @@ class Graph(ABC):
 
     @abstractmethod
     def product(self, x: str, weight: str) -> str:
-        """`x · weightᵀ`."""
+        """`x · weightᵀ`, both float32 values."""
+
+    def narrow_product(self, x: str, weight: np.ndarray, channels: Channels | None) -> str:
+        """`x · weightᵀ` with weights of 8 or 4 bits, for targets that have such precisions. `channels`: those of `x`."""
+        raise UnsupportedError(f"graphs for {self.target} cannot be {self.precision}")
 
     @abstractmethod
     def rows(self, table: np.ndarray, ids: str) -> str:
@@ -221,10 +233,23 @@ class Graph(ABC):
 
     # Layers shared by all networks
 
+    def seen(self, x: str) -> Channels | None:
+        """Notes that a weight is multiplied with `x`; gives what calibration saw there."""
+        if x not in self.linear_inputs:
+            self.linear_inputs.append(x)
+        return None if self._statistics is None else self._statistics[self.linear_inputs.index(x)]
+
     def linear(self, x: str, weight: np.ndarray, bias: np.ndarray | None) -> str:
         """`x · weightᵀ + bias`, the weight in PyTorch's [out, in] layout."""
-        y = self.product(x, self.weight(weight))
+        y = self.times(x, weight)
         return y if bias is None else self.op("Add", [y, self.weight(bias)])
+
+    def times(self, x: str, weight: np.ndarray, shared: bool = False) -> str:
+        """`x · weightᵀ` in the graph's precision. `shared`: the data file may hold the weight's own bytes already."""
+        channels = self.seen(x)
+        if len(weight) < _LEAST_OUTPUTS or self.precision in FLOATS:
+            return self.product(x, self.stored(weight) if shared else self.weight(weight))
+        return self.narrow_product(x, weight, channels)
 
     def layer_norm(self, x: str, weight: np.ndarray | None, bias: np.ndarray | None, epsilon: float, width: int) -> str:
         scale = self.constant(np.ones(width), np.float32) if weight is None else self.weight(weight)
@@ -273,13 +298,23 @@ class Graph(ABC):
 
 @dataclass(frozen=True)
 class Output:
-    """Where graphs are written, and of which target they are."""
+    """Where graphs are written, of which target and in which precision they are, and what calibration saw."""
 
     folder: Path
     kind: type[Graph]
+    precision: Precision = Precision.FLOAT32
+    weight_bits: int = 8  # of int8
+    statistics: Statistics | None = None  # of the same graphs in float32, where calibration ran
+
+    def at(self, precision: Precision) -> Output:
+        """The same in another precision, which the target must have."""
+        if precision not in self.kind.precisions:
+            known = ", ".join(self.kind.precisions)
+            raise UnsupportedError(f"graphs for {self.kind.target} cannot be {precision}; {known} are possible")
+        return replace(self, precision=precision)
 
     def graph(self, name: str, data: Data | None = None, n_positions: int = 0) -> Graph:
-        return self.kind(self.folder, name, data, n_positions)
+        return self.kind(self, name, data, n_positions)
 
     def data(self, name: str) -> Data:
         """A data file for several graphs."""

@@ -23,12 +23,12 @@ def vision_source(file: Path, state: State, other: Path | None) -> tuple[Source,
     """The image encoder with its configuration: out of `state`, where its tensors are removed, or from `other`."""
     own = {name.removeprefix(_VISUAL): state.pop(name) for name in list(state) if name.startswith(_VISUAL)}
     if own and other:
-        raise CheckpointError(f"{file}: it holds its own image encoder; leave --vision out")
+        raise CheckpointError(f"{file}: it holds its own image encoder; leave --vision-weights out")
     if own:
         return _vision(file, own, bare=False)
     if other is None:
         raise CheckpointError(
-            f"{file}: it holds no image encoder; give one with --vision (eva_vit_g.pth, clip_vit_L.pth, or a folder)"
+            f"{file}: it holds no image encoder; give one with --vision-weights (eva_vit_g.pth, clip_vit_L.pth, or a folder)"
         )
     if other.is_dir():
         return _vision_folder(other)

@@ -1,0 +1,29 @@
+"""The precisions that graphs can have, and which part of the model has which."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Precision(StrEnum):
+    """Of weights and of what is multiplied with them."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+    INT8 = "int8"  # weights by output channel, activations by row
+    INT8_BLOCKS = "int8-blocks"  # both by blocks of a row
+    INT4_BLOCKS = "int4-blocks"  # weights; activations as above
+
+
+FLOATS = (Precision.FLOAT32, Precision.FLOAT16, Precision.BFLOAT16)
+
+
+@dataclass(frozen=True)
+class Precisions:
+    """Of the three parts of a model."""
+
+    vision: Precision = Precision.FLOAT32
+    qformer: Precision = Precision.FLOAT32
+    language: Precision = Precision.FLOAT32
