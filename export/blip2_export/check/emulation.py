@@ -17,6 +17,12 @@ def avx2() -> list[str] | None:
     return [qemu, "-cpu", _HASWELL] if qemu else None
 
 
+def arm64() -> list[str] | None:
+    """The same for arm64, with the libraries that `tests/arm64.sh` puts together."""
+    qemu = emulator("aarch64")
+    return [qemu, "-cpu", "neoverse-n1", "-L", str(_ROOT / "target" / "arm64" / "root")] if qemu else None
+
+
 def emulator(machine: str) -> str | None:
     """QEMU for programs of another machine: installed, or unpacked in the tree."""
     names = (f"qemu-{machine}", f"qemu-{machine}-static")
