@@ -27,3 +27,15 @@ class Precisions:
     vision: Precision = Precision.FLOAT32
     qformer: Precision = Precision.FLOAT32
     language: Precision = Precision.FLOAT32
+
+    @property
+    def is_exact(self) -> bool:
+        return set(self._each()) == {Precision.FLOAT32}
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether a part is made with what calibration saw."""
+        return Precision.INT8 in self._each()
+
+    def _each(self) -> tuple[Precision, ...]:
+        return self.vision, self.qformer, self.language
