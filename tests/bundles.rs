@@ -754,7 +754,7 @@ fn verify_holds_a_bundle_of_fewer_bits_to_what_its_conversion_measured() {
         assert!(before.is_empty(), "{name}: {before:?}");
         let mut content = scratch.bytes(file);
         let from = content.len() * percent / 100;
-        content[from..from + 64].iter_mut().for_each(|byte| *byte = byte.wrapping_neg());
+        content[from..from + 512].iter_mut().for_each(|byte| *byte = byte.wrapping_neg());
         scratch.list(file, &content);
         let found = wrong(&mut scratch.load(name).unwrap());
         assert!(found.first().is_some_and(|what| what.ends_with(stage)), "{name}: {file}: {found:?}");
