@@ -17,9 +17,12 @@ sys.path.insert(0, str(HERE.parents[1] / "export"))
 
 from blip2_export.check import random_checkpoint, random_retrieval  # noqa: E402
 from blip2_export.bundle import Choices, convert  # noqa: E402
+from blip2_export.graphs.precision import Precision, Precisions  # noqa: E402
 from blip2_export.graphs.targets import TARGETS  # noqa: E402
 
 BUNDLES = {"t5": "t5", "instruct-llama": "instruct-llama", "vqa-opt": "vqa-opt", "stage1": "itg-tiny"}
+INT8 = Precisions(*[Precision.INT8] * 3)
+NARROW = ("vqa-opt", "stage1")  # in int8 as well
 
 
 def main() -> None:
@@ -32,6 +35,9 @@ def main() -> None:
                 of_target = name if target == "cpu" else f"{target}-{name}"
                 shutil.rmtree(HERE / of_target, ignore_errors=True)
                 convert(checkpoint, HERE / of_target, Choices(of_target, target=target))
+            if name in NARROW:
+                shutil.rmtree(HERE / f"int8-{name}", ignore_errors=True)
+                convert(checkpoint, HERE / f"int8-{name}", Choices(f"int8-{name}", precisions=INT8))
 
 
 if __name__ == "__main__":

@@ -22,17 +22,19 @@ class CpuGraph(Graph):
 
     def __init__(self, out: Output, name: str, data: Data | None = None, n_positions: int = 0) -> None:
         super().__init__(out, name, data, n_positions)
-        self._rows = quantized.Rows(self, out.weight_bits)
+        blocks = _BLOCKS.get(self.precision)
+        self._products = quantized.Blocks(self, *blocks) if blocks else quantized.Rows(self, out.weight_bits)
 
     def narrow_product(self, x: str, weight: np.ndarray, channels: Channels | None) -> str:
-        if self.precision is Precision.INT8:
-            return self._rows.product(x, weight, channels)
-        return quantized.by_blocks(self, x, weight, *_BLOCKS[self.precision])
+        return self._products.product(x, weight, channels)
 
     def narrowing(self) -> dict[str, int]:
-        if self.precision is Precision.INT8:
-            return {"weight_bits": self._rows.n_bits}
-        return {"block_size": _BLOCKS[self.precision][1]} if self.precision in _BLOCKS else {}
+        match self._products:
+            case quantized.Blocks(size=size):
+                return {"block_size": size}
+            case quantized.Rows(n_bits=n_bits) if self.precision is Precision.INT8:
+                return {"weight_bits": n_bits}
+        return {}
 
     def product(self, x: str, weight: str) -> str:
         return self.op("FusedMatMul", [x, weight], domain=MICROSOFT, transB=1)
