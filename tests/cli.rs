@@ -485,8 +485,22 @@ fn the_demo_bundle_gives_what_its_reference_gave() {
     assert_eq!(works(["verify", "models/demo-opt"]), text);
     let facts: Value = serde_json::from_str(&works(["inspect", "--json"])).unwrap();
     assert_eq!(facts["format_version"], 4);
+    let shown = works(["inspect", "tests/bundles/int8-vqa-opt"]);
+    let says = [
+        "decoder.onnx, computes in int8,",
+        "loss         against float32",
+        "features           ",
+        "are chosen as in float32",
+        "perplexity",
+    ];
+    assert!(says.iter().all(|said| shown.contains(said)), "{shown}");
     let shown = works(["inspect"]);
-    assert!(shown.contains("query tokens") && shown.contains("resized to a square (bicubic), alpha white"), "{shown}");
+    assert!(
+        !shown.contains("against float32")
+            && shown.contains("query tokens")
+            && shown.contains("resized to a square (bicubic), alpha white"),
+        "{shown}"
+    );
 }
 
 #[test]
