@@ -207,8 +207,9 @@ fn the_q_former_itself() {
 }
 
 #[test]
-fn in_int8() {
-    ["int8-t5", "int8-vqa-opt", "int8-stage1"].iter().for_each(|name| same_alone_and_in_company(&format!("tests/bundles/{name}")));
+fn in_8_and_4_bits() {
+    let names = ["int8-t5", "int8-vqa-opt", "int8-stage1", "int4-t5-in-blocks"];
+    names.iter().for_each(|name| same_alone_and_in_company(&format!("tests/bundles/{name}")));
 }
 
 #[test]

@@ -20,14 +20,23 @@ from blip2_export.check import random_checkpoint, random_retrieval  # noqa: E402
 from blip2_export.bundle import Choices, convert  # noqa: E402
 from blip2_export.graphs.precision import Precision, Precisions  # noqa: E402
 
-SHAPES = {"t5": "t5", "instruct-llama": "instruct-llama", "vqa-opt": "vqa-opt", "stage1": "itg-tiny"}
-INT8 = Precision.INT8
+IN_BLOCKS = {"text_config": {"model_type": "t5", "d_model": 128, "d_ff": 256, "num_layers": 4}}
+SHAPES = {
+    "t5": "t5",
+    "instruct-llama": "instruct-llama",
+    "vqa-opt": "vqa-opt",
+    "stage1": "itg-tiny",
+    "t5-in-blocks": IN_BLOCKS,
+}
+INT8, INT4 = Precision.INT8, Precision.INT4_BLOCKS
 KINDS = {
     "": Choices(""),
     "webgpu-": Choices("", target="webgpu"),
     "int8-": Choices("", precisions=Precisions(INT8, INT8, INT8)),
+    "int4-": Choices("", precisions=Precisions(INT8, INT8, INT4), golden=False, loss=False),
 }
-ALL = [kind + name for kind in KINDS for name in SHAPES if (kind, name) != ("int8-", "instruct-llama")]
+PLAIN = [name for name in SHAPES if name != "t5-in-blocks"]
+ALL = [*PLAIN, *(f"webgpu-{name}" for name in PLAIN), "int8-t5", "int8-vqa-opt", "int8-stage1", "int4-t5-in-blocks"]
 
 
 def main(wanted: list[str]) -> None:
