@@ -84,7 +84,7 @@ def convert(source: Path, out: Path, choices: Choices) -> None:
             raise CheckpointError(f"{out}: the bundle would take the place of {given}; give another folder")
     checkpoint = open_checkpoint(source, choices.parts, choices.adapters)
     with _aside(out, choices.force) as aside, beside(aside) as other:
-        exact = _yardstick(checkpoint, other, choices)
+        exact = yardstick(checkpoint, other, choices)
         facts, _ = _build(checkpoint, aside, choices, exact.statistics() if choices.precisions.is_calibrated else None)
         leftovers.check(checkpoint, choices.ignored_tensors)
         if choices.golden:
@@ -103,7 +103,7 @@ def _save(folder: Path, facts: dict[str, Any]) -> None:
     (folder / _FACTS).write_text(json.dumps(facts, indent=1) + "\n")
 
 
-def _yardstick(checkpoint: Checkpoint, folder: Path, choices: Choices) -> Yardstick:
+def yardstick(checkpoint: Checkpoint, folder: Path, choices: Choices) -> Yardstick:
     def build(into: Path) -> list[Graph]:
         plain = replace(choices, target=CpuGraph.target, precisions=Precisions())
         facts, graphs = _build(checkpoint, into, plain)

@@ -8,10 +8,12 @@ import numpy as np
 
 from blip2_export.loss import stages
 from blip2_export.loss.inputs import Inputs
+from blip2_export.read.checkpoint import CheckpointError
 from blip2_export.run.generation import Graphs
 from blip2_export.run.retrieval import Stage1Graphs
 
 _SMALLEST = 1e-30  # stands in for a length of zero
+_MOST_NATS = 50  # a token; what is less probable is as good as impossible
 _DIGITS = 7  # of cosines; float32 has no more
 Pair = tuple[stages.Arrays, stages.Arrays]  # of a stage alone, with float32 inputs, and from the picture on
 Stages = dict[str, dict[str, dict[str, float]]]
@@ -51,6 +53,12 @@ def compared(found: stages.Arrays, wanted: stages.Arrays) -> dict[str, float]:
 
 
 def largest_error(found: np.ndarray, wanted: np.ndarray) -> float:
+    """Relative to the largest value that is wanted."""
+    if not np.isfinite(found).all():
+        raise CheckpointError(
+            "in this precision the graphs give values that are not numbers; choose another for this part (bfloat16 has the range "
+            "of float32)"
+        )
     return float(np.abs(found - wanted).max() / max(np.abs(wanted).max(), _SMALLEST))
 
 
@@ -101,4 +109,4 @@ def _perplexity(logits: stages.Arrays, tokens: list[list[int]]) -> float:
     for rows, chosen in zip(logits, tokens, strict=True):
         shifted = rows.astype(np.float64) - rows.max(-1, keepdims=True)
         losses.append(np.log(np.exp(shifted).sum(-1)) - shifted[np.arange(len(chosen)), chosen])
-    return round(float(np.exp(np.concatenate(losses).mean())), 4)
+    return round(float(np.exp(min(np.concatenate(losses).mean(), _MOST_NATS))), 4)

@@ -14,6 +14,7 @@ from blip2_export.scenes import drawing, retrieval, texts
 from blip2_export.scenes.held_out import Engine, HeldOut
 
 TASKS = ("caption", "ask", "match", "embed")
+_COUNTS = ("edits",)  # figures that are no shares
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,26 +30,67 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--group", type=int, default=100, help="pictures that a text finds one of (default %(default)s)"
     )
     parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="BUNDLE",
+        help="the same model in float32: asked too, and the shares of both stored in the `loss` of --model's bundle.json",
+    )
+    parser.add_argument(
         "--wrong", type=Path, help="write everything that was wrong to this file, one JSON object a line"
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints one line for ordinary scenes and one for scenes with an unseen shape–colour pair."""
-    facts = _facts(args.model)
-    tasks = _tasks(args, facts)
+    tasks = _tasks(args, _facts(args.model))
+    exact = _yardstick(args) if args.against else None
     wrong: list[dict[str, Any]] = []
     for name, unseen in (("held-out scenes", False), ("unseen shape-colour pairs", True)):
-        rng = random.Random(f"{args.seed} {unseen}")
-        found = [drawing.sample_scene(rng, unseen=unseen) for _ in range(args.count)]
-        with tempfile.TemporaryDirectory() as folder:
-            pictures = [_save(s, Path(folder) / f"{i}.png", args.side) for i, s in enumerate(found)]
-            held = HeldOut(Engine(args.engine, args.model), found, pictures, rng, wrong)
-            figures = _figures(held, tasks, facts["family"], args.group)
+        figures = _asked(args, args.model, unseen, tasks, wrong)
         print(json.dumps({"model": str(args.model), "on": name, "scenes": args.count, **figures}), flush=True)
+        if exact is not None and not unseen:
+            wanted = _asked(args, exact, unseen, tasks, [])
+            print(json.dumps({"model": str(exact), "on": name, "scenes": args.count, **wanted}), flush=True)
+            _store(args.model, figures, wanted)
     if args.wrong:
         args.wrong.write_text("".join(json.dumps(row) + "\n" for row in wrong))
     return 0
+
+
+def _asked(
+    args: argparse.Namespace, model: Path, unseen: bool, tasks: Collection[str], wrong: list[dict[str, Any]]
+) -> dict[str, float]:
+    """The figures of a bundle. All bundles see the same scenes and are asked the same."""
+    rng = random.Random(f"{args.seed} {unseen}")
+    found = [drawing.sample_scene(rng, unseen=unseen) for _ in range(args.count)]
+    with tempfile.TemporaryDirectory() as folder:
+        pictures = [_save(s, Path(folder) / f"{i}.png", args.side) for i, s in enumerate(found)]
+        held = HeldOut(Engine(args.engine, model), found, pictures, rng, wrong)
+        return _figures(held, tasks, _facts(model)["family"], args.group)
+
+
+def _yardstick(args: argparse.Namespace) -> Path:
+    """The float32 bundle; that of fewer bits has a loss to which figures belong."""
+    if any(graph["precision"] != "float32" for graph in _facts(args.against)["graphs"].values()):
+        raise SystemExit(
+            f"{args.against}: not all of its graphs are float32; --against takes the same model in float32"
+        )
+    if "loss" not in _facts(args.model):
+        raise SystemExit(
+            f"{args.model}: bundle.json has no `loss`, so that figures have no place; convert it to fewer bits"
+        )
+    return Path(args.against)
+
+
+def _store(bundle: Path, figures: dict[str, float], exact: dict[str, float]) -> None:
+    """Writes the shares of both to the `loss` of a bundle."""
+    facts = _facts(bundle)
+    facts["loss"]["tasks"] = {
+        name: {"float32": exact[name], "bundle": share} for name, share in figures.items() if name not in _COUNTS
+    }
+    aside = bundle / "bundle.json.part"
+    aside.write_text(json.dumps(facts, indent=1) + "\n")
+    aside.replace(bundle / "bundle.json")
 
 
 def _figures(held: HeldOut, tasks: Collection[str], family: str, group: int) -> dict[str, float]:
