@@ -398,6 +398,7 @@ fn describe(found: &ValueType) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::runtime::{ProviderChoice, RuntimeOptions};
 
     #[test]
     fn attention_in_float32_is_refused_on_cuda_only() {
@@ -408,6 +409,18 @@ mod tests {
         let mut narrow = bundle.graph("decoder").clone();
         narrow.inputs.iter_mut().filter(|input| input.dtype.is_float()).for_each(|input| input.dtype = Dtype::Float16);
         assert!(!lacks_attention(Provider::Cuda, &narrow, &bundle.operators("decoder").unwrap()));
+    }
+
+    #[test]
+    fn graphs_of_bytes_are_refused_where_their_sums_come_out_wrong() {
+        let provider = ProviderChoice::Only(Provider::Cpu);
+        let runtime = Runtime::load(&RuntimeOptions { provider, ..RuntimeOptions::default() }).unwrap();
+        runtime.0.multiplies_bytes.set(false).unwrap();
+        let bundles = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/bundles");
+        let open = |name: &str| Graph::open(&runtime, &Bundle::open(&bundles.join(name)).unwrap(), "vision");
+        let said = open("int8-stage1").unwrap_err().to_string();
+        assert!(said.contains("vision multiplies 8-bit numbers, and ONNX Runtime 1."), "{said}");
+        assert!(open("stage1").is_ok());
     }
 
     #[test]
