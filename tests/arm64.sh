@@ -35,11 +35,11 @@ rust() {
 
 # ONNX Runtime's library out of its wheel for arm64, in the pinned version.
 library() {
-    mkdir -p "$work/wheel"
+    rm -rf "$work/bin" "$work/wheel" && mkdir -p "$work/bin" "$work/wheel"
     awk '/^[^ ]/ { wanted = /^onnxruntime==/ } wanted' export/runtime.txt > "$work/wheel/requirements.txt"
     .venv/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --require-hashes --only-binary=:all: \
         --platform manylinux_2_28_aarch64 -r "$work/wheel/requirements.txt" -d "$work/wheel" || return 1
-    .venv/bin/python -m zipfile -e "$work"/wheel/*.whl "$work/wheel" && mkdir -p "$work/bin" &&
+    .venv/bin/python -m zipfile -e "$work"/wheel/*.whl "$work/wheel" &&
         mv "$work"/wheel/onnxruntime/capi/libonnxruntime.so* "$work/bin" && rm -r "$work/wheel" && touch "$work/bin/.stamp"
 }
 
@@ -58,7 +58,7 @@ root() {
 command -v apt-get > /dev/null && command -v dpkg > /dev/null || skip "the cross compiler comes from Debian's packages, and this is no such system"
 [ -e "$work/tools/.stamp" ] || (tools) || skip "apt-get cannot download ${packages[*]} here"
 rustc --print target-libdir --target $target | xargs test -d || [ -e "$work/rustup/.stamp" ] || rust || skip "rustup cannot fetch Rust's standard library for $target here"
-[ -e "$work/bin/.stamp" ] || library || skip "pip cannot download ONNX Runtime for arm64 here"
+[ "$work/bin/.stamp" -nt export/runtime.txt ] || library || skip "pip cannot download ONNX Runtime for arm64 here"
 root
 
 export PATH=$work/tools/usr/bin:$PATH

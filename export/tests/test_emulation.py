@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from test_engine import ENGINE, ROOT
 
-from blip2_export.check import emulation
+from blip2_export.bundle import Choices, convert
+from blip2_export.check import emulation, random_checkpoint
 from blip2_export.graphs.builder import Output
 from blip2_export.graphs.cpu import CpuGraph
-from blip2_export.graphs.precision import Precision
+from blip2_export.graphs.precision import Precision, Precisions
 
 _STEP = 1 / 127  # of an activation, of its row's largest
 
@@ -58,3 +59,26 @@ def test_sums_of_8_bit_products_are_exact(tmp_path: Path, processor: str) -> Non
     found = [float(line.split()[5].rstrip(",")) for line in said.stdout.splitlines() if " features: " in line]
     assert len(found) == 3, said.stdout + said.stderr
     assert max(found) < 1e-6
+
+
+def test_the_engine_says_what_is_slow_on_its_processor(tmp_path: Path) -> None:
+    emulator = emulation.avx2()
+    if emulator is None:
+        pytest.skip(emulation.MISSING)
+    checkpoint, shape = tmp_path / "checkpoint", {"vision_config": {"hidden_size": 128, "intermediate_size": 128}}
+    random_checkpoint.write(checkpoint, shape, seed=0)
+    typed = ["caption", "--json", "--provider", "cpu", "--threads", "1", str(ROOT / "models" / "samples" / "0.png")]
+    said = {}
+    precisions = Precisions(Precision.INT8, Precision.INT8, Precision.FLOAT32)
+    for n_bits in (7, 8):
+        choices = Choices("b", golden=False, loss=False, precisions=precisions, weight_bits=n_bits)
+        convert(checkpoint, tmp_path / str(n_bits), choices)
+        command = [*emulator, str(ENGINE), *typed, "--model", str(tmp_path / str(n_bits))]
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
+        assert json.loads(done.stdout)["tokens"]
+        said[n_bits] = done.stderr
+    assert said[7] == ""
+    assert (
+        said[8].startswith("blip2: qformer, vision: int8 is right on this processor (avx2)")
+        and said[8].count("\n") == 1
+    )

@@ -356,9 +356,11 @@ impl Model {
         Ok(runtime)
     }
 
-    /// Loads a bundle's graphs where the user wants them.
+    /// Loads a bundle's graphs where the user wants them. Standard error says what of them is slow there.
     pub fn load(&self, bundle: Bundle) -> Result<Engine, Error> {
-        Engine::load(bundle, self.runtime()?)
+        let engine = Engine::load(bundle, self.runtime()?)?;
+        engine.notices().iter().for_each(|notice| eprintln!("blip2: {notice}"));
+        Ok(engine)
     }
 }
 

@@ -7,13 +7,23 @@ use super::plain::plain;
 use super::{Failure, chain};
 use crate::bundle::Bundle;
 use crate::error::Error;
-use crate::runtime::{Processor, Provider, ProviderChoice, Runtime, RuntimeOptions};
+use crate::runtime::{Extension, Processor, Provider, ProviderChoice, Runtime, RuntimeOptions};
 
 pub(super) fn run(command: &Doctor) -> Result<(), Failure> {
     let mut out = stdout().lock();
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     writeln!(out, "blip2        {} on {} {}", env!("CARGO_PKG_VERSION"), std::env::consts::OS, std::env::consts::ARCH)?;
-    writeln!(out, "processor    {cores} cores, {}", Processor::detect())?;
+    let processor = Processor::detect();
+    writeln!(out, "processor    {cores} cores, {processor}")?;
+    for gain in processor.gains() {
+        writeln!(out, "             {gain}")?;
+    }
+    if processor.gains().is_empty() {
+        writeln!(out, "             no precision was measured on such a processor; `python -m blip2_export floor` does it")?;
+    }
+    if processor.has(Extension::AmxBf16) {
+        writeln!(out, "             bfloat16 by the plugin openvino: 3.3 times float32's speed for ViT")?;
+    }
 
     // The providers are tried one by one below, so loading must not choose among them.
     let options = RuntimeOptions { provider: ProviderChoice::Only(Provider::Cpu), ..(&command.model).into() };

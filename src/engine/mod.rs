@@ -22,7 +22,7 @@ use crate::error::Error;
 use crate::language::{LanguageModel, Prefix, Seen};
 use crate::pixels::Picture;
 use crate::prompt::{Prompt, PromptError, Task};
-use crate::runtime::{Cancel, Runtime, RuntimeOptions};
+use crate::runtime::{Cancel, Processor, Provider, Runtime, RuntimeOptions};
 use crate::timing::{Stage, Timings};
 use crate::vision::Vision;
 
@@ -88,6 +88,12 @@ impl Engine {
     /// The runtime in use.
     pub fn runtime(&self) -> &Runtime {
         &self.runtime
+    }
+
+    /// What of the bundle is slow where it runs, a sentence each.
+    pub fn notices(&self) -> Vec<String> {
+        let on_processor = self.runtime.provider() == Provider::Cpu;
+        if on_processor { Processor::detect().notices(self.bundle()) } else { Vec::new() }
     }
 
     /// The half that looks.

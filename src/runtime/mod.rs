@@ -35,7 +35,7 @@ pub use graph::{Binding, Graph, Outputs, Place};
 pub use library::{Library, LibraryError, Source};
 pub use memory::Budget;
 pub use plugin::{PLUGINS, Plugin};
-pub use processor::{Extension, Processor};
+pub use processor::{Extension, Gain, Processor};
 pub use provider::{Choice, Provider, ProviderChoice, ProviderError};
 pub use rows::{Move, Mover, Row};
 pub use tensor::{Tensor, f32_from};
