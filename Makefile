@@ -4,6 +4,7 @@
 PYTHON ?= python3
 MODEL_PYTHON := export/.venv/bin/python
 SWIFTSHADER := target/swiftshader
+QEMU := target/qemu
 SCENES ?= 1000
 GENERATIONS ?= 10000
 FUZZ_COUNT ?= 100000
@@ -11,7 +12,7 @@ SHAPE ?= medium
 ROUNDS ?= 5
 
 .DEFAULT_GOAL := help
-.PHONY: help run setup setup-webgpu setup-export build test test-rust test-python fmt demo-models evaluate parity bench fuzz clean
+.PHONY: help run setup setup-webgpu setup-openvino setup-qemu setup-export build test test-rust test-python fmt demo-models evaluate parity bench fuzz clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -38,6 +39,21 @@ $(SWIFTSHADER)/.stamp:
 	-cd $(SWIFTSHADER) && apt-get download -qq chromium-common && dpkg -x *.deb . && \
 		mv usr/lib/chromium/*vk_swiftshader* usr/lib/chromium/libvulkan.so.1 . && rm -r *.deb usr && touch .stamp
 	@test -e $@ || echo "skipped: no software device, for apt-get cannot download chromium-common here"
+
+setup-openvino: .venv/.openvino $(QEMU)/.stamp ## the OpenVINO plugin, and an Intel processor to test it on
+
+.venv/.openvino: .venv/.stamp export/openvino.txt
+	-.venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r export/openvino.txt && touch $@
+	@test -e $@ || echo "skipped: no OpenVINO plugin for this system"
+
+setup-qemu: $(QEMU)/.stamp ## processors that this machine is not, emulated
+
+$(QEMU)/.stamp:
+	mkdir -p $(QEMU)/unpacked
+	-cd $(QEMU)/unpacked && apt-get download -qq qemu-user-static && dpkg -x *.deb . && \
+		mv usr/bin/qemu-x86_64-static usr/bin/qemu-aarch64-static .. && touch ../.stamp
+	rm -r $(QEMU)/unpacked
+	@test -e $@ || echo "skipped: no emulated processors, for apt-get cannot download qemu-user-static here"
 
 setup-export: export/.venv/.stamp ## PyTorch and transformers for export/
 

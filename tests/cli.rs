@@ -443,6 +443,14 @@ fn a_wrong_command_line_is_explained() {
         2,
         "auto, cpu, cuda, tensorrt, openvino, webgpu, tensorrt-rtx and plugin:NAME are known",
     );
+    fails(["caption", "--provider", "plugin:", &sample(0)], 2, "`plugin:` needs a name");
+    fails(["caption", "--provider", "openvino", "--precision", "int8", &sample(0)], 2, "float32, bfloat16, float16 are known");
+    fails(["caption", "--provider", "webgpu", "--precision", "float32", &sample(0)], 2, "--precision is for openvino");
+    fails(["caption", "--provider", "openvino", "--ep-option", "load_config", &sample(0)], 2, "the form KEY=VALUE");
+    fails(["caption", "--provider", "openvino", "--ep-option", "a=b", &sample(0)], 2, "no option `a`; it takes load_config");
+    fails(["caption", "--ep-option", "a=b", &sample(0)], 2, "provider `cpu` takes no --ep-option");
+    fails(["doctor", "--provider", "cuda", "--ep-option", "a=b"], 2, "provider `cuda` takes no --ep-option");
+    fails(["caption", "--allow-fallback=all", &sample(0)], 2, "nothing, operators, graphs are known");
     fails(["caption", "--threads", "0", &sample(0)], 2, "threads");
     fails(["caption", "--threads", "100000", &sample(0)], 2, "100000 threads");
     fails(["caption", "--max-new-tokens", "3", "--min-new-tokens", "4", &sample(0)], 2, "at least 4 new tokens are wanted, and 3");

@@ -5,7 +5,6 @@ use std::io::{Write as _, stdout};
 use super::Failure;
 use super::args::Verify;
 use crate::bundle::Bundle;
-use crate::engine::Engine;
 use crate::error::Error;
 use crate::verify;
 
@@ -24,8 +23,7 @@ pub(super) fn run(command: &Verify) -> Result<(), Failure> {
         eprintln!("blip2: {}: {file:?} is not listed in bundle.json; nothing reads it", folder.display());
     }
 
-    let runtime = command.model.runtime()?;
-    let mut engine = Engine::load(bundle, runtime)?;
+    let mut engine = command.model.load(bundle)?;
     writeln!(out, "ok    graphs load on {} and are what bundle.json says", engine.runtime().provider())?;
     if !verify::has_golden(&engine) {
         writeln!(out, "      outputs are not compared: the bundle lists no golden/golden.json (converted with --no-golden)")?;

@@ -157,6 +157,11 @@ impl Graph {
         self.facts.inputs.iter().any(|facts| facts.name == input)
     }
 
+    /// Whether a tensor in the processor's memory is copied when it is bound, and its later content not seen.
+    pub fn copies_when_bound(&self) -> bool {
+        matches!(self.runtime.provider(), Provider::Plugin(_)) && !self.runtime.has_device()
+    }
+
     /// One run over what is bound.
     pub fn run_bound(&mut self, bound: &Binding) -> Result<(), RuntimeError> {
         let _turn = self.runtime.turn();

@@ -108,7 +108,7 @@ pub enum ProviderError {
         loaded: PathBuf,
     },
     /// Its library is there, a device is not.
-    #[error("provider `{plugin}` finds no device {device} here; it {}counts from 0 and finds {found}", runs_on(*.plugin))]
+    #[error("provider `{plugin}` {}", finds(*.plugin, *.device, *.found))]
     NoDevice {
         /// The plugin.
         plugin: Plugin,
@@ -324,8 +324,12 @@ fn what_it_is(plugin: Plugin) -> String {
     plugin.known.map_or("the library".into(), |known| format!("the library, or the folder with {}", known.file()))
 }
 
-fn runs_on(plugin: Plugin) -> String {
-    plugin.known.map_or(String::new(), |known| format!("runs on {}, ", known.hardware))
+fn finds(plugin: Plugin, device: u32, found: usize) -> String {
+    match (plugin.known, found) {
+        (Some(known), 0) => format!("finds no device here; it runs on {}", known.hardware),
+        (None, 0) => "finds no device here; its library brings no provider, or none for this machine".into(),
+        _ => format!("finds no device {device} here; it counts from 0 and finds {found}"),
+    }
 }
 
 fn with_precisions() -> impl Iterator<Item = Plugin> {

@@ -152,3 +152,75 @@ impl std::fmt::Display for Precision {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::runtime::ProviderChoice;
+
+    fn options(provider: &str, given: &[(&str, &str)]) -> RuntimeOptions {
+        let ep_options = given.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+        RuntimeOptions { provider: provider.parse().unwrap(), ep_options, ..RuntimeOptions::default() }
+    }
+
+    fn config(device: DeviceType, given: Option<&str>, options: &RuntimeOptions) -> Result<Value, String> {
+        let config = load_config(Plugin::named("openvino"), device, given.map(str::to_owned).as_ref(), options);
+        config.map(|config| serde_json::from_str(&config).unwrap()).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn openvino_is_always_told_what_to_compute_in() {
+        let plain = RuntimeOptions::default();
+        let threads = RuntimeOptions { threads: std::num::NonZeroUsize::new(3), ..RuntimeOptions::default() };
+        let narrow = RuntimeOptions { precision: Some(Precision::Float16), ..threads.clone() };
+        let own = Some(r#"{"CPU":{"INFERENCE_NUM_THREADS":"1","NUM_STREAMS":"2"},"AUTO":{}}"#);
+        let hint = |hint: &str| json!({ PRECISION_HINT: hint });
+        let cases = [
+            (config(DeviceType::CPU, None, &plain), json!({ "CPU": hint("f32") })),
+            (config(DeviceType::CPU, None, &threads), json!({ "CPU": { PRECISION_HINT: "f32", N_THREADS: "3" } })),
+            (
+                config(DeviceType::CPU, own, &threads),
+                json!({ "CPU": { PRECISION_HINT: "f32", N_THREADS: "1", "NUM_STREAMS": "2" }, "AUTO": {} }),
+            ),
+            (config(DeviceType::GPU, None, &narrow), json!({ "GPU": hint("f16") })),
+            (config(DeviceType::NPU, None, &narrow), json!({ "NPU": hint("f16") })),
+        ];
+        for (found, wanted) in cases {
+            assert_eq!(found.unwrap(), wanted);
+        }
+        let refused = |given| config(DeviceType::CPU, Some(given), &plain).unwrap_err();
+        assert!(refused(r#"{"CPU":{"INFERENCE_PRECISION_HINT":"bf16"}}"#).contains("--precision takes the place"));
+        assert!(refused(r#"{"CPU":1}"#).contains("expected a map") && refused("ov.json").contains("it is JSON such as"));
+    }
+
+    #[test]
+    fn what_the_processor_does_not_compute_in_is_refused() {
+        for precision in Precision::ALL {
+            let options = RuntimeOptions { precision: Some(precision), ..RuntimeOptions::default() };
+            let found = config(DeviceType::CPU, None, &options);
+            assert_eq!(found.is_ok(), precision.has_instructions(), "{precision}: {found:?}");
+            assert_eq!(precision.to_string().parse(), Ok(precision));
+        }
+    }
+
+    #[test]
+    fn options_without_a_use_are_refused() {
+        let said = |options: RuntimeOptions| options.check().map_err(|error| error.to_string());
+        let precise = |provider| RuntimeOptions { precision: Some(Precision::Float32), ..options(provider, &[]) };
+        for provider in ["auto", "cpu", "cuda", "tensorrt"] {
+            assert!(said(options(provider, &[("a", "b")])).unwrap_err().contains("takes no --ep-option"), "{provider}");
+        }
+        for provider in ["auto", "cpu", "cuda", "tensorrt", "webgpu", "tensorrt-rtx", "plugin:mine"] {
+            assert!(said(precise(provider)).unwrap_err().contains("--precision is for openvino"), "{provider}");
+            assert_eq!(said(options(provider, &[])), Ok(()));
+        }
+        assert!(
+            said(options("webgpu", &[("load_config", "{}")])).unwrap_err().contains("has no option `load_config`; it takes dawn")
+        );
+        assert_eq!(said(precise("openvino")), Ok(()));
+        for (provider, option) in [("openvino", "load_config"), ("plugin:openvino", "reshape_input"), ("plugin:mine", "whatever")] {
+            assert_eq!(said(options(provider, &[(option, "x")])), Ok(()));
+        }
+        assert_eq!("plugin:openvino".parse::<ProviderChoice>().unwrap(), "openvino".parse().unwrap());
+    }
+}
