@@ -13,7 +13,7 @@ RECIPES ?= exact,fast
 ROUNDS ?= 5
 
 .DEFAULT_GOAL := help
-.PHONY: help run setup setup-webgpu setup-qemu setup-export build test test-rust test-python test-avx2 test-arm64 fmt demo-models evaluate parity bench fuzz clean
+.PHONY: help run setup setup-webgpu setup-openvino setup-qemu setup-export build test test-rust test-python test-avx2 test-arm64 fmt demo-models evaluate parity bench fuzz clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -40,6 +40,12 @@ $(SWIFTSHADER)/.stamp:
 	-cd $(SWIFTSHADER) && apt-get download -qq chromium-common && dpkg -x *.deb . && \
 		mv usr/lib/chromium/*vk_swiftshader* usr/lib/chromium/libvulkan.so.1 . && rm -r *.deb usr && touch .stamp
 	@test -e $@ || echo "skipped: no software device, for apt-get cannot download chromium-common here"
+
+setup-openvino: .venv/.openvino $(QEMU)/.stamp ## the OpenVINO plugin, and an Intel processor to test it on
+
+.venv/.openvino: .venv/.stamp export/openvino.txt
+	-.venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r export/openvino.txt && touch $@
+	@test -e $@ || echo "skipped: no OpenVINO plugin for this system"
 
 setup-qemu: $(QEMU)/.stamp ## processors that this machine is not, emulated
 

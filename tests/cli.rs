@@ -438,7 +438,19 @@ fn a_wrong_command_line_is_explained() {
     fails(["caption"], 2, "IMAGE");
     fails(["ask", &sample(0)], 2, "QUESTION");
     fails(["paint", &sample(0)], 2, "unrecognized subcommand");
-    fails(["caption", "--provider", "abacus", &sample(0)], 2, "auto, cpu, cuda, tensorrt, webgpu, openvino are known");
+    fails(
+        ["caption", "--provider", "abacus", &sample(0)],
+        2,
+        "auto, cpu, cuda, tensorrt, openvino, webgpu, tensorrt-rtx and plugin:NAME are known",
+    );
+    fails(["caption", "--provider", "plugin:", &sample(0)], 2, "`plugin:` needs a name");
+    fails(["caption", "--provider", "openvino", "--precision", "int8", &sample(0)], 2, "float32, bfloat16, float16 are known");
+    fails(["caption", "--provider", "webgpu", "--precision", "float32", &sample(0)], 2, "--precision is for openvino");
+    fails(["caption", "--provider", "openvino", "--ep-option", "load_config", &sample(0)], 2, "the form KEY=VALUE");
+    fails(["caption", "--provider", "openvino", "--ep-option", "a=b", &sample(0)], 2, "no option `a`; it takes load_config");
+    fails(["caption", "--ep-option", "a=b", &sample(0)], 2, "provider `cpu` takes no --ep-option");
+    fails(["doctor", "--provider", "cuda", "--ep-option", "a=b"], 2, "provider `cuda` takes no --ep-option");
+    fails(["caption", "--allow-fallback=all", &sample(0)], 2, "nothing, operators, graphs are known");
     fails(["caption", "--threads", "0", &sample(0)], 2, "threads");
     fails(["caption", "--threads", "100000", &sample(0)], 2, "100000 threads");
     fails(["caption", "--max-new-tokens", "3", "--min-new-tokens", "4", &sample(0)], 2, "at least 4 new tokens are wanted, and 3");
@@ -470,7 +482,7 @@ fn what_the_machine_lacks_is_named() {
     let taken = doctor.lines().find_map(|line| line.strip_prefix("auto         takes ")).unwrap();
     assert!(err(&chosen).starts_with(&format!("blip2: runs on {taken}")) && err(&chosen).lines().count() == 1, "{}", err(&chosen));
     assert!(taken == "tensorrt" || err(&chosen).contains("tensorrt: "), "why not the others: {}", err(&chosen));
-    for provider in ["cuda", "tensorrt", "webgpu", "openvino"] {
+    for provider in ["cuda", "tensorrt", "webgpu", "openvino", "tensorrt-rtx"] {
         if doctor.lines().any(|line| line.starts_with(provider) && line.contains("not usable")) {
             fails(["caption", "--provider", provider, &sample(0)], 5, &format!("provider `{provider}` "));
             fails(["doctor", "--provider", provider], 5, "usable");

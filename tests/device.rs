@@ -11,7 +11,8 @@ use blip2::decode::{EarlyStopping, Processors, Strategy, TokenId, Warpers};
 use blip2::engine::Flow;
 use blip2::pixels::Limits;
 use blip2::runtime::{
-    Copies, Move, Mover, PLUGINS, Provider, ProviderChoice, ProviderError, Row, Runtime, RuntimeOptions, Tensor, UnavailableError,
+    Copies, Fallback, Move, Mover, Plugin, Provider, ProviderChoice, ProviderError, Row, Runtime, RuntimeOptions, Tensor,
+    UnavailableError,
 };
 use blip2::{Engine, Generation, Picture, Request, Task, verify};
 use ndarray::{Array3, Array4, ArrayD, Axis};
@@ -24,14 +25,14 @@ fn processor() -> Runtime {
     Runtime::load(&RuntimeOptions { provider: ProviderChoice::Only(Provider::Cpu), ..RuntimeOptions::default() }).unwrap()
 }
 
-fn options(allow_fallback: bool) -> RuntimeOptions {
-    let provider = ProviderChoice::Only(Provider::Plugin(&PLUGINS[0]));
+fn options(fallback: Fallback) -> RuntimeOptions {
+    let provider = ProviderChoice::Only(Provider::Plugin(Plugin::named("webgpu")));
     let ep_library = std::env::var_os("BLIP2_EP_LIBRARY").map(PathBuf::from);
-    RuntimeOptions { provider, ep_library, allow_fallback, ..RuntimeOptions::default() }
+    RuntimeOptions { provider, ep_library, fallback, ..RuntimeOptions::default() }
 }
 
-fn device(allow_fallback: bool) -> Runtime {
-    Runtime::load(&options(allow_fallback)).unwrap()
+fn device(fallback: Fallback) -> Runtime {
+    Runtime::load(&options(fallback)).unwrap()
 }
 
 /// Vulkan is told of its device by variables that must be set before the process starts, so the tests run in another.
@@ -41,7 +42,7 @@ fn everything_works_on_a_device() {
     if !software.join(".stamp").exists() {
         return eprintln!("skipped: there is no device in software; `make setup-webgpu` installs it");
     }
-    if let Err(UnavailableError::Provider(error @ ProviderError::NoPlugin { .. })) = Runtime::load(&options(true)) {
+    if let Err(UnavailableError::Provider(error @ ProviderError::NoPlugin { .. })) = Runtime::load(&options(Fallback::Operators)) {
         return eprintln!("skipped: {error}");
     }
     let tests = std::process::Command::new(std::env::current_exe().unwrap())
@@ -132,7 +133,7 @@ fn rows_move_and_stack_on_the_processor() {
 #[test]
 #[ignore = "everything_works_on_a_device runs it where there is one"]
 fn rows_move_and_stack_on_a_device() {
-    let runtime = device(false);
+    let runtime = device(Fallback::Nothing);
     rows_move(&runtime);
     rows_stack(&runtime);
 }
@@ -180,7 +181,7 @@ fn see(runtime: &Runtime) -> [ArrayD<f32>; 2] {
 #[test]
 #[ignore = "everything_works_on_a_device runs it where there is one"]
 fn features_and_queries_stay_on_the_device() {
-    let runtime = device(true);
+    let runtime = device(Fallback::Operators);
     let (found, wanted) = (see(&runtime), see(&processor()));
     for (stage, (found, wanted)) in ["features", "queries"].iter().zip(found.iter().zip(&wanted)) {
         let difference = largest_difference(found, wanted);
@@ -192,7 +193,7 @@ fn features_and_queries_stay_on_the_device() {
 #[ignore = "everything_works_on_a_device runs it where there is one"]
 fn operators_that_a_device_lacks_are_named() {
     use blip2::{bundle::Bundle, vision::Vision};
-    let runtime = device(false);
+    let runtime = device(Fallback::Nothing);
     let bundle = Bundle::open(&root().join("models/demo-opt")).unwrap();
     let error = Vision::open(&runtime, &bundle).unwrap_err().to_string();
     assert!(error.contains("provider webgpu: it does not run FusedMatMul ("), "{error}");
@@ -218,7 +219,7 @@ fn texts(engine: &mut Engine) -> Vec<Vec<TokenId>> {
 
 /// Every stage of the bundle's own records, and the same texts as on the processor.
 fn writes(bundle: &str) {
-    let mut on_device = engine(bundle, &options(false));
+    let mut on_device = engine(bundle, &options(Fallback::Nothing));
     verify::run(&mut on_device, |check| assert!(check.holds, "{bundle}: {} {}", check.what, check.found)).unwrap();
     let mut on_processor = engine(bundle, &RuntimeOptions { provider: ProviderChoice::Only(Provider::Cpu), ..Default::default() });
     assert_eq!(texts(&mut on_device), texts(&mut on_processor), "{bundle}");
@@ -226,7 +227,7 @@ fn writes(bundle: &str) {
 
 /// Per step, tokens and where they stand go up, and logits come down.
 fn copies_little(bundle: &str) {
-    let mut engine = engine(bundle, &options(false));
+    let mut engine = engine(bundle, &options(Fallback::Nothing));
     let picture = Picture::open(&root().join("models/samples/0.png"), &Limits::default()).unwrap();
     let sight = engine.see(&[&picture]).unwrap().remove(0);
     let (vocabulary, behind_encoder) = {

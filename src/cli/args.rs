@@ -13,7 +13,7 @@ use crate::engine::{Engine, Generation};
 use crate::error::Error;
 use crate::pixels::{Alpha, Limits};
 use crate::prompt::PromptError;
-use crate::runtime::{ProviderChoice, Runtime, RuntimeOptions};
+use crate::runtime::{Fallback, Precision, ProviderChoice, Runtime, RuntimeOptions};
 use crate::text::Warning;
 
 const DEFAULT_MODEL: &str = "models/demo-opt";
@@ -315,7 +315,8 @@ pub(super) struct ModelFolder {
 pub(super) struct Model {
     #[command(flatten)]
     pub folder: ModelFolder,
-    /// Where graphs run: auto, cpu, cuda, tensorrt, webgpu or openvino; auto takes the first that works of tensorrt, cuda and cpu
+    /// Where graphs run: auto, cpu, cuda, tensorrt, a plugin (openvino, webgpu, tensorrt-rtx) or plugin:NAME, any other with its
+    /// --ep-library; auto takes the first that works of tensorrt, cuda and cpu
     #[arg(long, value_name = "NAME", env = "BLIP2_PROVIDER", default_value_t = ProviderChoice::Auto)]
     pub provider: ProviderChoice,
     /// Which of the provider's devices
@@ -330,9 +331,16 @@ pub(super) struct Model {
     /// The library of the provider's plugin, or its folder; searched for if absent (beside ONNX Runtime, virtual environments)
     #[arg(long, value_name = "PATH", env = "BLIP2_EP_LIBRARY", hide_short_help = true)]
     pub ep_library: Option<PathBuf>,
-    /// Let operators that the named provider does not have run on the processor
-    #[arg(long, hide_short_help = true)]
-    pub allow_fallback: bool,
+    /// An option of the provider's plugin; may be given several times
+    #[arg(long, value_name = "KEY=VALUE", value_parser = key_and_value, hide_short_help = true)]
+    pub ep_option: Vec<(String, String)>,
+    /// What openvino computes in: float32, bfloat16 or float16, where the device has it [default: float32]
+    #[arg(long, value_name = "TYPE")]
+    pub precision: Option<Precision>,
+    /// What may run on the processor where the named provider lacks operators: those operators, or whole graphs that have them
+    #[arg(long, value_name = "operators|graphs", num_args = 0..=1, require_equals = true, hide_short_help = true)]
+    #[arg(default_missing_value = "operators", default_value_t = Fallback::Nothing, hide_default_value = true)]
+    pub allow_fallback: Fallback,
     /// Where TensorRT keeps built engines [default: blip2/tensorrt in the user's cache folder]
     #[arg(long, value_name = "DIR", hide_short_help = true)]
     pub cache: Option<PathBuf>,
@@ -359,7 +367,7 @@ impl Model {
     /// Loads a bundle's graphs where the user wants them. Standard error says what of them is slow there.
     pub fn load(&self, bundle: Bundle) -> Result<Engine, Error> {
         let engine = Engine::load(bundle, self.runtime()?)?;
-        engine.notices().iter().for_each(|notice| eprintln!("blip2: {notice}"));
+        engine.notices().iter().for_each(|notice| eprintln!("blip2: {}", plain(notice)));
         Ok(engine)
     }
 }
@@ -378,7 +386,9 @@ impl From<&Model> for RuntimeOptions {
             device: model.device,
             threads: model.threads,
             ep_library: model.ep_library.clone(),
-            allow_fallback: model.allow_fallback,
+            ep_options: model.ep_option.clone(),
+            precision: model.precision,
+            fallback: model.allow_fallback,
             cache: model.cache.clone(),
             max_cache_bytes: model.max_cache_bytes,
         }
@@ -462,6 +472,11 @@ impl From<&Input> for Limits {
     fn from(input: &Input) -> Self {
         Self { max_bytes: input.max_bytes, max_pixels: input.max_pixels, max_side: input.max_side }
     }
+}
+
+fn key_and_value(text: &str) -> Result<(String, String), String> {
+    let pair = text.split_once('=').filter(|(key, _)| !key.is_empty());
+    pair.map(|(key, value)| (key.to_owned(), value.to_owned())).ok_or_else(|| "it has the form KEY=VALUE".into())
 }
 
 fn default_model() -> PathBuf {

@@ -90,10 +90,11 @@ impl Engine {
         &self.runtime
     }
 
-    /// What of the bundle is slow where it runs, a sentence each.
+    /// What users should know of where the bundle runs, a sentence each: what runs elsewhere than they asked for, and what is slow.
     pub fn notices(&self) -> Vec<String> {
         let on_processor = self.runtime.provider() == Provider::Cpu;
-        if on_processor { Processor::detect().notices(self.bundle()) } else { Vec::new() }
+        let slow = on_processor.then(|| Processor::detect().notices(self.bundle())).unwrap_or_default();
+        [self.runtime.notices(), slow].concat()
     }
 
     /// The half that looks.

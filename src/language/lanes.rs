@@ -92,6 +92,10 @@ impl Lanes {
         let written = step.inputs.write_step(rows, picks.iter().map(|pick| pick.token));
         written.map_err(|source| graph.failed("writing inputs", source))?;
         step.inputs.bind(&mut self.binding)?;
+        if graph.copies_when_bound() {
+            let caches = [Some(&mut self.cache), self.encoded.as_mut()];
+            caches.into_iter().flatten().try_for_each(|cache| cache.bind(&mut self.binding))?;
+        }
         graph.run_bound(&self.binding)
     }
 

@@ -9,7 +9,7 @@ use ort::value::{Outlet, ValueType};
 
 use super::placement::Placement;
 use super::tensor::element_type;
-use super::{Cancel, Mover, Processor, Provider, Runtime, RuntimeError, Tensor, bytes};
+use super::{Cancel, Fallback, Mover, Processor, Provider, Runtime, RuntimeError, Tensor, bytes};
 use crate::bundle::{Bundle, BundleError, Dimension, Dtype, GraphFacts, TensorFacts, brief};
 
 /// Where a tensor lies.
@@ -54,10 +54,17 @@ impl Graph {
         refuse_attention(runtime, bundle, name)?;
         refuse_wrong_sums(runtime, bundle, name)?;
         let (placement, _turn) = (Placement::default(), runtime.turn());
-        let session = session(runtime, bundle, name, &placement).map_err(|error| unloadable(bundle, name, &error))?;
-        let strangers = placement.strangers();
-        if !strangers.is_empty() {
-            return Err(unfit(runtime, bundle, name, format!("it does not run {strangers}")));
+        let unloadable = |error: ort::Error| unloadable(bundle, name, &error);
+        let mut session = session(runtime, bundle, name, &placement).map_err(unloadable)?;
+        let (strangers, provider) = (placement.strangers(), runtime.provider());
+        match runtime.fallback() {
+            _ if strangers.is_empty() => {}
+            Some(Fallback::Nothing) => return Err(unfit(runtime, bundle, name, format!("it does not run {strangers}"))),
+            Some(Fallback::Graphs) => {
+                session = on_processor(runtime, bundle, name).map_err(unloadable)?;
+                runtime.notice(format!("{name} runs on the processor, for {provider} does not run {strangers}"));
+            }
+            _ => runtime.notice(format!("{name} leaves to the processor what {provider} does not run: {strangers}")),
         }
         check(bundle, name, "input", session.inputs(), &bundle.graph(name).inputs)?;
         check(bundle, name, "output", session.outputs(), &bundle.graph(name).outputs)?;
@@ -154,6 +161,11 @@ impl Graph {
     /// As [`Precision::least_rows`](crate::bundle::Precision::least_rows).
     pub fn least_rows(&self) -> usize {
         self.facts.precision.least_rows()
+    }
+
+    /// Whether a tensor in the processor's memory is copied when it is bound, and its later content not seen.
+    pub fn copies_when_bound(&self) -> bool {
+        matches!(self.runtime.provider(), Provider::Plugin(_)) && !self.runtime.has_device()
     }
 
     /// One run over what is bound.
@@ -273,17 +285,26 @@ impl Binding {
 }
 
 fn session(runtime: &Runtime, bundle: &Bundle, name: &str, placement: &Placement) -> Result<Session, ort::Error> {
-    let mut builder = runtime.builder(Some(bundle))?;
-    if runtime.is_strict() {
+    let mut builder = runtime.builder(runtime.provider(), Some(bundle))?;
+    if runtime.fallback().is_some() {
         builder = placement.listen(builder)?;
     }
     builder.commit_from_file(bundle.path(&bundle.graph(name).file))
 }
 
+fn on_processor(runtime: &Runtime, bundle: &Bundle, name: &str) -> Result<Session, ort::Error> {
+    runtime.builder(Provider::Cpu, Some(bundle))?.commit_from_file(bundle.path(&bundle.graph(name).file))
+}
+
+fn unloadable(bundle: &Bundle, graph: &str, error: &ort::Error) -> BundleError {
+    BundleError::Unloadable { folder: bundle.folder().to_path_buf(), graph: graph.into(), reason: sentence(&error.to_string()) }
+}
+
 const ATTENTION: &str = "GroupQueryAttention";
 
 fn refuse_attention(runtime: &Runtime, bundle: &Bundle, name: &str) -> Result<(), BundleError> {
-    if !runtime.is_strict() || !lacks_attention(runtime.provider(), bundle.graph(name), &bundle.operators(name)?) {
+    let is_strict = runtime.fallback() == Some(Fallback::Nothing);
+    if !is_strict || !lacks_attention(runtime.provider(), bundle.graph(name), &bundle.operators(name)?) {
         return Ok(());
     }
     Err(unfit(runtime, bundle, name, format!("it runs {ATTENTION} in float16 and bfloat16 only, and this graph is float32")))
@@ -306,18 +327,15 @@ fn refuse_wrong_sums(runtime: &Runtime, bundle: &Bundle, name: &str) -> Result<(
     Err(BundleError::Inexact { folder, graph: name.into(), version: runtime.library().version.clone(), processor })
 }
 
-fn unloadable(bundle: &Bundle, graph: &str, error: &ort::Error) -> BundleError {
-    BundleError::Unloadable { folder: bundle.folder().to_path_buf(), graph: graph.into(), reason: sentence(&error.to_string()) }
-}
-
 fn unfit(runtime: &Runtime, bundle: &Bundle, graph: &str, reason: String) -> BundleError {
     let provider = runtime.provider().to_string();
     BundleError::Unfit { folder: bundle.folder().to_path_buf(), graph: graph.into(), provider, reason }
 }
 
-/// What ONNX Runtime says, in one line and without the places in its own sources.
+/// What ONNX Runtime or a plugin says, in one line and without the places in its own sources.
 pub(super) fn sentence(said: &str) -> String {
-    let mut text = said.lines().find(|line| !line.trim().is_empty()).unwrap_or_default().to_owned();
+    let says = |line: &&str| !line.trim().is_empty() && !line.starts_with("Exception from ");
+    let mut text = said.lines().find(says).unwrap_or_default().to_owned();
     while let Some((from, to)) = place(&text) {
         text.replace_range(from..to, "");
     }
@@ -432,6 +450,7 @@ mod tests {
             ),
             ("FAIL : utils.cc:633 GetInfo TensorProto: w (2) is long", "FAIL : GetInfo TensorProto: w (2) is long"),
             ("\nan end.cc:1", "an"),
+            ("Exception from src/core.cpp:117:\nException from src/dev/plugin.cpp:54:\nNotFound: X\n\n", "NotFound: X"),
             ("x.cc:1 a::b(", "a::b("),
             ("", ""),
         ];

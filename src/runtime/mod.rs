@@ -12,12 +12,13 @@ mod plugin;
 mod processor;
 mod provider;
 mod rows;
+mod settings;
 mod tensor;
 mod threads;
 
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
-use std::sync::{Arc, MutexGuard, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use ort::memory::MemoryInfo;
 use ort::session::Session;
@@ -34,10 +35,11 @@ pub use copies::Copies;
 pub use graph::{Binding, Graph, Outputs, Place};
 pub use library::{Library, LibraryError, Source};
 pub use memory::Budget;
-pub use plugin::{PLUGINS, Plugin};
+pub use plugin::{Known, Offer, PLUGINS, Plugin};
 pub use processor::{Extension, Gain, Processor};
-pub use provider::{Choice, Provider, ProviderChoice, ProviderError};
+pub use provider::{Choice, Fallback, Provider, ProviderChoice, ProviderError};
 pub use rows::{Move, Mover, Row};
+pub use settings::Precision;
 pub use tensor::{Tensor, f32_from};
 
 /// What the user decides about the runtime.
@@ -54,8 +56,12 @@ pub struct RuntimeOptions {
     pub threads: Option<NonZeroUsize>,
     /// The library of the plugin that `provider` names, or a folder that holds it; searched for when absent.
     pub ep_library: Option<PathBuf>,
-    /// Whether a provider that was asked for may leave operators to the processor.
-    pub allow_fallback: bool,
+    /// Options of that plugin, by names without the provider's.
+    pub ep_options: Vec<(String, String)>,
+    /// What a provider computes in that can be told; float32 when absent.
+    pub precision: Option<Precision>,
+    /// What a provider that was asked for may leave to the processor.
+    pub fallback: Fallback,
     /// Where TensorRT keeps built engines, in a folder for each bundle; under the user's cache folder when absent.
     pub cache: Option<PathBuf>,
     /// Bytes that KV caches and logits of the texts written together may take. When absent, three quarters of the free memory on the
@@ -76,6 +82,7 @@ struct Shared {
     device: Option<MemoryInfo<'static>>,
     counters: Counters,
     multiplies_bytes: OnceLock<bool>,
+    notices: Mutex<Vec<String>>,
 }
 
 /// Why the runtime cannot be used.
@@ -182,8 +189,7 @@ impl RuntimeError {
 impl RuntimeOptions {
     /// A plugin computes on threads of its own, often on the same cores.
     fn pool(&self) -> Threads {
-        let plugin = matches!(self.provider, ProviderChoice::Only(Provider::Plugin(_)));
-        Threads { count: self.threads, spin: !plugin }
+        Threads { count: self.threads, spin: self.provider.plugin().is_none() }
     }
 }
 
@@ -198,8 +204,12 @@ impl Runtime {
         let provider = choice.provider;
         let device = provider::memory(&loaded, provider, options.device);
         let device = device.map_err(|source| ProviderError::Unusable { provider, source })?;
-        let (counters, multiplies_bytes) = Default::default();
-        Ok(Self(Arc::new(Shared { loaded, choice, options: options.clone(), device, counters, multiplies_bytes })))
+        if device.is_some() && options.fallback == Fallback::Graphs {
+            return Err(ProviderError::NoGraphsBeside { provider }.into());
+        }
+        let (counters, multiplies_bytes, notices) = Default::default();
+        let options = options.clone();
+        Ok(Self(Arc::new(Shared { loaded, choice, options, device, counters, multiplies_bytes, notices })))
     }
 
     /// The library in use.
@@ -227,9 +237,23 @@ impl Runtime {
         Budget { limit: self.0.options.max_cache_bytes, is_host: !self.has_device() }
     }
 
-    /// Why `provider` cannot be used here, or nothing if it can.
-    pub fn probe(&self, provider: Provider) -> Result<(), ProviderError> {
-        provider::probe(&self.0.loaded, provider, &self.0.options)
+    /// Why `provider` cannot be used here with these options, or nothing if it can.
+    pub fn probe(&self, provider: Provider, options: &RuntimeOptions) -> Result<(), ProviderError> {
+        provider::probe(&self.0.loaded, provider, options).map(drop)
+    }
+
+    /// What a plugin's library brings, once the plugin was tried.
+    pub fn offer(&self, plugin: Plugin) -> Option<Offer> {
+        plugin.offer(&self.0.loaded.environment)
+    }
+
+    /// What users should know of the graphs that were opened, a line each.
+    pub fn notices(&self) -> Vec<String> {
+        self.0.notices.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn notice(&self, line: String) {
+        self.0.notices.lock().unwrap_or_else(PoisonError::into_inner).push(line);
     }
 
     /// Refuses a library older than `needed` (`major.minor`).
@@ -241,19 +265,19 @@ impl Runtime {
         Err(UnavailableError::TooOld { needed: needed.into(), found, path })
     }
 
-    /// A session to be, where and as the user wants it.
-    fn builder(&self, bundle: Option<&Bundle>) -> Result<SessionBuilder, ort::Error> {
+    /// A session to be, on `provider` and as the user wants it.
+    fn builder(&self, provider: Provider, bundle: Option<&Bundle>) -> Result<SessionBuilder, ort::Error> {
         let builder = Session::builder(&self.0.loaded.environment)?.with_optimization_level(GraphOptimizationLevel::All)?;
         let builder = self.0.options.pool().apply(self.0.loaded.threads, bytes::guard(builder)?)?;
-        let cache = bundle.filter(|_| self.provider() == Provider::TensorRt);
+        let cache = bundle.filter(|_| provider == Provider::TensorRt);
         let cache = cache.and_then(|bundle| provider::cache(self.0.options.cache.as_deref(), &bundle.hash()));
-        provider::register(builder, &self.0.loaded, self.provider(), self.0.options.device, cache.as_deref())
+        provider::register(builder, &self.0.loaded, provider, &self.0.choice.settings, cache.as_deref())
     }
 
     /// A session of a model made here. It runs on the provider or not at all: what it moves must not make a detour.
     fn small_session(&self, model: &[u8]) -> Result<Session, ort::Error> {
         let placement = Placement::default();
-        let session = placement.listen(self.builder(None)?)?.commit_from_memory(model)?;
+        let session = placement.listen(self.builder(self.provider(), None)?)?.commit_from_memory(model)?;
         let strangers = placement.strangers();
         match self.has_device() && !strangers.is_empty() {
             true => Err(ort::Error::new(format!("provider {} does not run {strangers}", self.provider()))),
@@ -270,10 +294,10 @@ impl Runtime {
         Ok(*self.0.multiplies_bytes.get_or_init(|| found))
     }
 
-    /// Whether every operator must run on the provider.
-    fn is_strict(&self) -> bool {
+    /// What may run on the processor, where a provider was asked for that is another.
+    fn fallback(&self) -> Option<Fallback> {
         let asked = matches!(self.0.options.provider, ProviderChoice::Only(provider) if provider != Provider::Cpu);
-        asked && !self.0.options.allow_fallback
+        asked.then_some(self.0.options.fallback)
     }
 
     /// To be held while the provider is used.

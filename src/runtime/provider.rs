@@ -14,6 +14,7 @@ use super::graph::sentence;
 use super::library::Loaded;
 use super::model::identity;
 use super::plugin::{PLUGINS, Plugin};
+use super::settings::{Precision, Settings};
 use crate::bundle::Dtype;
 
 /// A place where graphs run.
@@ -26,7 +27,7 @@ pub enum Provider {
     /// An NVIDIA GPU, through engines built by TensorRT; what it cannot take runs on CUDA.
     TensorRt,
     /// Whatever a plugin is for.
-    Plugin(&'static Plugin),
+    Plugin(Plugin),
 }
 
 /// What the user asks for.
@@ -39,13 +40,26 @@ pub enum ProviderChoice {
     Only(Provider),
 }
 
+/// What may run on the processor though another provider was asked for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Fallback {
+    /// Nothing but the shapes of tensors.
+    #[default]
+    Nothing,
+    /// Operators that the provider does not have.
+    Operators,
+    /// Whole graphs with such operators.
+    Graphs,
+}
+
 /// The provider in use, and those that would have come before it.
 #[derive(Debug)]
 pub struct Choice {
     /// The provider.
     pub provider: Provider,
     /// Why others were passed over, in the order in which they were tried; empty where one was asked for.
-    pub passed_over: Vec<ProviderError>,
+    pub passed_over: Vec<(Provider, ProviderError)>,
+    pub(super) settings: Settings,
 }
 
 /// Why a provider cannot be used.
@@ -59,59 +73,140 @@ pub enum ProviderError {
         /// What ONNX Runtime says.
         source: ort::Error,
     },
-    /// Its library is missing.
-    #[error(
-        "provider `{}` needs a plugin that is not found; install it with `pip install {}` beside ONNX Runtime, or name its library with --ep-library",
-        .plugin.name,
-        .plugin.package
-    )]
+    /// Its library is not found.
+    #[error("provider `{plugin}` {}", how_to_get(*.plugin))]
     NoPlugin {
         /// The plugin.
-        plugin: &'static Plugin,
+        plugin: Plugin,
+    },
+    /// The place that was named holds no library.
+    #[error("provider `{plugin}`: there is no plugin at {}; --ep-library takes {}", .path.display(), what_it_is(*.plugin))]
+    NoLibrary {
+        /// The plugin.
+        plugin: Plugin,
+        /// The place.
+        path: PathBuf,
+    },
+    /// The file is no library, or none that this ONNX Runtime can use.
+    #[error("provider `{plugin}`: ONNX Runtime cannot use {} as a plugin", .path.display())]
+    Unloadable {
+        /// The plugin.
+        plugin: Plugin,
+        /// The file.
+        path: PathBuf,
+        /// What ONNX Runtime says.
+        source: ort::Error,
+    },
+    /// A process has one library of a plugin.
+    #[error("provider `{plugin}`: {} cannot be loaded beside {}, which this process already uses", .path.display(), .loaded.display())]
+    Another {
+        /// The plugin.
+        plugin: Plugin,
+        /// What was asked for now.
+        path: PathBuf,
+        /// What was loaded before.
+        loaded: PathBuf,
     },
     /// Its library is there, a device is not.
-    #[error("provider `{}` finds no device {device} here; it counts from 0 and finds {found}", .plugin.name)]
+    #[error("provider `{plugin}` {}", finds(*.plugin, *.device, *.found))]
     NoDevice {
         /// The plugin.
-        plugin: &'static Plugin,
+        plugin: Plugin,
         /// What was asked for, from 0.
         device: u32,
         /// How many there are.
         found: usize,
     },
+    /// A plugin's options for what is none.
+    #[error("provider `{choice}` takes no --ep-option; plugins do ({})", names(PLUGINS.into_iter()))]
+    NoPluginsOptions {
+        /// What was asked for.
+        choice: ProviderChoice,
+    },
+    /// An option that would be dropped without a word.
+    #[error("provider `{plugin}` has no option `{option}`; it takes {}", .known.join(", "))]
+    NoSuchOption {
+        /// The plugin.
+        plugin: Plugin,
+        /// The option.
+        option: String,
+        /// Those that it has.
+        known: &'static [&'static str],
+    },
+    /// An option whose value is not of its form.
+    #[error("provider `{plugin}`: option `{option}` cannot be used: {reason}")]
+    Malformed {
+        /// The plugin.
+        plugin: Plugin,
+        /// The option.
+        option: &'static str,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Its tensors lie where graphs on the processor cannot read them.
+    #[error(
+        "provider `{provider}` keeps tensors in memory of its own, so that no whole graph can run on the processor; --allow-fallback=operators is possible"
+    )]
+    NoGraphsBeside {
+        /// The provider.
+        provider: Provider,
+    },
+    /// It cannot be told what to compute in.
+    #[error("provider `{choice}` computes in the types of the bundle's graphs; --precision is for {}", names(with_precisions()))]
+    NoPrecisions {
+        /// What was asked for.
+        choice: ProviderChoice,
+    },
+    /// The processor lacks what makes a precision worth its loss.
+    #[error(
+        "provider `{plugin}` would compute in float32 and not say so, for this processor has no instructions for {precision}; \
+         leave out --precision"
+    )]
+    NoInstructions {
+        /// The plugin.
+        plugin: Plugin,
+        /// What was asked for.
+        precision: Precision,
+    },
 }
 
 pub(super) fn choose(loaded: &Loaded, options: &RuntimeOptions) -> Result<Choice, ProviderError> {
-    match options.provider {
-        ProviderChoice::Only(provider) => probe(loaded, provider, options).map(|()| Choice { provider, passed_over: Vec::new() }),
-        ProviderChoice::Auto => {
-            let mut passed_over = Vec::new();
-            for provider in Provider::AUTO {
-                match probe(loaded, provider, options) {
-                    Ok(()) => return Ok(Choice { provider, passed_over }),
-                    Err(error) => passed_over.push(error),
-                }
-            }
-            Ok(Choice { provider: Provider::Cpu, passed_over })
+    options.check()?;
+    let mut passed_over = Vec::new();
+    let candidates = match options.provider {
+        ProviderChoice::Only(provider) => {
+            let settings = probe(loaded, provider, options)?;
+            return Ok(Choice { provider, passed_over, settings });
+        }
+        ProviderChoice::Auto => Provider::AUTO,
+    };
+    for provider in candidates {
+        match probe(loaded, provider, options) {
+            Ok(settings) => return Ok(Choice { provider, passed_over, settings }),
+            Err(error) => passed_over.push((provider, error)),
         }
     }
+    Ok(Choice { provider: Provider::Cpu, passed_over, settings: Settings::default() })
 }
 
 /// Opens a session of one node. A provider that was asked for must take part or fail, so this is its true test.
-pub(super) fn probe(loaded: &Loaded, provider: Provider, options: &RuntimeOptions) -> Result<(), ProviderError> {
+pub(super) fn probe(loaded: &Loaded, provider: Provider, options: &RuntimeOptions) -> Result<Settings, ProviderError> {
     if let Provider::Plugin(plugin) = provider {
-        plugin.register(&loaded.environment, &loaded.library, options.ep_library.as_deref())?;
-        let (device, found) = (options.device, plugin.devices(&loaded.environment).count());
-        if device as usize >= found {
-            return Err(ProviderError::NoDevice { plugin, device, found });
-        }
+        plugin.register(loaded, options.ep_library.as_deref())?;
     }
+    let settings = Settings::new(loaded, provider, options)?;
     let _turn = provider.turn();
     let open = || -> Result<Session, ort::Error> {
         let builder = Session::builder(&loaded.environment)?;
-        register(builder, loaded, provider, options.device, None)?.commit_from_memory(&identity(Dtype::Float32))
+        register(builder, loaded, provider, &settings, None)?.commit_from_memory(&identity(Dtype::Float32))
     };
-    open().map(drop).map_err(|source| ProviderError::Unusable { provider, source })
+    open().map_err(|error| ProviderError::Unusable { provider, source: in_a_sentence(&error) })?;
+    Ok(settings)
+}
+
+/// What ONNX Runtime or a plugin says, in one line.
+pub(super) fn in_a_sentence(error: &ort::Error) -> ort::Error {
+    ort::Error::new(sentence(&error.to_string()).trim_end_matches('.'))
 }
 
 /// Adds the provider to a session. `cache` is where TensorRT keeps engines.
@@ -119,10 +214,10 @@ pub(super) fn register(
     builder: SessionBuilder,
     loaded: &Loaded,
     provider: Provider,
-    device: u32,
+    settings: &Settings,
     cache: Option<&Path>,
 ) -> Result<SessionBuilder, ort::Error> {
-    let id = i32::try_from(device).unwrap_or(i32::MAX);
+    let id = i32::try_from(settings.device).unwrap_or(i32::MAX);
     // TF32 keeps 10 bits of a float32; tokens must be the reference's.
     let cuda = || ep::CUDA::default().with_device_id(id).with_tf32(false).build().error_on_failure();
     let providers: Vec<ExecutionProviderDispatch> = match provider {
@@ -130,10 +225,8 @@ pub(super) fn register(
         Provider::Cuda => vec![cuda()],
         Provider::TensorRt => vec![tensorrt(id, cache), cuda()],
         Provider::Plugin(plugin) => {
-            let option = |(key, value): &(&str, &str)| (format!("{}.{key}", plugin.provider), (*value).to_owned());
-            let options: Vec<(String, String)> = plugin.options.iter().map(option).collect();
-            let device = plugin.devices(&loaded.environment).nth(device as usize);
-            return Ok(builder.with_devices(device, Some(&options))?);
+            let device = plugin.devices(&loaded.environment).nth(settings.device as usize);
+            return Ok(builder.with_devices(device, Some(&settings.options))?);
         }
     };
     Ok(builder.with_execution_providers(providers)?)
@@ -163,7 +256,7 @@ pub(super) fn memory(loaded: &Loaded, provider: Provider, device: u32) -> Result
             let id = i32::try_from(device).unwrap_or(i32::MAX);
             MemoryInfo::new(AllocationDevice::CUDA, id, AllocatorType::Device, MemoryType::Default).map(Some)
         }
-        Provider::Plugin(plugin) if !plugin.has_memory => Ok(None),
+        Provider::Plugin(plugin) if !plugin.has_memory() => Ok(None),
         Provider::Plugin(plugin) => {
             let device = plugin.devices(&loaded.environment).nth(device as usize);
             Ok(device.map(|device| device.memory_info(false).to_owned()))
@@ -188,35 +281,70 @@ impl Provider {
     /// What [`ProviderChoice::Auto`] tries, in this order, before it takes the processor.
     pub const AUTO: [Self; 2] = [Self::TensorRt, Self::Cuda];
 
-    /// Every provider that this engine knows.
+    /// Every provider that is known by name.
     pub fn all() -> impl Iterator<Item = Self> {
-        [Self::Cpu, Self::Cuda, Self::TensorRt].into_iter().chain(PLUGINS.iter().map(Self::Plugin))
+        [Self::Cpu, Self::Cuda, Self::TensorRt].into_iter().chain(PLUGINS.into_iter().map(Self::Plugin))
+    }
+}
+
+impl ProviderChoice {
+    /// The plugin that was asked for.
+    pub fn plugin(self) -> Option<Plugin> {
+        if let Self::Only(Provider::Plugin(plugin)) = self { Some(plugin) } else { None }
     }
 }
 
 impl ProviderError {
-    /// Which provider.
-    pub fn provider(&self) -> Provider {
-        match self {
-            Self::Unusable { provider, .. } => *provider,
-            Self::NoPlugin { plugin } | Self::NoDevice { plugin, .. } => Provider::Plugin(plugin),
-        }
-    }
-
     /// Why not, in one line.
     pub fn reason(&self) -> String {
         match self {
-            Self::Unusable { source, .. } => sentence(&source.to_string()).trim_end_matches('.').to_owned(),
-            Self::NoPlugin { .. } | Self::NoDevice { .. } => self.to_string(),
+            Self::Unusable { source, .. } => source.to_string(),
+            Self::Unloadable { source, .. } => format!("{self}: {source}"),
+            other => other.to_string(),
         }
     }
+
+    /// Whether it is the options that are wrong, on any machine.
+    pub fn blames_the_options(&self) -> bool {
+        let of_options = matches!(self, Self::NoPluginsOptions { .. } | Self::NoSuchOption { .. } | Self::Malformed { .. });
+        of_options || matches!(self, Self::NoPrecisions { .. } | Self::NoGraphsBeside { .. })
+    }
+}
+
+fn how_to_get(plugin: Plugin) -> String {
+    let Some(package) = plugin.known.map(|known| known.package) else {
+        return format!("is none that is known ({}), so its library must be named with --ep-library", names(PLUGINS.into_iter()));
+    };
+    format!(
+        "needs a plugin that is not found; install it with `pip install {package}` beside ONNX Runtime, or name its library with --ep-library"
+    )
+}
+
+fn what_it_is(plugin: Plugin) -> String {
+    plugin.known.map_or("the library".into(), |known| format!("the library, or the folder with {}", known.file()))
+}
+
+fn finds(plugin: Plugin, device: u32, found: usize) -> String {
+    match (plugin.known, found) {
+        (Some(known), 0) => format!("finds no device here; it runs on {}", known.hardware),
+        (None, 0) => "finds no device here; its library brings no provider, or none for this machine".into(),
+        _ => format!("finds no device {device} here; it counts from 0 and finds {found}"),
+    }
+}
+
+fn with_precisions() -> impl Iterator<Item = Plugin> {
+    PLUGINS.into_iter().filter(|plugin| plugin.has_precisions())
+}
+
+fn names(plugins: impl Iterator<Item = Plugin>) -> String {
+    plugins.map(|plugin| plugin.name).collect::<Vec<_>>().join(", ")
 }
 
 /// Such as `cpu (tensorrt: is not in this build; cuda: finds no device)`.
 impl std::fmt::Display for Choice {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}", self.provider)?;
-        let why: Vec<String> = self.passed_over.iter().map(|error| format!("{}: {}", error.provider(), error.reason())).collect();
+        let why: Vec<String> = self.passed_over.iter().map(|(provider, error)| format!("{provider}: {}", error.reason())).collect();
         if why.is_empty() { Ok(()) } else { write!(f, " ({})", why.join("; ")) }
     }
 }
@@ -226,25 +354,47 @@ impl FromStr for ProviderChoice {
 
     fn from_str(name: &str) -> Result<Self, String> {
         let known = Provider::all().find(|provider| provider.to_string() == name);
-        match (name, known) {
-            ("auto", _) => Ok(Self::Auto),
-            (_, Some(provider)) => Ok(Self::Only(provider)),
-            _ => {
+        match (name.strip_prefix("plugin:"), known) {
+            (Some(""), _) => Err("`plugin:` needs a name behind it, known or your own".into()),
+            (Some(plugin), _) => Ok(Self::Only(Provider::Plugin(Plugin::named(plugin)))),
+            (None, Some(provider)) => Ok(Self::Only(provider)),
+            (None, None) if name == "auto" => Ok(Self::Auto),
+            (None, None) => {
                 let names: Vec<String> = Provider::all().map(|provider| provider.to_string()).collect();
-                Err(format!("auto, {} are known", names.join(", ")))
+                Err(format!("auto, {} and plugin:NAME are known", names.join(", ")))
             }
         }
     }
 }
 
-impl std::fmt::Display for Provider {
+impl FromStr for Fallback {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        let all = [Self::Nothing, Self::Operators, Self::Graphs];
+        let known = all.into_iter().find(|fallback| fallback.to_string() == name);
+        known.ok_or_else(|| format!("{} are known", all.map(|fallback| fallback.to_string()).join(", ")))
+    }
+}
+
+impl std::fmt::Display for Fallback {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
-            Self::Cpu => "cpu",
-            Self::Cuda => "cuda",
-            Self::TensorRt => "tensorrt",
-            Self::Plugin(plugin) => plugin.name,
+            Self::Nothing => "nothing",
+            Self::Operators => "operators",
+            Self::Graphs => "graphs",
         })
+    }
+}
+
+impl std::fmt::Display for Provider {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda => f.write_str("cuda"),
+            Self::TensorRt => f.write_str("tensorrt"),
+            Self::Plugin(plugin) => plugin.fmt(f),
+        }
     }
 }
 
