@@ -1,6 +1,6 @@
 //! The same texts alone and in company: requests of every kind join and leave at random, on real graphs of every family.
 //!
-//! `COMPANY_SCHEDULES` says how many schedules each bundle gets.
+//! `COMPANY_SCHEDULES` says how many schedules each bundle gets, `COMPANY_BUNDLES` names more bundles for the ignored test.
 
 #![allow(clippy::unwrap_used)]
 
@@ -14,15 +14,6 @@ use blip2::language::Prefix;
 use blip2::pixels::{Limits, Picture};
 use blip2::runtime::RuntimeOptions;
 use blip2::{Answer, Engine, Error, Generation, RequestId, Sight, Task};
-
-const BUNDLES: [&str; 6] = [
-    "models/demo-opt",
-    "models/demo-t5",
-    "tests/bundles/t5",
-    "tests/bundles/instruct-llama",
-    "tests/bundles/vqa-opt",
-    "tests/bundles/stage1",
-];
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).to_path_buf()
@@ -191,26 +182,39 @@ fn same_alone_and_in_company(bundle: &str) {
 
 #[test]
 fn opt() {
-    same_alone_and_in_company(BUNDLES[0]);
+    same_alone_and_in_company("models/demo-opt");
 }
 
 #[test]
 fn flan_t5() {
-    same_alone_and_in_company(BUNDLES[1]);
-    same_alone_and_in_company(BUNDLES[2]);
+    same_alone_and_in_company("models/demo-t5");
+    same_alone_and_in_company("tests/bundles/t5");
 }
 
 #[test]
 fn llama() {
-    same_alone_and_in_company(BUNDLES[3]);
+    same_alone_and_in_company("tests/bundles/instruct-llama");
 }
 
 #[test]
 fn opt_behind_a_q_former_that_reads_questions() {
-    same_alone_and_in_company(BUNDLES[4]);
+    same_alone_and_in_company("tests/bundles/vqa-opt");
 }
 
 #[test]
 fn the_q_former_itself() {
-    same_alone_and_in_company(BUNDLES[5]);
+    same_alone_and_in_company("tests/bundles/stage1");
+}
+
+#[test]
+fn in_8_and_4_bits() {
+    let names = ["int8-t5", "int8-vqa-opt", "int8-stage1", "int4-t5-in-blocks"];
+    names.iter().for_each(|name| same_alone_and_in_company(&format!("tests/bundles/{name}")));
+}
+
+#[test]
+#[ignore = "for bundles that are not in git: COMPANY_BUNDLES=DIR,DIR"]
+fn in_any_bundle() {
+    let named = std::env::var("COMPANY_BUNDLES").expect("COMPANY_BUNDLES names bundles");
+    named.split(',').for_each(same_alone_and_in_company);
 }

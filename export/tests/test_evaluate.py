@@ -6,6 +6,7 @@ import argparse
 import json
 import random
 import shutil
+import subprocess
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -137,13 +138,18 @@ def test_captions_count_when_all_they_say_is_so() -> None:
     assert [row["caption"] for row in held.wrong] == ["a red dog"] * (N // 3)
 
 
-def evaluated(capsys: pytest.CaptureFixture[str], model: Path, *typed: str) -> list[dict[str, Any]]:
+def printed(capsys: pytest.CaptureFixture[str], model: Path, *typed: str) -> list[dict[str, Any]]:
     """The lines that the command prints."""
     assert ENGINE.exists(), f"{ENGINE} is not there; build it first (cargo build)"
     parser = argparse.ArgumentParser()
     evaluate.add_arguments(parser)
     evaluate.run(parser.parse_args(["--model", str(model), "--engine", str(ENGINE), "--side", "64", *typed]))
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def evaluated(capsys: pytest.CaptureFixture[str], model: Path, *typed: str) -> list[dict[str, Any]]:
+    """What the lines that the command prints say of the two kinds of scenes."""
+    lines = printed(capsys, model, *typed)
     assert [line.pop("on") for line in lines] == ["held-out scenes", "unseen shape-colour pairs"]
     assert {line.pop("model") for line in lines} == {str(model)}
     return lines
@@ -183,3 +189,27 @@ def test_a_task_that_the_bundle_lacks_is_refused(capsys: pytest.CaptureFixture[s
         evaluated(capsys, STAGE1, "--tasks", "caption", "ask")
     with pytest.raises(SystemExit, match=r"no bundle\.json there"):
         evaluated(capsys, STAGE1 / "golden")
+
+
+def test_the_shares_of_fewer_bits_and_of_float32_are_stored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    narrow = tmp_path / "bundle"
+    shutil.copytree(ROOT / "tests" / "bundles" / "int8-stage1", narrow)
+    before = json.loads((narrow / "bundle.json").read_text())
+    lines = printed(capsys, narrow, "--count", "6", "--tasks", "match", "--against", str(STAGE1))
+    facts = json.loads((narrow / "bundle.json").read_text())
+    tasks = facts["loss"].pop("tasks")
+    assert facts == before, "nothing else changes"
+    assert tasks == {name: {"bundle": lines[0][name], "float32": lines[1][name]} for name in ITM if name != "edits"}
+    assert len(lines) == 3, "unseen pairs are asked of the bundle alone"
+    shown = subprocess.run(
+        [str(ENGINE), "inspect", str(narrow)], capture_output=True, encoding="utf-8", check=True
+    ).stdout
+    assert "itm_edit_told" in shown and "%, in float32" in shown
+
+
+def test_figures_without_a_place_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    narrow = ROOT / "tests" / "bundles" / "int8-stage1"
+    with pytest.raises(SystemExit, match="not all of its graphs are float32"):
+        evaluated(capsys, narrow, "--against", str(narrow))
+    with pytest.raises(SystemExit, match=r"has no `loss`"):
+        evaluated(capsys, STAGE1, "--against", str(STAGE1))

@@ -231,6 +231,14 @@ pub struct GraphFacts {
     pub outputs: Vec<TensorFacts>,
 }
 
+impl Precision {
+    /// Rows that a product must have so that a row is the same in any number of them: the kernels for 4 bits add up a single one in
+    /// another order, and what is rounded afterwards may then be another number.
+    pub fn least_rows(self) -> usize {
+        if self == Self::Int4Blocks { 2 } else { 1 }
+    }
+}
+
 /// An input or output of a graph.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]

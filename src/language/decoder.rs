@@ -188,10 +188,11 @@ impl Decoder {
         let queries = self.graph.takes("queries").then(|| batch(&mut self.mover, &queries)).transpose()?;
         let tokens: Vec<&[TokenId]> = openings.iter().map(|opening| opening.tokens).collect();
         let longest = tokens.iter().map(|tokens| tokens.len()).max().unwrap_or(0);
-        let size = Size { rows: rows.len(), slots: rows.len(), tokens: longest };
+        let n_queries = queries.as_ref().map_or(0, |queries| queries.shape()[1]);
+        let size = Size::of(&self.graph, rows.len(), rows.len(), n_queries, longest);
         let mut inputs = Inputs::new(&self.graph, &self.facts, size, queries)?;
         inputs.write_openings(rows, &tokens).map_err(|source| self.graph.failed("writing inputs", source))?;
-        let mut logits = self.graph.allocate(Dtype::Float32, &[rows.len(), 1, self.facts.vocab_size], Place::Host)?;
+        let mut logits = self.graph.allocate(Dtype::Float32, &[size.rows, size.logits, self.facts.vocab_size], Place::Host)?;
         let mut binding = self.graph.binding()?;
         inputs.bind(&mut binding)?;
         binding.output("logits", &mut logits)?;

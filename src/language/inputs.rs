@@ -31,12 +31,24 @@ pub struct Size {
     pub slots: usize,
     /// Tokens of a row.
     pub tokens: usize,
+    /// Positions of a row that logits are computed for; the first is read.
+    pub logits: usize,
+}
+
+impl Size {
+    /// For `rows` behind `n_queries` query tokens each, filled up where the graph multiplies more rows than these. What fills up comes
+    /// last and has no slot.
+    pub fn of(graph: &Graph, rows: usize, slots: usize, n_queries: usize, tokens: usize) -> Self {
+        let least = graph.least_rows();
+        let rows = if n_queries + tokens < least { rows.max(least) } else { rows };
+        Self { rows, slots, tokens, logits: least.div_ceil(rows) }
+    }
 }
 
 impl Inputs {
     /// Inputs for runs of this size, behind these queries, `[rows, queries, hidden]`, where the graph takes any.
     pub fn new(graph: &Graph, facts: &LanguageFacts, size: Size, queries: Option<Arc<Tensor>>) -> Result<Self, RuntimeError> {
-        let Size { rows, slots, tokens } = size;
+        let Size { rows, slots, tokens, logits } = size;
         let n_queries = queries.as_ref().map_or(0, |queries| queries.shape()[1]);
         let host = |dtype, shape: &[usize]| graph.allocate(dtype, shape, Place::Host);
         let encoder_lengths = facts.cross_attention.as_ref().map(|_| host(Dtype::Int32, &[slots]));
@@ -48,7 +60,7 @@ impl Inputs {
             total: host(Dtype::Int32, &[])?,
             slot_rows: host(Dtype::Int64, &[slots])?,
             row_slots: host(Dtype::Int64, &[rows])?,
-            logits_at: host(Dtype::Int64, &[rows, 1])?,
+            logits_at: host(Dtype::Int64, &[rows, logits])?,
             encoder_lengths: encoder_lengths.transpose()?,
         })
     }
@@ -63,8 +75,9 @@ impl Inputs {
         for (at, position) in self.positions.i64_mut()?.iter_mut().enumerate() {
             *position = (at % n_positions) as i64;
         }
-        for (at, tokens) in self.logits_at.i64_mut()?.iter_mut().zip(tokens) {
-            *at = (n_queries + tokens.len()) as i64 - 1;
+        let n_logits = self.logits_at.shape()[1];
+        for (at, tokens) in self.logits_at.i64_mut()?.chunks_exact_mut(n_logits).zip(tokens) {
+            at.fill((n_queries + tokens.len()) as i64 - 1);
         }
         self.write_slots(rows)
     }

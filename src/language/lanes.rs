@@ -95,16 +95,16 @@ impl Lanes {
         graph.run_bound(&self.binding)
     }
 
-    /// `[rows, 1, vocabulary]` of the last step.
+    /// `[rows, 1, vocabulary]` of the last step, and perhaps what filled it up.
     pub fn logits(&self) -> Option<&Tensor> {
         self.step.as_ref().map(|step| &step.logits)
     }
 
     fn resized(&mut self, graph: &Graph, facts: &LanguageFacts, n_rows: usize) -> Result<Step, RuntimeError> {
-        let size = Size { rows: n_rows, slots: self.cache.n_slots(), tokens: 1 };
-        let none = graph.takes("queries").then(|| graph.allocate(Dtype::Float32, &[n_rows, 0, facts.hidden], Place::Host));
+        let size = Size::of(graph, n_rows, self.cache.n_slots(), 0, 1);
+        let none = graph.takes("queries").then(|| graph.allocate(Dtype::Float32, &[size.rows, 0, facts.hidden], Place::Host));
         let inputs = Inputs::new(graph, facts, size, none.transpose()?.map(Arc::new))?;
-        let mut logits = graph.allocate(Dtype::Float32, &[n_rows, 1, facts.vocab_size], Place::Host)?;
+        let mut logits = graph.allocate(Dtype::Float32, &[size.rows, size.logits, facts.vocab_size], Place::Host)?;
         self.binding.output("logits", &mut logits)?;
         Ok(Step { n_rows, inputs, logits })
     }

@@ -151,6 +151,11 @@ impl Graph {
         self.facts.inputs.iter().any(|facts| facts.name == input)
     }
 
+    /// As [`Precision::least_rows`](crate::bundle::Precision::least_rows).
+    pub fn least_rows(&self) -> usize {
+        self.facts.precision.least_rows()
+    }
+
     /// One run over what is bound.
     pub fn run_bound(&mut self, bound: &Binding) -> Result<(), RuntimeError> {
         let _turn = self.runtime.turn();

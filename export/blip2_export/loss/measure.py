@@ -15,32 +15,18 @@ from blip2_export.run.retrieval import Stage1Graphs
 _SMALLEST = 1e-30  # stands in for a length of zero
 _MOST_NATS = 50  # a token; what is less probable is as good as impossible
 _DIGITS = 7  # of cosines; float32 has no more
-Pair = tuple[stages.Arrays, stages.Arrays]  # of a stage alone, with float32 inputs, and from the picture on
-Stages = dict[str, dict[str, dict[str, float]]]
+Runnable = Graphs | Stage1Graphs
 
 
-def loss(exact: Graphs | Stage1Graphs, bundle: Graphs | Stage1Graphs, given: Inputs) -> dict[str, Any]:
-    """The `loss` entry of `bundle.json`. Graphs of one part are open at a time."""
-    wanted, found = stages.features(exact, given), stages.features(bundle, given)
-    exact.close("vision")
-    bundle.close("vision")
-    measured = {"features": _stage(wanted, (found, found))}
-    model, other = stages.behind(exact, given), stages.behind(bundle, given)
-    seen, alone, whole = model.seen(wanted), other.seen(wanted), other.seen(found)
-    measured |= _named(stages.SEEN, seen, (alone, whole))
-    if isinstance(model, stages.Retrieval) and isinstance(other, stages.Retrieval):
-        compared = model.compared(wanted), other.compared(wanted), other.compared(found)
-        measured |= _named(stages.COMPARED, compared[0], compared[1:])
-        texts = model.read(), other.read()
-        measured["text_embeds"] = _stage(texts[0], (texts[1], texts[1]))
-    written: dict[str, Any] = {}
-    if given.asked:
-        tokens = model.write(seen)
-        logits = model.logits(seen, tokens)
-        exact.close("encoder", "decoder")
-        alone_logits, whole_logits = other.logits(seen, tokens), other.logits(whole, tokens)
-        measured["first_logits"] = _stage(_first(logits), (_first(alone_logits), _first(whole_logits)))
-        written = _written(tokens, logits, whole_logits)
+def loss(exact: Runnable, bundle: Runnable, given: Inputs) -> dict[str, Any]:
+    """The `loss` entry of `bundle.json`. Graphs of one part of one bundle are open at a time."""
+    wanted = stages.run(exact, given)
+    alone, whole = stages.run(bundle, given, wanted, wanted.tokens), stages.run(bundle, given, tokens=wanted.tokens)
+    measured = {
+        stage: {"alone": compared(alone.stages[stage], values), "end_to_end": compared(whole.stages[stage], values)}
+        for stage, values in wanted.stages.items()
+    }
+    written = _written(wanted.tokens, wanted.logits, whole.logits) if wanted.tokens else {}
     return {"pictures": len(given.pixels), "stages": measured, **written}
 
 
@@ -72,29 +58,6 @@ def agreeing(logits: stages.Arrays, tokens: list[list[int]]) -> float:
     """The share of tokens that would be chosen at their places."""
     same = [row.argmax(-1) == np.array(chosen) for row, chosen in zip(logits, tokens, strict=True)]
     return float(np.concatenate(same).mean())
-
-
-def _stage(wanted: stages.Arrays, found: Pair) -> dict[str, dict[str, float]]:
-    alone, whole = found
-    return {"alone": compared(alone, wanted), "end_to_end": compared(whole, wanted)}
-
-
-def _named(names: dict[str, str], wanted: stages.Seen, found: tuple[stages.Seen, ...]) -> Stages:
-    """Stages by the names of outputs that hold them, where a graph gives those."""
-    alone, whole = found
-    return {
-        stage: _stage(_each(wanted, output), (_each(alone, output), _each(whole, output)))
-        for output, stage in names.items()
-        if output in wanted[0]
-    }
-
-
-def _each(seen: stages.Seen, output: str) -> stages.Arrays:
-    return [one[output] for one in seen]
-
-
-def _first(logits: stages.Arrays) -> stages.Arrays:
-    return [rows[:1] for rows in logits]
 
 
 def _written(tokens: list[list[int]], wanted: stages.Arrays, found: stages.Arrays) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from blip2_export.loss.inputs import Inputs
@@ -10,10 +12,54 @@ from blip2_export.run.retrieval import Stage1Graphs
 from blip2_export.run.sessions import Bundle, alone
 
 _AT_ONCE = 16  # texts that are written side by side
+_PARTS = (("qformer", "qformer_text", "qformer_itm"), ("encoder", "decoder"))
+_OUTPUTS = {  # which stages outputs are
+    "queries": "queries",
+    "query_states": "queries",
+    "image_embeds": "image_embeds",
+    "itm_logits": "itm_logits",
+    "multimodal_states": "multimodal_states",
+}
 Arrays = list[np.ndarray]
 Seen = list[dict[str, np.ndarray]]  # outputs of each picture, or of each question about one
-SEEN = {"queries": "queries", "query_states": "queries", "image_embeds": "image_embeds"}  # which stages outputs are
-COMPARED = {"itm_logits": "itm_logits", "multimodal_states": "multimodal_states"}
+
+
+@dataclass
+class Outcome:
+    """What a bundle gives: the values of every stage, tokens, and logits [tokens, vocab] at their places."""
+
+    features: Arrays
+    seen: Seen
+    stages: dict[str, Arrays]
+    tokens: list[list[int]]
+    logits: Arrays
+
+
+def run(
+    bundle: Graphs | Stage1Graphs, given: Inputs, source: Outcome | None = None, tokens: list[list[int]] | None = None
+) -> Outcome:
+    """Every stage of a bundle, with what `source` gave before it, or it itself; `tokens` are read, or its own written."""
+    found = features(bundle, given)
+    bundle.close("vision")
+    model, before = behind(bundle, given), source.features if source else found
+    seen = model.seen(before)
+    stages = {"features": found, **_named(seen)}
+    if isinstance(model, Retrieval):
+        stages |= {**_named(model.compared(before)), "text_embeds": model.read()}
+    bundle.close(*_PARTS[0])
+    logits: Arrays = []
+    if given.asked:
+        start = source.seen if source else seen
+        tokens = model.write(start) if tokens is None else tokens
+        logits = model.logits(start, tokens)
+        stages["first_logits"] = [rows[:1] for rows in logits]
+    bundle.close(*_PARTS[1])
+    return Outcome(found, seen, stages, tokens or [], logits)
+
+
+def _named(seen: Seen) -> dict[str, Arrays]:
+    """The stages among outputs."""
+    return {stage: [one[output] for one in seen] for output, stage in _OUTPUTS.items() if output in seen[0]}
 
 
 def features(bundle: Bundle, given: Inputs) -> Arrays:
