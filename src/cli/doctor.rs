@@ -18,17 +18,7 @@ pub(super) fn run(command: &Doctor) -> Result<(), Failure> {
     let mut out = stdout().lock();
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     writeln!(out, "blip2        {} on {} {}", env!("CARGO_PKG_VERSION"), std::env::consts::OS, std::env::consts::ARCH)?;
-    let processor = Processor::detect();
-    writeln!(out, "processor    {cores} cores, {processor}")?;
-    for gain in processor.gains() {
-        writeln!(out, "             {gain}")?;
-    }
-    if processor.gains().is_empty() {
-        writeln!(out, "             no precision was measured on such a processor; `python -m blip2_export floor` does it")?;
-    }
-    if processor.has(Extension::AmxBf16) {
-        writeln!(out, "             bfloat16 by the plugin openvino: 3.3 times float32's speed for ViT")?;
-    }
+    describe_processor(&mut out, cores)?;
 
     // The providers are tried one by one below, so loading must not choose among them.
     let runtime = Runtime::load(&alone(Provider::Cpu, &asked)).map_err(Error::from)?;
@@ -102,4 +92,20 @@ fn alone(provider: Provider, asked: &RuntimeOptions) -> RuntimeOptions {
         ep_library: asked.ep_library.as_deref().filter(is_its).map(Path::to_path_buf),
         ..RuntimeOptions::default()
     }
+}
+
+/// What it has, and what each precision gains with that.
+fn describe_processor(out: &mut StdoutLock<'_>, cores: usize) -> std::io::Result<()> {
+    let processor = Processor::detect();
+    writeln!(out, "processor    {cores} cores, {processor}")?;
+    for gain in processor.gains() {
+        writeln!(out, "             {gain}")?;
+    }
+    if processor.gains().is_empty() {
+        writeln!(out, "             no precision was measured on such a processor; `python -m blip2_export floor` does it")?;
+    }
+    if processor.has(Extension::AmxBf16) {
+        writeln!(out, "             bfloat16 by the plugin openvino: 3.3 times float32's speed for ViT")?;
+    }
+    Ok(())
 }

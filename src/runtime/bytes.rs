@@ -7,8 +7,10 @@ use ort::session::Session;
 use ort::session::builder::SessionBuilder;
 use ort::value::Tensor;
 
-use super::Runtime;
+use super::Provider;
+use super::library::Loaded;
 use super::model::byte_product;
+use super::provider::register;
 
 /// Operators that multiply bytes as they are; `MatMulNBits` has kernels of its own, which do not saturate.
 pub(super) const OPERATORS: [&str; 7] =
@@ -20,9 +22,10 @@ pub(super) fn guard(builder: SessionBuilder) -> Result<SessionBuilder, ort::Erro
     Ok(builder.with_precise_qmm()?)
 }
 
-/// Whether sums of the largest products are what they should be.
-pub(super) fn multiply(runtime: &Runtime) -> Result<bool, ort::Error> {
-    sums_are_right(runtime.small_session(&byte_product(i8::MAX, SHAPE))?)
+/// Whether the processor's sums of the largest products are what they should be.
+pub(super) fn multiply(loaded: &Loaded) -> Result<bool, ort::Error> {
+    let builder = register(guard(Session::builder(&loaded.environment)?)?, loaded, Provider::Cpu, 0, None)?;
+    sums_are_right({ builder }.commit_from_memory(&byte_product(i8::MAX, SHAPE))?)
 }
 
 const SHAPE: [u8; 2] = [64, 16];
@@ -39,7 +42,7 @@ fn sums_are_right(mut session: Session) -> Result<bool, ort::Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::runtime::{Processor, Provider, ProviderChoice, RuntimeOptions};
+    use crate::runtime::{Processor, ProviderChoice, Runtime, RuntimeOptions};
 
     #[test]
     fn sums_are_right_with_the_guard_and_without_it_where_the_processor_has_vnni() {

@@ -317,10 +317,10 @@ fn lacks_attention(provider: Provider, facts: &GraphFacts, operators: &BTreeSet<
     on_cuda && wide && operators.contains(ATTENTION)
 }
 
-/// On the processor, 8-bit numbers are multiplied right or not at all.
+/// What runs on the processor, or may be left to it, multiplies 8-bit numbers right or not at all.
 fn refuse_wrong_sums(runtime: &Runtime, bundle: &Bundle, name: &str) -> Result<(), BundleError> {
     let is_plain = bundle.operators(name)?.iter().all(|operator| !bytes::OPERATORS.contains(&operator.as_str()));
-    if runtime.provider() != Provider::Cpu || is_plain || runtime.multiplies_bytes().map_err(|e| unloadable(bundle, name, &e))? {
+    if runtime.is_strict() || is_plain || runtime.multiplies_bytes().map_err(|e| unloadable(bundle, name, &e))? {
         return Ok(());
     }
     let (folder, processor) = (bundle.folder().to_path_buf(), Processor::detect().to_string());

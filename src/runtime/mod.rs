@@ -285,12 +285,12 @@ impl Runtime {
         }
     }
 
-    /// Whether products of 8-bit numbers come out right here; tried once.
+    /// Whether products of 8-bit numbers come out right on the processor; tried once.
     fn multiplies_bytes(&self) -> Result<bool, ort::Error> {
         if let Some(known) = self.0.multiplies_bytes.get() {
             return Ok(*known);
         }
-        let found = bytes::multiply(self)?;
+        let found = bytes::multiply(&self.0.loaded)?;
         Ok(*self.0.multiplies_bytes.get_or_init(|| found))
     }
 
