@@ -35,8 +35,8 @@ class Yardstick:
     given: Path | None  # pictures and texts
 
     def statistics(self) -> Statistics:
+        chosen = samples(self.given, held_out=False)  # refused before anything is built
         graphs = self._graphs
-        chosen = samples(self.given, held_out=False)
         print(f"calibration: {len(chosen)} pictures", file=sys.stderr)
         return calibration.statistics(self._open(self.folder), graphs, self._inputs(chosen))
 
