@@ -54,7 +54,7 @@ fn everything_works_on_a_device() {
         .output()
         .unwrap();
     let said = [tests.stdout, tests.stderr].map(|said| String::from_utf8_lossy(&said).into_owned()).concat();
-    assert!(tests.status.success() && said.contains("4 passed"), "{}: {said}", tests.status);
+    assert!(tests.status.success() && said.contains("5 passed"), "{}: {said}", tests.status);
 }
 
 fn numbered(shape: [usize; 4]) -> Array4<f32> {
@@ -258,4 +258,18 @@ fn texts_are_written_on_the_device() {
         writes(bundle);
         copies_little(bundle);
     }
+}
+
+/// Of a plugin that is not known nothing tells where its tensors lie: they pass through the processor's memory at every run.
+#[test]
+#[ignore = "everything_works_on_a_device runs it where there is one"]
+fn a_plugin_that_is_not_known_gives_the_same() {
+    let ep_library = device(Fallback::Nothing).offer(Plugin::named("webgpu")).map(|offer| offer.path);
+    let provider = ProviderChoice::Only(Provider::Plugin(Plugin::named("mine")));
+    let options = RuntimeOptions { provider, ep_library, ..RuntimeOptions::default() };
+    let mut unknown = engine("webgpu-t5", &options);
+    verify::run(&mut unknown, |check| assert!(check.holds, "{} {}", check.what, check.found)).unwrap();
+    let another = RuntimeOptions { ep_library: Some(root().join("README.md")), ..options };
+    let error = Runtime::load(&another).unwrap_err().to_string();
+    assert!(error.contains("cannot be loaded beside"), "{error}");
 }
