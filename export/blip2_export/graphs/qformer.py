@@ -34,11 +34,11 @@ def reads_text(cfg: Config) -> bool:
 def build(out: Output, checkpoint: Checkpoint, cfg: Config, shape: Shape) -> Graph:
     """Query tokens through BERT layers with cross-attention, then the language projection."""
     g = out.graph("qformer")
-    features = g.input("image_features", "float32", ["batch", shape.n_positions, cfg.encoder_hidden_size])
+    features = g.take("image_features", ["batch", shape.n_positions, cfg.encoder_hidden_size])
     run = _with_question if reads_text(cfg) else _queries_alone
     x = run(Layers(g, checkpoint, cfg), features, shape.n_queries)
     x = _project(g, checkpoint, x, shape)
-    g.output(x, "queries", "float32", ["batch", shape.n_queries, shape.width])
+    g.give(x, "queries", ["batch", shape.n_queries, shape.width])
     g.save()
     return g
 
