@@ -47,6 +47,7 @@ class Choices:
     ignored_tensors: tuple[str, ...] = ()  # patterns of names that may be left out
     target: str = CpuGraph.target  # whose operators the graphs have
     precisions: Precisions = Precisions()
+    weight_bits: int = 8  # of int8
 
     def check(self) -> None:
         if self.ask_prompt is not None and self.ask_prompt.count("{}") != 1:
@@ -103,7 +104,7 @@ def _build(checkpoint: Checkpoint, out: Path, choices: Choices) -> dict[str, Any
         processor.check_queries(checkpoint.processor_folder, cfg.num_query_tokens)
         tokenizers.write(checkpoint.tokenizer_folder, out / "tokenizer.json", cfg.text_config.vocab_size)
     print("vision: building", file=sys.stderr)
-    output = Output(out, TARGETS[choices.target])
+    output = Output(out, TARGETS[choices.target], weight_bits=choices.weight_bits)
     eye = vision.build(output.at(choices.precisions.vision), checkpoint, cfg.vision_config, side)
     print("qformer: building", file=sys.stderr)
     if checkpoint.is_retrieval:

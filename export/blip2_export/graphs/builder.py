@@ -16,7 +16,8 @@ from onnx import TensorProto, helper
 
 from blip2_export.graphs.grid import on_grid
 from blip2_export.graphs.heads import Heads, padded
-from blip2_export.graphs.precision import Precision
+from blip2_export.graphs.precision import FLOATS, Precision
+from blip2_export.graphs.statistics import Channels, Statistics
 
 OPSET = 21
 MICROSOFT = "com.microsoft"
@@ -26,6 +27,7 @@ _PAGE = 4096  # large weights start on a page, so that the runtime can map them 
 _LINE = 64
 _LARGE_BYTES = 1 << 20
 _INLINE_BYTES = 1024
+_LEAST_OUTPUTS = 32  # products with fewer stay in float32: they cost nothing
 _TYPES = {
     np.dtype(np.float32): TensorProto.FLOAT,
     np.dtype(np.float16): TensorProto.FLOAT16,
@@ -33,6 +35,7 @@ _TYPES = {
     np.dtype(np.int64): TensorProto.INT64,
     np.dtype(np.int32): TensorProto.INT32,
     np.dtype(np.int8): TensorProto.INT8,
+    np.dtype(np.uint8): TensorProto.UINT8,
 }
 Dim = int | str
 Attend = Callable[[str, list[str], list[str]], str]  # packed projections, past and present keys and values → rows
@@ -90,7 +93,7 @@ class Graph(ABC):
 
     def __init__(self, out: Output, name: str, data: Data | None = None, n_positions: int = 0) -> None:
         """`n_positions`: the most that a text of the model may have, where the graph counts them."""
-        self.name, self.folder, self.precision = name, out.folder, out.precision
+        self.name, self.folder, self.precision, self.weight_bits = name, out.folder, out.precision, out.weight_bits
         self.dtype = self.activations(out)
         self._n_positions = padded(n_positions, CAPACITY_STEP)
         self.data = data or out.data(name)
@@ -98,6 +101,9 @@ class Graph(ABC):
         self.weights: list[onnx.TensorProto] = []
         self.inputs: list[dict[str, Any]] = []
         self.outputs: list[dict[str, Any]] = []
+        self.narrowed: dict[str, tuple[str, str]] = {}
+        self.linear_inputs: list[str] = []  # distinct values that weights are multiplied with, in order of first use
+        self._statistics = None if out.statistics is None else out.statistics[name]
         self._constants: dict[tuple[Any, ...], str] = {}
         self._count = 0
 
@@ -109,11 +115,18 @@ class Graph(ABC):
     @classmethod
     def activations(cls, out: Output) -> np.dtype:
         """What is computed in, of graphs of a precision."""
-        return np.dtype({Precision.FLOAT16: np.float16, Precision.BFLOAT16: ml_dtypes.bfloat16}.get(out.precision, np.float32))
+        return np.dtype(
+            {Precision.FLOAT16: np.float16, Precision.BFLOAT16: ml_dtypes.bfloat16}.get(out.precision, np.float32)
+        )
 
     @property
     def file_name(self) -> str:
         return f"{self.name}.onnx"
+
+    @property
+    def masked(self) -> float:
+        """What is added to the score of a key that is not seen."""
+        return max(MASKED, float(ml_dtypes.finfo(self.dtype).min))
 
     @property
     def is_narrow(self) -> bool:
@@ -164,7 +177,7 @@ class Graph(ABC):
 
     def weight(self, array: np.ndarray) -> str:
         """A weight as value, stored as the class says; in float32, where it is on the grid, as 8-bit numbers and scales."""
-        array = self.narrowed(array)
+        array = self.fitted(array)
         found = on_grid(array) if array.nbytes > _INLINE_BYTES else None
         if found is None:
             return self.lifted(self.raw(array), array)
@@ -183,10 +196,10 @@ class Graph(ABC):
 
     def stored(self, array: np.ndarray) -> str:
         """A weight in its own dtype as value; bytes that the data file has already are not written again."""
-        array = self.narrowed(array)
+        array = self.fitted(array)
         return self.lifted(self.raw(array), array)
 
-    def narrowed(self, array: np.ndarray) -> np.ndarray:
+    def fitted(self, array: np.ndarray) -> np.ndarray:
         """A weight in the type that a graph of 16 bits computes in."""
         if not self.is_narrow or array.dtype == self.dtype:
             return array
@@ -235,7 +248,11 @@ class Graph(ABC):
 
     @abstractmethod
     def product(self, x: str, weight: str) -> str:
-        """`x · weightᵀ`."""
+        """`x · weightᵀ`, both float32 values."""
+
+    def narrow_product(self, x: str, weight: np.ndarray, channels: Channels | None) -> str:
+        """`x · weightᵀ` with weights of 8 or 4 bits, for targets that have such precisions. `channels`: those of `x`."""
+        raise UnsupportedError(f"graphs for {self.target} cannot be {self.precision}")
 
     @abstractmethod
     def rows(self, table: np.ndarray, ids: str) -> str:
@@ -280,10 +297,23 @@ class Graph(ABC):
         x = self.op("Conv", [pixels, *map(self.weight, weights)], kernel_shape=side, strides=side)
         return self.op("Transpose", [self.op("Reshape", [x, self.constant([0, width, n * n])])], perm=[0, 2, 1])
 
+    def seen(self, x: str) -> Channels | None:
+        """Notes that a weight is multiplied with `x`; gives what calibration saw there."""
+        if x not in self.linear_inputs:
+            self.linear_inputs.append(x)
+        return None if self._statistics is None else self._statistics[self.linear_inputs.index(x)]
+
     def linear(self, x: str, weight: np.ndarray, bias: np.ndarray | None) -> str:
         """`x · weightᵀ + bias`, the weight in PyTorch's [out, in] layout."""
-        y = self.product(x, self.weight(weight))
+        y = self.times(x, weight)
         return y if bias is None else self.op("Add", [y, self.weight(bias)])
+
+    def times(self, x: str, weight: np.ndarray, shared: bool = False) -> str:
+        """`x · weightᵀ` in the graph's precision. `shared`: the data file may hold the weight's own bytes already."""
+        channels = self.seen(x)
+        if len(weight) < _LEAST_OUTPUTS or self.precision in FLOATS:
+            return self.product(x, self.stored(weight) if shared else self.weight(weight))
+        return self.narrow_product(x, weight, channels)
 
     def layer_norm(self, x: str, weight: np.ndarray | None, bias: np.ndarray | None, epsilon: float, width: int) -> str:
         scale = self.number(np.ones(width)) if weight is None else self.weight(weight)
@@ -332,12 +362,14 @@ class Graph(ABC):
 
 @dataclass(frozen=True)
 class Output:
-    """Where graphs are written, of which target and in which precision they are."""
+    """Where graphs are written, of which target and in which precision they are, and what calibration saw."""
 
     folder: Path
     kind: type[Graph]
     precision: Precision = Precision.FLOAT32
     narrow: np.dtype = np.dtype(np.float16)  # what multiplies weights in blocks, where a target does that in 16 bits
+    weight_bits: int = 8  # of int8
+    statistics: Statistics | None = None  # of the same graphs in float32, where calibration ran
 
     def at(self, precision: Precision) -> Output:
         """The same in another precision, which the target must have."""

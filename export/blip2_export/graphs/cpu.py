@@ -7,18 +7,30 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto
 
+from blip2_export.graphs import quantized
 from blip2_export.graphs.builder import MASKED, MICROSOFT, Attend, Graph, Mask, New
 from blip2_export.graphs.heads import Heads
+from blip2_export.graphs.precision import Precision
+from blip2_export.graphs.statistics import Channels
+
+_BLOCKS = {Precision.INT8_BLOCKS: (8, 128), Precision.INT4_BLOCKS: (4, 32)}  # bits, weights of a block
 
 
 class CpuGraph(Graph):
     target = "cpu"
+    precisions = (Precision.FLOAT32, Precision.INT8, *_BLOCKS)
+
+    def narrow_product(self, x: str, weight: np.ndarray, channels: Channels | None) -> str:
+        if self.precision is Precision.INT8:
+            return quantized.by_rows(self, x, weight, self.weight_bits)
+        return quantized.by_blocks(self, x, weight, *_BLOCKS[self.precision])
 
     def product(self, x: str, weight: str) -> str:
         return self.op("FusedMatMul", [x, weight], domain=MICROSOFT, transB=1)
 
     def rows(self, table: np.ndarray, ids: str) -> str:
-        """16-bit rows are lifted after they are picked."""
+        """Rows of another type are lifted after they are picked."""
+        table = self.fitted(table)
         return self.lifted(self.op("Gather", [self.raw(table), ids], axis=0), table)
 
     def n_tokens(self, ids: str, rows: str) -> str:
@@ -50,7 +62,10 @@ class CpuGraph(Graph):
     ) -> Attend:
         more, attributes = [], {"num_heads": heads.n, "kv_num_heads": heads.n_kv, "scale": float(scale)}
         if rotary:
-            more, attributes["do_rotary"] = [*map(self.raw, rotary), self.to_slots(new.positions)], 1
+            more, attributes["do_rotary"] = (
+                [*(self.raw(self.fitted(table)) for table in rotary), self.to_slots(new.positions)],
+                1,
+            )
         if bias:
             more = ["", "", "", self.to_slots(bias)]
 

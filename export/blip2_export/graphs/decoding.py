@@ -95,7 +95,7 @@ class Head:
 
 def finish(g: Graph, x: str, head: Head, heads: Heads, n_layers: int) -> Decoder:
     """The head behind the last states."""
-    logits = g.product(x, g.stored(head.table) if head.own is None else g.weight(head.own))
+    logits = g.times(x, head.table if head.own is None else head.own, shared=head.own is None)
     logits = logits if head.bias is None else g.op("Add", [logits, g.weight(head.bias)])
     g.give(logits, "logits", ["rows", "n_logits", len(head.table)], first=True)
     g.save()

@@ -17,6 +17,9 @@ class Precision(StrEnum):
     INT4_BLOCKS = "int4-blocks"  # weights; activations as above
 
 
+FLOATS = (Precision.FLOAT32, Precision.FLOAT16, Precision.BFLOAT16)
+
+
 @dataclass(frozen=True)
 class Precisions:
     """Of the three parts of a model."""
