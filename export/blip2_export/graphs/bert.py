@@ -39,6 +39,7 @@ class Layers:
         g, cfg, name = self.g, self.cfg, self.embeddings
         words = self.read(name + "word_embeddings.weight", cfg.vocab_size, self.width)
         places = self.read(name + "position_embeddings.weight", cfg.max_position_embeddings, self.width)
+        g.bound(ids, 1, cfg.max_position_embeddings)
         x = g.rows(words, ids)
         end = g.n_tokens(ids, x)
         return str(g.op("Add", [x, g.op("Slice", [g.weight(places), g.constant([0]), end, g.constant([0])])]))
@@ -46,12 +47,12 @@ class Layers:
     def query_tokens(self, n_queries: int) -> np.ndarray:
         return self.read("query_tokens", 1, n_queries, self.width).astype(np.float32)
 
-    def real(self, mask: str, n_queries: int = 0) -> Mask:
+    def real(self, mask: str, queries: str = "", n_queries: int = 0) -> Mask:
         """Of int64 `mask` [batch, tokens], 1 where a token is real, behind queries that all are."""
         seen = self.g.int32(mask, 2)
-        if n_queries:
-            queries = self.g.repeat(self.g.constant(np.ones((1, n_queries)), np.int32), mask)
-            seen = self.g.op("Concat", [queries, seen], axis=1)
+        if queries:
+            all_real = self.g.repeat(self.g.constant(np.ones((1, n_queries)), np.int32), queries)
+            seen = self.g.op("Concat", [all_real, seen], axis=1)
         return self.g.mask(seen)
 
     def embedding_norm(self, x: str) -> str:

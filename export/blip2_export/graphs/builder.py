@@ -37,6 +37,7 @@ _TYPES = {
     np.dtype(np.int8): TensorProto.INT8,
     np.dtype(np.uint8): TensorProto.UINT8,
 }
+_FLOAT32 = np.dtype(np.float32)
 Dim = int | str
 Attend = Callable[[str, list[str], list[str]], str]  # packed projections, past and present keys and values → rows
 
@@ -101,6 +102,7 @@ class Graph(ABC):
         self.weights: list[onnx.TensorProto] = []
         self.inputs: list[dict[str, Any]] = []
         self.outputs: list[dict[str, Any]] = []
+        self.bounds: dict[Dim, int] = {}  # of axes that are not fixed, where one is known
         self.narrowed: dict[str, tuple[str, str]] = {}
         self.linear_inputs: list[str] = []  # distinct values that weights are multiplied with, in order of first use
         self._statistics = None if out.statistics is None else out.statistics[name]
@@ -143,9 +145,14 @@ class Graph(ABC):
             self.nodes.append(helper.make_node("Identity", [value], [name]))
         self.outputs.append({"name": name, "dtype": dtype, "shape": list(shape)})
 
+    def bound(self, name: str, axis: int, most: int) -> None:
+        """Notes how large an axis of an input may be."""
+        shape = next(value["shape"] for value in self.inputs if value["name"] == name)
+        self.bounds[shape[axis]] = most
+
     def take(self, name: str, shape: Sequence[Dim]) -> str:
         """What another graph gave, or pixels: a float32 input, as value of this graph."""
-        return self._cast(self.input(name, "float32", shape), self.dtype)
+        return self._cast(self.input(name, "float32", shape), self.dtype, _FLOAT32)
 
     def give(self, value: str, name: str, shape: Sequence[Dim], first: bool = False) -> None:
         """Declares a value as float32 output `name`, `first` of them if so."""
@@ -215,9 +222,9 @@ class Graph(ABC):
 
     def float32(self, value: str) -> str:
         """A value of the graph as float32: 16 bits do not hold sums of squares and the like."""
-        return self._cast(value, np.dtype(np.float32), self.dtype)
+        return self._cast(value, _FLOAT32, self.dtype)
 
-    def _cast(self, value: str, to: np.dtype, of: np.dtype = np.dtype(np.float32)) -> str:
+    def _cast(self, value: str, to: np.dtype, of: np.dtype) -> str:
         return value if to == of else self.op("Cast", [value], to=_TYPES[to])
 
     def _external(self, array: np.ndarray, offset: int) -> str:
@@ -371,8 +378,9 @@ class Output:
     weight_bits: int = 8  # of int8
     statistics: Statistics | None = None  # of the same graphs in float32, where calibration ran
 
-    def at(self, precision: Precision) -> Output:
-        """The same in another precision, which the target must have."""
+    def at(self, precision: Precision | None) -> Output:
+        """The same in another precision, which the target must have; in its natural one if None."""
+        precision = precision or self.kind.natural
         if precision not in self.kind.precisions:
             known = ", ".join(self.kind.precisions)
             raise UnsupportedError(f"graphs for {self.kind.target} cannot be {precision}; {known} are possible")

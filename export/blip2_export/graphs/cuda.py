@@ -11,18 +11,18 @@ from typing import ClassVar
 import numpy as np
 
 from blip2_export.graphs import quantized
-from blip2_export.graphs.builder import Attend, Mask, New, Output, UnsupportedError
+from blip2_export.graphs.builder import Attend, Mask, New, Output
 from blip2_export.graphs.cpu import CpuGraph
 from blip2_export.graphs.heads import Heads
+from blip2_export.graphs.plain import PlainGraph
 from blip2_export.graphs.precision import FLOATS, Precision
-from blip2_export.graphs.scattered import ScatteredGraph
 from blip2_export.graphs.statistics import Channels
 
 _BLOCK = 32  # its kernels that multiply without unpacking first take no others of 8 and of 4 bits
 _BITS = {Precision.INT8_BLOCKS: 8, Precision.INT4_BLOCKS: 4}
 
 
-class CudaGraph(CpuGraph, ScatteredGraph):
+class CudaGraph(CpuGraph, PlainGraph):
     target = "cuda"
     precisions = (*FLOATS, *_BITS)
     natural: ClassVar[Precision] = Precision.FLOAT16
@@ -45,20 +45,18 @@ class CudaGraph(CpuGraph, ScatteredGraph):
         return self.op("Add", [y, self.weight(weights[1])]) if len(weights) > 1 else y
 
     def cache_positions(self) -> str:
-        return ScatteredGraph.cache_positions(self)
+        return PlainGraph.cache_positions(self)
 
     def attention(
         self, qkv: list[str], heads: Heads, mask: Mask | None = None, scale: float | None = None, by_heads: bool = False
     ) -> str:
-        if heads.n != heads.n_kv:
-            raise UnsupportedError(
-                f"{heads.n} heads that share {heads.n_kv} of keys and values run on CUDA in 16 bits only; choose float16"
-            )
-        return super().attention(qkv, heads, mask, scale, by_heads)
+        """MultiHeadAttention has no heads that share keys and values."""
+        kind = CpuGraph if heads.n == heads.n_kv else PlainGraph
+        return kind.attention(self, qkv, heads, mask, scale, by_heads)
 
     def over_cache(
         self, new: New, heads: Heads, scale: float, bias: str = "", rotary: tuple[np.ndarray, ...] = ()
     ) -> Attend:
         """GroupQueryAttention takes 16 bits only, and the length of what a bias is for from the processor."""
-        where = ScatteredGraph if bias or not self.is_narrow else CpuGraph
+        where = PlainGraph if bias or not self.is_narrow else CpuGraph
         return where.over_cache(self, new, heads, scale, bias, rotary)

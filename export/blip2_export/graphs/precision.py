@@ -22,8 +22,11 @@ FLOATS = (Precision.FLOAT32, Precision.FLOAT16, Precision.BFLOAT16)
 
 @dataclass(frozen=True)
 class Precisions:
-    """Of the three parts of a model."""
+    """Of the three parts of a model; None is what is natural for the target."""
 
-    vision: Precision = Precision.FLOAT32
-    qformer: Precision = Precision.FLOAT32
-    language: Precision = Precision.FLOAT32
+    vision: Precision | None = None
+    qformer: Precision | None = None
+    language: Precision | None = None
+
+
+EXACT = Precisions(*[Precision.FLOAT32] * 3)

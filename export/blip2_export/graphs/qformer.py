@@ -56,8 +56,8 @@ def _with_question(layers: Layers, features: str, n_queries: int) -> str:
     """Query tokens and the question attend to each other; only query tokens see the image, each kind has its own FFN."""
     g, n_layers = layers.g, layers.cfg.num_hidden_layers
     ids, mask = (g.input(name, "int64", ["batch", "question"]) for name in ("question_ids", "question_mask"))
-    seen = layers.real(mask, n_queries)
     tokens = g.repeat(g.weight(layers.query_tokens(n_queries)), features)
+    seen = layers.real(mask, tokens, n_queries)
     x = layers.embedding_norm(g.op("Concat", [tokens, layers.embed_text(ids)], axis=1))
     for i in range(n_layers):
         last = i == n_layers - 1

@@ -155,7 +155,8 @@ def _matching(out: Output, stage: Stage1, data: Data) -> Graph:
     layers = Layers(g, stage.checkpoint, cfg)
     features = g.take("image_features", ["batch", stage.n_positions, cfg.encoder_hidden_size])
     ids, mask = _text_inputs(g)
-    queries, seen = g.repeat(g.weight(layers.query_tokens(n_queries)), features), layers.real(mask, n_queries)
+    queries = g.repeat(g.weight(layers.query_tokens(n_queries)), features)
+    seen = layers.real(mask, queries, n_queries)
     x = layers.embedding_norm(g.op("Concat", [queries, layers.embed_text(ids)], axis=1))
     for i in range(cfg.num_hidden_layers):
         if i == cfg.num_hidden_layers - 1:

@@ -12,10 +12,11 @@ import numpy as np
 from blip2_export.graphs.builder import Graph
 from blip2_export.graphs.cuda import CudaGraph
 from blip2_export.graphs.plain import PlainGraph
-from blip2_export.graphs.precision import FLOATS, Precision
+from blip2_export.graphs.precision import Precision
 
 _OF_TEXTS = ("encoder", "decoder")
-_SIZES = {"batch": [1, 1, 16], "question": [1, 16, 128], "sequence": [1, 16, 128]}  # least, best, most
+_BEST = {"batch": 1, "question": 16, "sequence": 16}  # what engines are tuned for
+_MOST_PICTURES = 16
 
 
 class TensorRtGraph(PlainGraph):
@@ -42,4 +43,5 @@ class TensorRtGraph(PlainGraph):
 
     def describe(self) -> dict[str, Any]:
         named = {axis for value in self.inputs for axis in value["shape"] if isinstance(axis, str)}
-        return {**super().describe(), "profile": {axis: _SIZES[axis] for axis in sorted(named)}}
+        most = {"batch": _MOST_PICTURES, **self.bounds}
+        return {**super().describe(), "profile": {a: [1, min(_BEST[a], most[a]), most[a]] for a in sorted(named)}}
