@@ -8,6 +8,7 @@ SCENES ?= 1000
 GENERATIONS ?= 10000
 FUZZ_COUNT ?= 100000
 SHAPE ?= medium
+RECIPES ?= exact,fast
 ROUNDS ?= 5
 
 .DEFAULT_GOAL := help
@@ -87,8 +88,8 @@ parity: setup-export setup build ## GENERATIONS texts of random checkpoints of e
 	PYTHONPATH=export $(MODEL_PYTHON) -m blip2_export parity --all --generations $(GENERATIONS)
 
 bench: WORK ?= target/bench
-bench: setup-export setup build ## the engine and transformers in turns on a random model of SHAPE, ROUNDS times; models stay in WORK
-	PYTHONPATH=export $(MODEL_PYTHON) -m blip2_export bench --shape $(SHAPE) --rounds $(ROUNDS) --work $(WORK)
+bench: setup-export setup build ## the engine and transformers in turns on a random model of SHAPE in RECIPES, ROUNDS times; models stay in WORK
+	PYTHONPATH=export $(MODEL_PYTHON) -m blip2_export bench --shape $(SHAPE) --recipes $(RECIPES) --rounds $(ROUNDS) --work $(WORK)
 
 fuzz: ## FUZZ_COUNT damaged pictures of all formats: none panics, takes 2 seconds or 1 GB
 	FUZZ_COUNT=$(FUZZ_COUNT) cargo test --release --locked --test fuzz -- --ignored --nocapture --test-threads=1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -74,17 +75,23 @@ def run_bench(folder: Path, *typed: str) -> None:
 def test_a_bench_prints_ratios_of_what_it_prints(benched: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_bench(benched, "--json", str(benched / "all.json"))
     printed = capsys.readouterr().out
-    assert "same tokens: 4 of 4 captions" in printed
+    assert "same tokens, exact: 4 of 4 captions" in printed and "same tokens, fast: " in printed
     assert "engine: blip2 " in printed and "instruction set: " in printed and "transformers: 5." in printed
     found = json.loads((benched / "all.json").read_text())
-    assert len(found["engine"]["step"]) == len(found["transformers"]["step"]) == 2 * 2 * 3, "a gap behind every token"
-    sides, own = tables(printed)
-    assert [label for label, *_ in sides] == list(found["rows"].values()) and len(own) == 3
-    for (label, ours, _, theirs, _, ratio), name in zip(sides, found["rows"], strict=True):
-        assert ratio == f"{float(ours) / float(theirs):.3f}", label
-        for side, median in (("engine", ours), ("transformers", theirs)):
-            assert float(median) == pytest.approx(statistics.median(found[side][name]), rel=1e-3), (label, side)
-    for label, over, under, ratio in own:
+    exact, fast = (found["engine"][recipe] for recipe in ("exact", "fast"))
+    assert len(exact["step"]) == len(fast["step"]) == len(found["transformers"]["step"]) == 12, (
+        "a gap behind every token"
+    )
+    sides, *own = tables(printed)
+    assert [label for label, *_ in sides] == list(found["rows"].values()) and [len(table) for table in own] == [3, 3]
+    for line, name in zip(sides, found["rows"], strict=True):
+        label, theirs, _, *ours = line
+        assert float(theirs) == pytest.approx(statistics.median(found["transformers"][name]), rel=1e-3), label
+        for side, (median, _, faster) in zip((exact, fast), (ours[:3], ours[3:]), strict=True):
+            assert float(median) == pytest.approx(statistics.median(side[name]), rel=1e-3), label
+            times = float(theirs) / float(median)
+            assert faster == f"{1 / times if 'tokens/s' in label else times:.3f}", label
+    for label, over, under, ratio in itertools.chain(*own):
         assert ratio == f"{float(over) / float(under):.3f}", label
 
 
@@ -99,18 +106,19 @@ def test_a_second_bench_keeps_the_model_unless_its_code_is_newer(
     benched: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def prepared() -> str:
-        bench._Models(benched, "tiny").prepare()
+        bench._Models(benched, "tiny").prepare(["exact", "fast"], 4)
         return capsys.readouterr().err
 
     prepared()
     kept = prepared()
-    assert "tiny is kept" in kept and "tiny-bundle is kept" in kept
-    os.utime(benched / "tiny-bundle" / "bundle.json", (0, 0))
+    exact, fast = ("tiny-float32-exact", "tiny-float32-fast")
+    assert all(f"{name} is kept" in kept for name in ("tiny-float32", exact, fast))
+    os.utime(benched / exact / "bundle.json", (0, 0))
     stale = prepared()
-    assert "tiny is kept" in stale and "tiny-bundle is made anew" in stale
-    shutil.rmtree(benched / "tiny")
+    assert f"{exact} is made anew" in stale and all(f"{name} is kept" in stale for name in ("tiny-float32", fast))
+    shutil.rmtree(benched / "tiny-float32")
     drawn = prepared()
-    assert "tiny is made\n" in drawn and "tiny-bundle is made anew" in drawn
+    assert "tiny-float32 is made\n" in drawn and all(f"{name} is made anew" in drawn for name in (exact, fast))
 
 
 def test_what_a_killed_bench_has_begun_is_made_anew(tmp_path: Path) -> None:
@@ -135,11 +143,14 @@ def test_a_bench_without_room_makes_nothing(short: str, tmp_path: Path, monkeypa
     monkeypatch.setattr(machine, "free_memory", lambda: memory)
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: usage._replace(free=disk))
     with pytest.raises(SystemExit, match=r"tiny needs .* GB.*, 0\.0 GB are free; .*smaller shape"):
-        bench._Models(tmp_path / "new", "tiny").prepare()
+        bench._Models(tmp_path / "new", "tiny").prepare(["exact"], 4)
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize(("typed", "said"), [("--images", "no such picture"), ("--json", "a folder that exists")])
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [("--images", "no such picture"), ("--json", "a folder that exists"), ("--recipes", "is none of exact, fast")],
+)
 def test_what_would_fail_in_the_end_is_told_before(
     typed: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

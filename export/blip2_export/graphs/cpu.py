@@ -8,7 +8,7 @@ import numpy as np
 from onnx import TensorProto
 
 from blip2_export.graphs import quantized
-from blip2_export.graphs.builder import MASKED, MICROSOFT, Attend, Graph, Mask, New
+from blip2_export.graphs.builder import MASKED, MICROSOFT, Attend, Data, Graph, Mask, New, Output
 from blip2_export.graphs.heads import Heads
 from blip2_export.graphs.precision import Precision
 from blip2_export.graphs.statistics import Channels
@@ -20,9 +20,13 @@ class CpuGraph(Graph):
     target = "cpu"
     precisions = (Precision.FLOAT32, Precision.INT8, *_BLOCKS)
 
+    def __init__(self, out: Output, name: str, data: Data | None = None, n_positions: int = 0) -> None:
+        super().__init__(out, name, data, n_positions)
+        self._rows = quantized.Rows(self, out.weight_bits)
+
     def narrow_product(self, x: str, weight: np.ndarray, channels: Channels | None) -> str:
         if self.precision is Precision.INT8:
-            return quantized.by_rows(self, x, weight, self.weight_bits)
+            return self._rows.product(x, weight, channels)
         return quantized.by_blocks(self, x, weight, *_BLOCKS[self.precision])
 
     def product(self, x: str, weight: str) -> str:

@@ -13,7 +13,8 @@ from blip2_export.measure.samples import Samples
 from blip2_export.measure.work import Work
 from blip2_export.read.checkpoint import CheckpointError
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPES = tuple(DTYPE_BYTES)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
 from blip2_export import bundle, graphs, read
 from blip2_export.check import random_checkpoint
 from blip2_export.measure import machine, prefill, samples, work
-from blip2_export.measure.baseline import DTYPES
+from blip2_export.measure.baseline import DTYPE_BYTES, DTYPES
 from blip2_export.measure.binary import Engine
 from blip2_export.measure.peer import Peer
+from blip2_export.measure.recipes import RECIPES, Recipe, weight_bits
 from blip2_export.measure.samples import Samples, median, ratio, spread
 from blip2_export.measure.work import Work
 
@@ -35,6 +39,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="keeps checkpoint and bundle for the next time (default: %(default)s)",
     )
+    parser.add_argument(
+        "--recipes",
+        type=_recipes,
+        default=["exact", "fast"],
+        metavar="A,B",
+        help=f"precisions of the engine: {', '.join(RECIPES)} (default: exact,fast)",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=DTYPES,
+        default="float32",
+        help="in which the checkpoint is stored (default: %(default)s)",
+    )
     parser.add_argument("--engine", type=Path, default=Path("target/release/blip2"), help="default: %(default)s")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="in which `transformers` computes (default: %(default)s)"
@@ -47,30 +64,31 @@ def run(args: argparse.Namespace) -> int:
     """Progress to standard error, the report to standard output."""
     if not args.engine.is_file():
         raise SystemExit(f"{args.engine}: the engine is not there; `make build` makes it")
-    models = _Models(args.work, args.shape)
-    models.prepare()
+    models = _Models(args.work, args.shape, args.weights)
+    models.prepare(args.recipes, DTYPE_BYTES[args.dtype])
     peer = Peer(models.checkpoint, args.dtype, args.threads)
     wanted = work.of(args, peer.n_prompt_tokens)
     if args.compile:
         peer.compile()
-    engine = Engine(args.engine, models.bundle, args.threads)
-    found = _Found(wanted)
+    engines = {name: Engine(args.engine, models.bundle(name), args.threads) for name in args.recipes}
+    found = _Found(wanted, {name: {} for name in engines})
     _say("transformers: warming up")
     peer.warm_up(wanted)
     for i in range(args.rounds):
-        _say(f"round {i + 1} of {args.rounds}: engine")
-        samples.add(found.engine, engine.measure(wanted, i))
+        for name, engine in engines.items():
+            _say(f"round {i + 1} of {args.rounds}: engine, {name}")
+            samples.add(found.engines[name], engine.measure(wanted, i))
+            alone = prefill.times(engine.bundle, peer.n_prompt_tokens(""), wanted.n_tokens, args.threads, _PREFILLS)
+            samples.add(found.engines[name], {"prefill of the graphs alone": alone})
         _say(f"round {i + 1} of {args.rounds}: transformers")
         samples.add(found.peer, peer.measure(wanted, i))
-        alone = prefill.times(models.bundle, peer.n_prompt_tokens(""), wanted.n_tokens, args.threads, _PREFILLS)
-        samples.add(found.engine, {"prefill of the graphs alone": alone})
     described = {
         "command": shlex.join(["python", "-m", "blip2_export", *sys.argv[1:]]),
         "model": f"{args.shape}, transformers in {args.dtype}{', compiled' * args.compile}",
-        "engine": engine.version(),
+        "engine": next(iter(engines.values())).version(),
         **machine.describe(args.threads, "onnxruntime", "torch", "transformers"),
         "rounds": str(args.rounds),
-        "same tokens": _agreement(engine.written, peer.written),
+        **{f"same tokens, {name}": _agreement(engine.written, peer.written) for name, engine in engines.items()},
     }
     print(found.report(described))
     if args.json:
@@ -80,32 +98,45 @@ def run(args: argparse.Namespace) -> int:
 
 @dataclass
 class _Models:
-    """The random checkpoint and its bundle, kept in a folder from one run to the next."""
+    """The random checkpoint and its bundles, kept in a folder from one run to the next."""
 
     folder: Path
     shape: str
+    dtype: str = "float32"
 
     @property
     def checkpoint(self) -> Path:
-        return self.folder / self.shape
+        return self.folder / f"{self.shape}-{self.dtype}"
 
-    @property
-    def bundle(self) -> Path:
-        return self.folder / f"{self.shape}-bundle"
+    def bundle(self, recipe: str) -> Path:
+        return self.folder / f"{self.shape}-{self.dtype}-{recipe}"
 
-    def prepare(self) -> None:
-        """Makes what is missing, or older than the code that makes it; refuses before that where there is no room."""
-        n_bytes = 4 * random_checkpoint.n_parameters(self.shape)
-        config, facts = self.checkpoint / "config.json", self.bundle / "bundle.json"
-        drawn = _is_current(config, _code(random_checkpoint))
-        built = drawn and _is_current(facts, [config, *_code(bundle), *_code(graphs), *_code(read)])
-        absent = [path for path in (self.checkpoint, self.bundle) if not path.exists()]
-        machine.require_disk(self.folder, int(1.02 * n_bytes * len(absent)), self.shape)
-        machine.require_memory(2 * n_bytes + _BESIDE_WEIGHTS, self.shape)
+    def prepare(self, recipes: Sequence[str], peer_bytes: int) -> None:
+        """Makes what is missing, or older than the code that makes it; refuses before that where there is no room.
+
+        `peer_bytes`: what a parameter takes in `transformers`.
+        """
+        n, stored = random_checkpoint.n_parameters(self.shape), DTYPE_BYTES[self.dtype]
+        config, drawn = (
+            self.checkpoint / "config.json",
+            _is_current(self.checkpoint / "config.json", _code(random_checkpoint)),
+        )
+        sizes = {self.checkpoint: stored, **{self.bundle(name): min(stored, RECIPES[name].n_bytes) for name in recipes}}
+        disk = sum(size for path, size in sizes.items() if not path.exists())
+        machine.require_disk(self.folder, int(1.02 * n * disk), self.shape)
+        largest = max(RECIPES[name].n_bytes for name in recipes)
+        machine.require_memory(int(n * (peer_bytes + largest)) + _BESIDE_WEIGHTS, self.shape)
         self.folder.mkdir(parents=True, exist_ok=True)
-        _keep_or_make(self.checkpoint, drawn, lambda path: random_checkpoint.write(path, self.shape, seed=0))
-        choices = bundle.Choices(self.shape, golden=False)
-        _keep_or_make(self.bundle, built, lambda path: bundle.convert(self.checkpoint, path, choices))
+        write = functools.partial(random_checkpoint.write, shape=self.shape, seed=0, dtype=getattr(torch, self.dtype))
+        _keep_or_make(self.checkpoint, drawn, write)
+        for name in recipes:
+            facts = self.bundle(name) / "bundle.json"
+            built = drawn and _is_current(facts, [config, *_code(bundle), *_code(graphs), *_code(read)])
+            _keep_or_make(self.bundle(name), built, functools.partial(self._convert, recipe=RECIPES[name]))
+
+    def _convert(self, path: Path, recipe: Recipe) -> None:
+        choices = bundle.Choices(self.shape, golden=False, precisions=recipe.precisions, weight_bits=weight_bits())
+        bundle.convert(self.checkpoint, path, choices)
 
 
 @dataclass
@@ -113,36 +144,48 @@ class _Found:
     """What was measured on both sides."""
 
     work: Work
-    engine: Samples = field(default_factory=dict)
+    engines: dict[str, Samples]  # of each recipe
     peer: Samples = field(default_factory=dict)
 
     def report(self, described: dict[str, str]) -> str:
         lines = [f"{name}: {value}" for name, value in described.items()]
-        sides = samples.table(
-            ["", "engine", "quartiles", "transformers", "quartiles", "engine / transformers"], self._sides()
-        )
-        own = samples.table(["the engine beside itself", "", "", "ratio"], self._own())
-        return "\n".join([*lines, "", sides, "", own])
+        heads = (head for name in self.engines for head in (f"engine, {name}", "quartiles", "times as fast"))
+        sides = samples.table(["", "transformers", "quartiles", *heads], self._sides())
+        own = [
+            samples.table([f"the engine, {name}, beside itself", "", "", "ratio"], self._own(name))
+            for name in self.engines
+        ]
+        return "\n".join([*lines, "", sides, *(line for table in own for line in ("", table))])
 
     def write(self, path: Path, described: dict[str, str]) -> None:
-        content = {"machine": described, "rows": self.work.rows, "engine": self.engine, "transformers": self.peer}
+        content = {"machine": described, "rows": self.work.rows, "engine": self.engines, "transformers": self.peer}
         path.write_text(json.dumps(content, indent=1) + "\n")
 
     def _sides(self) -> Iterable[list[str]]:
         for name, label in self.work.rows.items():
-            one, other = self.engine[name], self.peer[name]
-            ours, theirs = median(one), median(other)
-            yield [label, ours, spread(one), theirs, spread(other), ratio(ours, theirs)]
+            other = self.peer[name]
+            theirs, cells = median(other), []
+            for one in (engine[name] for engine in self.engines.values()):
+                ours = median(one)
+                cells += [ours, spread(one), ratio(ours, theirs) if name in self.work.rates else ratio(theirs, ours)]
+            yield [label, theirs, spread(other), *cells]
 
-    def _own(self) -> Iterable[list[str]]:
-        n_beams, n = self.work.n_beams, len(self.work.questions)
+    def _own(self, recipe: str) -> Iterable[list[str]]:
+        n_beams, n, engine = self.work.n_beams, len(self.work.questions), self.engines[recipe]
         for label, over, under in (
             (f"a step of {n_beams} beams / of {n_beams} greedy rows, ms", "step of beams", "step of rows"),
             ("prefill / its graphs alone, ms", "prefill", "prefill of the graphs alone"),
             (f"{n} requests at once / one after another, tokens/s", "together", "alone"),
         ):
-            a, b = median(self.engine[over]), median(self.engine[under])
+            a, b = median(engine[over]), median(engine[under])
             yield [label, a, b, ratio(a, b)]
+
+
+def _recipes(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := next((name for name in names if name not in RECIPES), None):
+        raise argparse.ArgumentTypeError(f"{unknown} is none of {', '.join(RECIPES)}")
+    return names
 
 
 def _agreement(engine: dict[str, list[int]], peer: dict[str, list[int]]) -> str:

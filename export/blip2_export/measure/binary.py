@@ -1,13 +1,14 @@
 """The engine timed by its own account: what the binary's JSON says of each text.
 
-Every process writes one text more than is counted, to warm up, except where many questions are asked at once: `ask` takes one
-picture, so that its batch is the first thing a process does.
+Every process writes one text or batch more than is counted, to warm up, except where many questions are asked at once: their
+batch is the first thing a process does.
 """
 
 from __future__ import annotations
 
 import re
 import subprocess
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from blip2_export.measure.samples import Samples
 from blip2_export.measure.work import TEMPLATE, Work
 
 _Line = dict[str, Any]
+_BATCHES = 3  # of a run; the first warms up
 
 
 @dataclass
@@ -50,11 +52,25 @@ class Engine:
             "step": [gap for one in captions for gap in one["token_gaps_ms"]],
             "caption": [times["total"] for times in stages],
             "beams": [one["timings_ms"]["total"] for one in beams],
+            "batch": [self._batch(work)],
             "alone": [_tokens_per_second([one]) for one in alone],
             "together": [_tokens_per_second(together)],
             "step of rows": [_mean_step(asked_rows[0])],
             "step of beams": [_mean_step(asked_beams[0])],
         }
+
+    def _batch(self, work: Work) -> float:
+        """Milliseconds between batches of captions: from the last line of the first one to that of the last."""
+        n = str(work.n_tokens)
+        search = ("--beams", "1", "--max-new-tokens", n, "--min-new-tokens", n, "--prompt", "")
+        machine = ("--json", "--model", str(self.bundle), "--threads", str(self.n_threads))
+        pictures = map(str, work.batch * _BATCHES)
+        command = [str(self.binary), "caption", *machine, *search, "--batch", str(work.n_pictures), *pictures]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+            ends = [time.perf_counter() for line in process.stdout or () if line.startswith(b"{")]
+        if process.returncode or len(ends) != work.n_pictures * _BATCHES:
+            raise SystemExit(f"{self.binary}: wrote {len(ends)} of {work.n_pictures * _BATCHES} captions")
+        return (ends[-1] - ends[work.n_pictures - 1]) * 1e3 / (_BATCHES - 1)
 
     def _captions(self, work: Work, images: tuple[Path, ...] | list[Path], prompt: str, n_beams: int) -> list[_Line]:
         """One process; its first text does not count."""

@@ -19,14 +19,19 @@ def describe(n_threads: int, *packages: str) -> dict[str, str]:
     said = re.search(r"^model name\s*:\s*(.+)$", cpu, re.MULTILINE)
     return {
         "processor": said[1].strip() if said else platform.machine(),
-        "instruction set": instruction_set(cpu),
+        "instruction set": instruction_set(),
         "threads": f"{n_threads} of {n_cores()} cores",
         **{package: version(package) for package in packages},
     }
 
 
-def instruction_set(cpuinfo: str) -> str:
+def is_x86() -> bool:
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
+def instruction_set(cpuinfo: str | None = None) -> str:
     """The widest of `/proc/cpuinfo` first, and what belongs to it."""
+    cpuinfo = _cpu() if cpuinfo is None else cpuinfo
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
     there = [name for name in (*_SETS, *_ARM_SETS) if flags and name in flags[1].split()]
     return " ".join(reversed(there)) or platform.machine()

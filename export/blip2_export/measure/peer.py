@@ -78,7 +78,7 @@ class Peer:
     def warm_up(self, work: Work) -> float:
         """Runs everything of a round once; gives the seconds that this takes, compiling included."""
         start = time.perf_counter()
-        few = Work(work.images[:1], work.questions, work.n_tokens, work.n_beams)
+        few = Work(work.images[:1], work.questions, work.n_tokens, work.n_beams, work.n_pictures)
         self.measure(few, 0)
         return time.perf_counter() - start
 
@@ -89,6 +89,7 @@ class Peer:
         beams = self._caption(work, image, work.n_beams)
         alone = [self.write([image], [prompt], work.n_tokens) for prompt in work.prompts[:2]]
         many = list(itertools.islice(itertools.cycle(work.images), len(work.prompts)))
+        batch = self.write(work.batch, [""] * work.n_pictures, work.n_tokens)
         together = self.write(many, work.prompts, work.n_tokens)
         return {
             **{
@@ -98,6 +99,7 @@ class Peer:
             "step": [step for one in captions for step in one.steps],
             "caption": [one.total for one in captions],
             "beams": [beams.total],
+            "batch": [batch.total],
             "alone": [one.tokens_per_second for one in alone],
             "together": [together.tokens_per_second],
         }

@@ -27,10 +27,21 @@ class Work:
     questions: tuple[str, ...]
     n_tokens: int
     n_beams: int
+    n_pictures: int
 
     @property
     def prompts(self) -> list[str]:
         return [TEMPLATE.format(question) for question in self.questions]
+
+    @property
+    def batch(self) -> list[Path]:
+        """The pictures of one batch; there may be fewer different ones."""
+        return list(itertools.islice(itertools.cycle(self.images), self.n_pictures))
+
+    @property
+    def rates(self) -> tuple[str, ...]:
+        """What is better when it is more."""
+        return ("alone", "together")
 
     @property
     def rows(self) -> dict[str, str]:
@@ -43,6 +54,7 @@ class Work:
             "step": "decode step, ms",
             "caption": f"caption of {self.n_tokens} tokens, greedy, ms",
             "beams": f"caption, {self.n_beams} beams, ms",
+            "batch": f"{self.n_pictures} captions at once, ms",
             "alone": "requests one after another, tokens/s",
             "together": f"{len(self.questions)} requests at once, tokens/s",
         }
@@ -57,7 +69,7 @@ def of(args: argparse.Namespace, n_prompt_tokens: Callable[[str], int]) -> Work:
     most = max(by_length.values(), key=len)
     if len(most) < args.requests:
         raise SystemExit(f"--requests {args.requests}: at most {len(most)} questions of one length are at hand")
-    return Work(tuple(args.images), tuple(most[: args.requests]), args.tokens, args.beams)
+    return Work(tuple(args.images), tuple(most[: args.requests]), args.tokens, args.beams, args.pictures)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,6 +86,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens", type=_count(2), default=20, metavar="N", help="of every text (default: %(default)s)"
     )
     parser.add_argument("--beams", type=_count(2), default=5, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--pictures", type=_count(2), default=8, metavar="N", help="captions at once (default: %(default)s)"
+    )
     parser.add_argument(
         "--requests", type=_count(2), default=16, metavar="N", help="questions at once (default: %(default)s)"
     )
