@@ -102,11 +102,7 @@ class Graph(ABC):
         self.weights: list[onnx.TensorProto] = []
         self.inputs: list[dict[str, Any]] = []
         self.outputs: list[dict[str, Any]] = []
-<<<<<<< HEAD
-        self.bounds: dict[Dim, int] = {}  # of axes that are not fixed, where one is known
-        self.narrowed: dict[str, tuple[str, str]] = {}
-=======
->>>>>>> core
+        self.dtype = self.activations(out)
         self.linear_inputs: list[str] = []  # distinct values that weights are multiplied with, in order of first use
         self._statistics = None if out.statistics is None else out.statistics[name]
         self._constants: dict[tuple[Any, ...], str] = {}
