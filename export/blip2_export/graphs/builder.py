@@ -102,7 +102,7 @@ class Graph(ABC):
         self.weights: list[onnx.TensorProto] = []
         self.inputs: list[dict[str, Any]] = []
         self.outputs: list[dict[str, Any]] = []
-        self.dtype = self.activations(out)
+        self.bounds: dict[Dim, int] = {}  # of axes that are not fixed, where one is known
         self.linear_inputs: list[str] = []  # distinct values that weights are multiplied with, in order of first use
         self._statistics = None if out.statistics is None else out.statistics[name]
         self._constants: dict[tuple[Any, ...], str] = {}
