@@ -21,7 +21,7 @@ fn main() -> ExitCode {
 /// Documented in README.md; clap itself exits with 2 for a wrong command line.
 fn exit_code(failure: &Failure) -> ExitCode {
     ExitCode::from(match failure {
-        Failure::Output(_) | Failure::File { .. } => 1,
+        Failure::Output(_) | Failure::File { .. } | Failure::Cache { .. } => 1,
         Failure::Usage(_) => 2,
         Failure::Picture { .. } => 3,
         Failure::Mismatch(_) => 4,
@@ -38,7 +38,7 @@ fn of_engine(error: &Error) -> u8 {
         Error::Runtime(_) => 1,
         Error::Strategy(_) | Error::Prompt(PromptError::Template(_)) | Error::Unavailable(UnavailableError::Threads(_)) => 2,
         Error::Picture(_) | Error::Prompt(_) | Error::NoSuchRequest(_) => 3,
-        Error::Unavailable(_) | Error::Bundle(BundleError::Unfit { .. }) => 5,
+        Error::Unavailable(_) | Error::Bundle(BundleError::Unfit { .. } | BundleError::NotBuilt { .. }) => 5,
         Error::Bundle(_) => 4,
     }
 }

@@ -45,6 +45,8 @@ pub(super) enum Command {
     Verify(Verify),
     /// Show what a bundle is and what it needs
     Inspect(Inspect),
+    /// Build TensorRT's engines of a bundle for this machine, before anything runs on them
+    Build(Build),
     /// Show which ONNX Runtime and which execution providers are usable here
     Doctor(Doctor),
 }
@@ -164,6 +166,15 @@ pub(super) struct Inspect {
     /// Print bundle.json in one line
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Build {
+    /// Build them again where they are there
+    #[arg(long)]
+    pub force: bool,
+    #[command(flatten)]
+    pub model: Model,
 }
 
 #[derive(Debug, clap::Args)]
@@ -315,7 +326,7 @@ pub(super) struct ModelFolder {
 pub(super) struct Model {
     #[command(flatten)]
     pub folder: ModelFolder,
-    /// Where graphs run: auto, cpu, cuda, tensorrt, webgpu or openvino; auto takes the first that works of tensorrt, cuda and cpu
+    /// Where graphs run: auto, cpu, cuda, tensorrt, webgpu or openvino; auto takes the first that works of cuda and cpu
     #[arg(long, value_name = "NAME", env = "BLIP2_PROVIDER", default_value_t = ProviderChoice::Auto)]
     pub provider: ProviderChoice,
     /// Which of the provider's devices
@@ -333,7 +344,7 @@ pub(super) struct Model {
     /// Let operators that the named provider does not have run on the processor
     #[arg(long, hide_short_help = true)]
     pub allow_fallback: bool,
-    /// Where TensorRT keeps built engines [default: blip2/tensorrt in the user's cache folder]
+    /// Where `build` keeps TensorRT's engines [default: blip2/tensorrt in the user's cache folder]
     #[arg(long, value_name = "DIR", hide_short_help = true)]
     pub cache: Option<PathBuf>,
     /// Memory for the KV cache and logits of the texts that are written together [default: three quarters of what is free; on a GPU, all]

@@ -105,8 +105,11 @@ impl Purpose {
 
     /// What of it is not as in `wanted`, and what is wanted.
     fn unlike(&self, wanted: &Self) -> String {
-        let pairs =
-            [("ONNX Runtime", &self.onnxruntime, &wanted.onnxruntime), ("TensorRT", &self.tensorrt, &wanted.tensorrt), ("device", &self.device, &wanted.device)];
+        let pairs = [
+            ("ONNX Runtime", &self.onnxruntime, &wanted.onnxruntime),
+            ("TensorRT", &self.tensorrt, &wanted.tensorrt),
+            ("device", &self.device, &wanted.device),
+        ];
         let unlike = pairs.iter().filter(|(_, found, wanted)| found != wanted);
         let said: Vec<String> = unlike.map(|(what, found, wanted)| format!("{what} `{found}`, here is `{wanted}`")).collect();
         if said.is_empty() { "inputs of other sizes".into() } else { said.join("; ") }

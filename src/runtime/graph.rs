@@ -1,12 +1,14 @@
 //! One ONNX graph in a session, checked against what the bundle says of it.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 use std::sync::Arc;
 
 use ort::memory::Allocator;
 use ort::session::{IoBinding, Session};
 use ort::value::{Outlet, ValueType};
 
+use super::engines::Engine;
 use super::placement::Placement;
 use super::tensor::element_type;
 use super::{Cancel, Mover, Provider, Runtime, RuntimeError, Tensor};
@@ -52,8 +54,19 @@ impl Graph {
     /// Loads the graph that the bundle calls `name`.
     pub fn open(runtime: &Runtime, bundle: &Bundle, name: &'static str) -> Result<Self, BundleError> {
         refuse_attention(runtime, bundle, name)?;
+        let engine = engine(runtime, bundle, name)?;
+        Self::with_engine(runtime, bundle, name, engine)
+    }
+
+    /// Builds the graph's engine in a folder; nothing where it needs none. It takes minutes.
+    pub fn build(runtime: &Runtime, bundle: &Bundle, name: &'static str, folder: &Path) -> Result<(), BundleError> {
+        let facts = bundle.graph(name);
+        Self::with_engine(runtime, bundle, name, Some(Engine::new(folder.to_path_buf(), name, facts))).map(drop)
+    }
+
+    fn with_engine(runtime: &Runtime, bundle: &Bundle, name: &'static str, engine: Option<Engine>) -> Result<Self, BundleError> {
         let (placement, _turn) = (Placement::default(), runtime.turn());
-        let session = session(runtime, bundle, name, &placement).map_err(|reason| BundleError::Unloadable {
+        let session = session(runtime, bundle, name, engine.as_ref(), &placement).map_err(|reason| BundleError::Unloadable {
             folder: bundle.folder().to_path_buf(),
             graph: name.into(),
             reason: sentence(&reason.to_string()),
@@ -64,7 +77,11 @@ impl Graph {
         }
         check(bundle, name, "input", session.inputs(), &bundle.graph(name).inputs)?;
         check(bundle, name, "output", session.outputs(), &bundle.graph(name).outputs)?;
-        Ok(Self { name, facts: Box::new(bundle.graph(name).clone()), session, runtime: runtime.clone(), cancel: Cancel::new() })
+        let mut facts = Box::new(bundle.graph(name).clone());
+        if engine.is_none() {
+            facts.profile.clear();
+        }
+        Ok(Self { name, facts, session, runtime: runtime.clone(), cancel: Cancel::new() })
     }
 
     /// Lets `cancel` stop every later run.
@@ -79,9 +96,27 @@ impl Graph {
 
     /// One run; `place` says of each output where it shall lie.
     pub fn run_to(&mut self, inputs: &[(&str, &Tensor)], place: impl Fn(&str) -> Place) -> Result<Outputs, RuntimeError> {
+        self.check_sizes(inputs)?;
         let tensors = self.try_run(inputs, place).map_err(|source| self.not_run(source))?;
         self.check_shapes(inputs, &tensors)?;
         Ok(Outputs { graph: self.name, tensors })
+    }
+
+    /// Sizes that the graph's engine was not built for would cost minutes.
+    fn check_sizes(&self, inputs: &[(&str, &Tensor)]) -> Result<(), RuntimeError> {
+        for (name, tensor) in inputs {
+            let shape = self.facts.inputs.iter().find(|facts| facts.name == *name).map_or(&[][..], |facts| &facts.shape);
+            for (axis, found) in shape.iter().zip(tensor.shape()) {
+                let Some((axis, [least, _, most])) = axis.axis().and_then(|axis| self.facts.profile.get_key_value(axis)) else {
+                    continue;
+                };
+                if !(*least..=*most).contains(&found) {
+                    let (graph, axis) = (self.name.to_owned(), axis.clone());
+                    return Err(RuntimeError::Beyond { graph, axis, found, least: *least, most: *most });
+                }
+            }
+        }
+        Ok(())
     }
 
     /// ONNX Runtime only warns of an output that is not of the shape its graph declares.
@@ -270,12 +305,33 @@ impl Binding {
     }
 }
 
-fn session(runtime: &Runtime, bundle: &Bundle, name: &str, placement: &Placement) -> Result<Session, ort::Error> {
-    let mut builder = runtime.builder(Some(bundle))?;
+fn session(
+    runtime: &Runtime,
+    bundle: &Bundle,
+    name: &str,
+    engine: Option<&Engine>,
+    placement: &Placement,
+) -> Result<Session, ort::Error> {
+    let mut builder = runtime.builder(engine)?;
     if runtime.is_strict() {
         builder = placement.listen(builder)?;
     }
     builder.commit_from_file(bundle.path(&bundle.graph(name).file))
+}
+
+/// The engine that was built of a graph; none where it runs without.
+fn engine(runtime: &Runtime, bundle: &Bundle, name: &str) -> Result<Option<Engine>, BundleError> {
+    let facts = bundle.graph(name);
+    if runtime.provider() == Provider::TensorRt && runtime.is_strict() && !bundle.has_engines() {
+        return Err(unfit(runtime, bundle, name, "none of its graphs is made for an engine".into()));
+    }
+    if runtime.provider() != Provider::TensorRt || facts.profile.is_empty() {
+        return Ok(None);
+    }
+    let not_built = |reason| BundleError::NotBuilt { folder: bundle.folder().to_path_buf(), reason };
+    let root = runtime.engines().ok_or_else(|| not_built("no cache folder is known (--cache)".into()))?;
+    let folder = runtime.purpose(bundle).find(&root).map_err(not_built)?;
+    Ok(Some(Engine::new(folder, name, facts)))
 }
 
 const ATTENTION: &str = "GroupQueryAttention";

@@ -2,6 +2,7 @@
 
 mod cancel;
 mod copies;
+mod engines;
 mod graph;
 mod library;
 mod memory;
@@ -22,6 +23,7 @@ use ort::session::Session;
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 
 use copies::Counters;
+use engines::Engine;
 use library::Loaded;
 use placement::Placement;
 use threads::Threads;
@@ -29,6 +31,7 @@ use threads::Threads;
 use crate::bundle::Bundle;
 pub use cancel::Cancel;
 pub use copies::Copies;
+pub use engines::Purpose;
 pub use graph::{Binding, Graph, Outputs, Place};
 pub use library::{Library, LibraryError, Source};
 pub use memory::Budget;
@@ -143,6 +146,20 @@ pub enum RuntimeError {
         /// What was promised.
         expected: String,
     },
+    /// An engine is built for sizes of a range, and would be built again for others.
+    #[error("{graph}: {axis} is {found}, its TensorRT engine was built for {least} to {most}; ask for fewer at a time")]
+    Beyond {
+        /// Which graph.
+        graph: String,
+        /// Which axis of its inputs.
+        axis: String,
+        /// Its size.
+        found: usize,
+        /// The least that the engine takes.
+        least: usize,
+        /// The most.
+        most: usize,
+    },
     /// The weights, the input or the precision do not hold up.
     #[error("{graph}: `{output}` holds values that are not numbers")]
     NotANumber {
@@ -238,12 +255,23 @@ impl Runtime {
     }
 
     /// A session to be, where and as the user wants it.
-    fn builder(&self, bundle: Option<&Bundle>) -> Result<SessionBuilder, ort::Error> {
+    fn builder(&self, engine: Option<&Engine>) -> Result<SessionBuilder, ort::Error> {
         let builder = Session::builder(&self.0.loaded.environment)?.with_optimization_level(GraphOptimizationLevel::All)?;
         let builder = self.0.options.pool().apply(self.0.loaded.threads, builder)?;
-        let cache = bundle.filter(|_| self.provider() == Provider::TensorRt);
-        let cache = cache.and_then(|bundle| provider::cache(self.0.options.cache.as_deref(), &bundle.hash()));
-        provider::register(builder, &self.0.loaded, self.provider(), self.0.options.device, cache.as_deref())
+        provider::register(builder, &self.0.loaded, self.provider(), self.0.options.device, engine)
+    }
+
+    /// What a bundle's engines are for here.
+    pub fn purpose(&self, bundle: &Bundle) -> Purpose {
+        Purpose::new(bundle, &self.library().version, self.0.options.device)
+    }
+
+    /// Where engines are kept: under the user's cache folder unless told otherwise.
+    pub fn engines(&self) -> Option<PathBuf> {
+        let set = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+        let home = || set("HOME").map(|home| home.join(".cache"));
+        let users = || set("XDG_CACHE_HOME").or_else(home).map(|cache| cache.join("blip2").join("tensorrt"));
+        self.0.options.cache.clone().or_else(users)
     }
 
     /// A session of a model made here. It runs on the provider or not at all: what it moves must not make a detour.

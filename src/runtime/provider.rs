@@ -1,6 +1,5 @@
 //! Execution providers: which there are, which one works here, how each is registered.
 
-use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::MutexGuard;
 
@@ -10,6 +9,7 @@ use ort::session::Session;
 use ort::session::builder::SessionBuilder;
 
 use super::RuntimeOptions;
+use super::engines::Engine;
 use super::graph::sentence;
 use super::library::Loaded;
 use super::model::identity;
@@ -32,7 +32,7 @@ pub enum Provider {
 /// What the user asks for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ProviderChoice {
-    /// The first that works of TensorRT, CUDA and CPU.
+    /// The first that works of CUDA and CPU.
     #[default]
     Auto,
     /// This one or an error.
@@ -109,18 +109,18 @@ pub(super) fn probe(loaded: &Loaded, provider: Provider, options: &RuntimeOption
     let _turn = provider.turn();
     let open = || -> Result<Session, ort::Error> {
         let builder = Session::builder(&loaded.environment)?;
-        register(builder, loaded, provider, options.device, None)?.commit_from_memory(&identity(Dtype::Float32))
+        register(builder, loaded, provider, options.device, Some(&Engine::default()))?.commit_from_memory(&identity(Dtype::Float32))
     };
     open().map(drop).map_err(|source| ProviderError::Unusable { provider, source })
 }
 
-/// Adds the provider to a session. `cache` is where TensorRT keeps engines.
+/// Adds the provider to a session. TensorRT takes part where there is an engine of its graph.
 pub(super) fn register(
     builder: SessionBuilder,
     loaded: &Loaded,
     provider: Provider,
     device: u32,
-    cache: Option<&Path>,
+    engine: Option<&Engine>,
 ) -> Result<SessionBuilder, ort::Error> {
     let id = i32::try_from(device).unwrap_or(i32::MAX);
     // TF32 keeps 10 bits of a float32; tokens must be the reference's.
@@ -128,7 +128,7 @@ pub(super) fn register(
     let providers: Vec<ExecutionProviderDispatch> = match provider {
         Provider::Cpu => return on_processor(builder, loaded),
         Provider::Cuda => vec![cuda()],
-        Provider::TensorRt => vec![tensorrt(id, cache), cuda()],
+        Provider::TensorRt => engine.map(|engine| tensorrt(id, engine)).into_iter().chain([cuda()]).collect(),
         Provider::Plugin(plugin) => {
             let option = |(key, value): &(&str, &str)| (format!("{}.{key}", plugin.provider), (*value).to_owned());
             let options: Vec<(String, String)> = plugin.options.iter().map(option).collect();
@@ -145,12 +145,17 @@ fn on_processor(builder: SessionBuilder, loaded: &Loaded) -> Result<SessionBuild
     Ok(builder.with_devices(processor, None)?)
 }
 
-fn tensorrt(device: i32, cache: Option<&Path>) -> ExecutionProviderDispatch {
+/// With an engine that lies in a folder, or is built there.
+fn tensorrt(device: i32, engine: &Engine) -> ExecutionProviderDispatch {
     let mut provider = ep::TensorRT::default().with_device_id(device);
-    if let Some(cache) = cache {
-        let cache = cache.display();
-        provider = provider.with_engine_cache(true).with_engine_cache_path(&cache);
-        provider = provider.with_timing_cache(true).with_timing_cache_path(&cache);
+    if let Some(dtype) = engine.dtype {
+        let (folder, [least, best, most]) = (engine.folder.display(), &engine.sizes);
+        provider = provider.with_engine_cache(true).with_engine_cache_path(&folder).with_engine_cache_prefix(&engine.prefix);
+        provider = provider.with_timing_cache(true).with_timing_cache_path(&folder);
+        provider = provider.with_profile_min_shapes(least).with_profile_opt_shapes(best).with_profile_max_shapes(most);
+        provider = provider.with_fp16(dtype == Dtype::Float16).with_bf16(dtype == Dtype::Bfloat16);
+        // Squares of what ViTs add up over their layers go beyond float16.
+        provider = provider.with_layer_norm_fp32_fallback(true);
     }
     provider.build().error_on_failure()
 }
@@ -171,22 +176,14 @@ pub(super) fn memory(loaded: &Loaded, provider: Provider, device: u32) -> Result
     }
 }
 
-/// Where TensorRT keeps what it built for a bundle: under the user's cache folder, by what the bundle holds.
-pub(super) fn cache(named: Option<&Path>, hash: &str) -> Option<PathBuf> {
-    let set = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
-    let home = || set("HOME").map(|home| home.join(".cache"));
-    let users = || set("XDG_CACHE_HOME").or_else(home).map(|cache| cache.join("blip2").join("tensorrt"));
-    named.map(Path::to_path_buf).or_else(users).map(|folder| folder.join(hash))
-}
-
 impl Provider {
     /// To be held while it is used.
     pub(super) fn turn(self) -> Option<MutexGuard<'static, ()>> {
         if let Self::Plugin(plugin) = self { plugin.turn() } else { None }
     }
 
-    /// What [`ProviderChoice::Auto`] tries, in this order, before it takes the processor.
-    pub const AUTO: [Self; 2] = [Self::TensorRt, Self::Cuda];
+    /// What [`ProviderChoice::Auto`] tries, in this order, before it takes the processor. TensorRT needs engines that somebody built.
+    pub const AUTO: [Self; 1] = [Self::Cuda];
 
     /// Every provider that this engine knows.
     pub fn all() -> impl Iterator<Item = Self> {
@@ -212,7 +209,7 @@ impl ProviderError {
     }
 }
 
-/// Such as `cpu (tensorrt: is not in this build; cuda: finds no device)`.
+/// Such as `cpu (cuda: is not in this build)`.
 impl std::fmt::Display for Choice {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}", self.provider)?;
