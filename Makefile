@@ -4,6 +4,7 @@
 PYTHON ?= python3
 MODEL_PYTHON := export/.venv/bin/python
 SWIFTSHADER := target/swiftshader
+QEMU := target/qemu
 SCENES ?= 1000
 GENERATIONS ?= 10000
 FUZZ_COUNT ?= 100000
@@ -12,7 +13,7 @@ RECIPES ?= exact,fast
 ROUNDS ?= 5
 
 .DEFAULT_GOAL := help
-.PHONY: help run setup setup-webgpu setup-export build test test-rust test-python fmt demo-models evaluate parity bench fuzz clean
+.PHONY: help run setup setup-webgpu setup-qemu setup-export build test test-rust test-python test-avx2 test-arm64 fmt demo-models evaluate parity bench fuzz clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -40,6 +41,15 @@ $(SWIFTSHADER)/.stamp:
 		mv usr/lib/chromium/*vk_swiftshader* usr/lib/chromium/libvulkan.so.1 . && rm -r *.deb usr && touch .stamp
 	@test -e $@ || echo "skipped: no software device, for apt-get cannot download chromium-common here"
 
+setup-qemu: $(QEMU)/.stamp ## processors that this machine is not, emulated
+
+$(QEMU)/.stamp:
+	mkdir -p $(QEMU)/unpacked
+	-cd $(QEMU)/unpacked && apt-get download -qq qemu-user-static && dpkg -x *.deb . && \
+		mv usr/bin/qemu-x86_64-static usr/bin/qemu-aarch64-static .. && touch ../.stamp
+	rm -r $(QEMU)/unpacked
+	@test -e $@ || echo "skipped: no emulated processors, for apt-get cannot download qemu-user-static here"
+
 setup-export: export/.venv/.stamp ## PyTorch and transformers for export/
 
 export/.venv/.stamp: export/requirements.txt
@@ -62,6 +72,12 @@ test-rust: setup
 test-python: setup-export test-rust
 	cd export && .venv/bin/ruff format --check . && .venv/bin/ruff check .
 	cd export && .venv/bin/python -m pytest -q
+
+test-avx2: setup setup-export setup-qemu build ## every bundle and recipe on an emulated processor with AVX2 and no VNNI (minutes)
+	PYTHONPATH=export $(MODEL_PYTHON) -m blip2_export emulate avx2
+
+test-arm64: setup setup-export setup-qemu ## the same on an emulated arm64 processor, for which the engine is built here (minutes)
+	tests/arm64.sh
 
 fmt: setup-export ## format Rust and Python
 	cargo fmt

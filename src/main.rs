@@ -38,7 +38,8 @@ fn of_engine(error: &Error) -> u8 {
         Error::Runtime(_) => 1,
         Error::Strategy(_) | Error::Prompt(PromptError::Template(_)) | Error::Unavailable(UnavailableError::Threads(_)) => 2,
         Error::Picture(_) | Error::Prompt(_) | Error::NoSuchRequest(_) => 3,
-        Error::Unavailable(_) | Error::Bundle(BundleError::Unfit { .. } | BundleError::NotBuilt { .. }) => 5,
+        Error::Unavailable(_)
+        | Error::Bundle(BundleError::Unfit { .. } | BundleError::NotBuilt { .. } | BundleError::Inexact { .. }) => 5,
         Error::Bundle(_) => 4,
     }
 }

@@ -16,6 +16,7 @@ _COMMANDS = {
     "train": ("blip2_export.train.cli", "train the demo"),
     "scenes": ("blip2_export.scenes.drawing", "draw scenes with captions and questions"),
     "parity": ("blip2_export.check.parity", "compare a bundle in the engine with its checkpoint in transformers"),
+    "emulate": ("blip2_export.check.emulate", "verify bundles on an emulated processor"),
     "baseline": ("blip2_export.measure.baseline", "time `transformers` stage by stage"),
     "bench": ("blip2_export.measure.bench", "time the engine and `transformers` in turns and print the ratios"),
     "evaluate": ("blip2_export.scenes.evaluate", "measure on held-out scenes how often a bundle is right"),

@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,17 @@ from typing import Any
 from blip2_export.graphs import language, qformer, retrieval, vision
 from blip2_export.graphs.builder import OPSET, Graph, Output, sha256
 from blip2_export.graphs.cpu import CpuGraph
-from blip2_export.graphs.precision import Precisions
+from blip2_export.graphs.precision import Precision, Precisions
+from blip2_export.graphs.statistics import Statistics
 from blip2_export.graphs.targets import TARGETS
+from blip2_export.loss import tolerances
+from blip2_export.loss.yardstick import Yardstick, beside, place
 from blip2_export.read import adapter, configuration, lavis, leftovers, processor, tokenizers
 from blip2_export.read.checkpoint import Checkpoint, CheckpointError
 from blip2_export.reference import golden
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+_FACTS = "bundle.json"
 _ONNXRUNTIME = "1.31"
 _MOST_BEAMS = 64
 _BEAMS, _STAGE_1_BEAMS = 5, 3  # of the paper's evaluations (section 4) and of LAVIS' `blip2_qformer.py`
@@ -48,6 +52,8 @@ class Choices:
     target: str = CpuGraph.target  # whose operators the graphs have
     precisions: Precisions = Precisions()
     weight_bits: int = 8  # of int8
+    calibration: Path | None = None  # a folder of pictures; None: drawn ones
+    loss: bool = True  # whether it is measured
 
     def check(self) -> None:
         if self.ask_prompt is not None and self.ask_prompt.count("{}") != 1:
@@ -61,6 +67,10 @@ class Choices:
         for task, n_tokens in (("caption", self.caption_tokens), ("answer", self.ask_tokens)):
             if n_tokens < 1:
                 raise CheckpointError(f"a most of {n_tokens} new tokens leaves no {task}; 1 is the least")
+        if self.calibration is not None and self.precisions.is_exact:
+            raise CheckpointError(
+                "--calibration is for fewer bits, but all parts are float32; choose a precision besides"
+            )
 
     def _texts(self) -> list[str]:
         return [self.name, self.caption_prompt or "", self.ask_prompt or ""]
@@ -73,14 +83,42 @@ def convert(source: Path, out: Path, choices: Choices) -> None:
         if out.resolve() in (given.resolve(), *given.resolve().parents):
             raise CheckpointError(f"{out}: the bundle would take the place of {given}; give another folder")
     checkpoint = open_checkpoint(source, choices.parts, choices.adapters)
-    with _aside(out, choices.force) as aside:
-        facts = _build(checkpoint, aside, choices)
+    with _aside(out, choices.force) as aside, beside(aside) as other:
+        exact = _yardstick(checkpoint, other, choices)
+        facts, _ = _build(checkpoint, aside, choices, exact.statistics() if choices.precisions.is_calibrated else None)
         leftovers.check(checkpoint, choices.ignored_tensors)
         if choices.golden:
             print("golden: recording the reference", file=sys.stderr)
             golden.record(checkpoint, aside, facts)
-        facts["files"] = {str(p.relative_to(aside)): _file(p) for p in sorted(aside.rglob("*")) if p.is_file()}
-        (aside / "bundle.json").write_text(json.dumps(facts, indent=1) + "\n")
+        if any(graph["precision"] != Precision.FLOAT32 for graph in facts["graphs"].values()):
+            _save(aside, facts)
+            facts |= _lost(aside, exact, choices)
+        facts["files"] = {
+            str(p.relative_to(aside)): _file(p) for p in sorted(aside.rglob("*")) if p.is_file() and p.name != _FACTS
+        }
+        _save(aside, facts)
+
+
+def _save(folder: Path, facts: dict[str, Any]) -> None:
+    (folder / _FACTS).write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def _yardstick(checkpoint: Checkpoint, folder: Path, choices: Choices) -> Yardstick:
+    def build(into: Path) -> list[Graph]:
+        plain = replace(choices, target=CpuGraph.target, precisions=Precisions())
+        facts, graphs = _build(checkpoint, into, plain)
+        _save(into, facts)
+        return graphs
+
+    return Yardstick(folder, build, checkpoint.processor_folder, choices.calibration)
+
+
+def _lost(bundle: Path, exact: Yardstick, choices: Choices) -> dict[str, Any]:
+    """The `loss` of a bundle; its goldens allow as much."""
+    if choices.golden:
+        tolerances.loosen(bundle, place())
+    found = exact.loss(bundle) if choices.loss else None
+    return {} if found is None else {"loss": found}
 
 
 def open_checkpoint(source: Path, parts: lavis.Parts, adapters: tuple[Path, ...] = ()) -> Checkpoint:
@@ -93,7 +131,9 @@ def open_checkpoint(source: Path, parts: lavis.Parts, adapters: tuple[Path, ...]
     return adapter.open_folder(source, adapters)
 
 
-def _build(checkpoint: Checkpoint, out: Path, choices: Choices) -> dict[str, Any]:
+def _build(
+    checkpoint: Checkpoint, out: Path, choices: Choices, statistics: Statistics | None = None
+) -> tuple[dict[str, Any], list[Graph]]:
     cfg = configuration.read(checkpoint)
     side = cfg.vision_config.image_size if choices.image_size is None else choices.image_size
     image = processor.image_facts(checkpoint.processor_folder, side, choices.image_size is not None)
@@ -104,7 +144,7 @@ def _build(checkpoint: Checkpoint, out: Path, choices: Choices) -> dict[str, Any
         processor.check_queries(checkpoint.processor_folder, cfg.num_query_tokens)
         tokenizers.write(checkpoint.tokenizer_folder, out / "tokenizer.json", cfg.text_config.vocab_size)
     print("vision: building", file=sys.stderr)
-    output = Output(out, TARGETS[choices.target], weight_bits=choices.weight_bits)
+    output = Output(out, TARGETS[choices.target], weight_bits=choices.weight_bits, statistics=statistics)
     eye = vision.build(output.at(choices.precisions.vision), checkpoint, cfg.vision_config, side)
     print("qformer: building", file=sys.stderr)
     if checkpoint.is_retrieval:
@@ -115,7 +155,8 @@ def _build(checkpoint: Checkpoint, out: Path, choices: Choices) -> dict[str, Any
     else:
         graphs, facts = _generation(checkpoint, cfg, n_positions, output, choices)
     _check_room(facts)
-    return {
+    graphs = [eye, *graphs]
+    described = {
         "format_version": FORMAT_VERSION,
         "name": choices.name,
         "family": facts.pop("family"),
@@ -123,12 +164,13 @@ def _build(checkpoint: Checkpoint, out: Path, choices: Choices) -> dict[str, Any
         "image": image,
         "vision": {"n_positions": n_positions, "hidden": cfg.vision_config.hidden_size},
         **facts,
-        "graphs": {g.name: g.describe() for g in (eye, *graphs)},
+        "graphs": {g.name: g.describe() for g in graphs},
         "requires": {"onnxruntime": _ONNXRUNTIME, "opset": OPSET, "domains": ["", "com.microsoft"]},
         "target": choices.target,
         "made_by": {name: version(name) for name in ("onnx", "transformers", "numpy")},
         "source": _source(checkpoint, cfg),
     }
+    return described, graphs
 
 
 def _generation(

@@ -128,6 +128,16 @@ def _add_precisions(parts: argparse._ArgumentGroup) -> None:
         default=8,
         help="of int8 weights; 7 are faster on x86 processors without VNNI (AVX2) and less exact (default: %(default)s)",
     )
+    parts.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="DIR",
+        help="pictures, and texts in its captions.txt (`NAME: text`) or in a .txt file beside each, that fewer bits are fitted to; "
+        "every fourth is kept for measuring the loss (default: drawn scenes)",
+    )
+    parts.add_argument(
+        "--no-loss", action="store_true", help="measure no loss against float32, which is built for that"
+    )
 
 
 def _precisions(args: argparse.Namespace) -> Precisions:
@@ -167,6 +177,8 @@ def _convert(args: argparse.Namespace) -> None:
         target=args.target,
         precisions=_precisions(args),
         weight_bits=args.weight_bits,
+        calibration=args.calibration,
+        loss=not args.no_loss,
     )
     choices = replace(choices, adapters=tuple(locate(adapter) for adapter in args.adapter))
     convert(locate(args.checkpoint, args.revision), args.out, choices)

@@ -1,4 +1,4 @@
-"""Where graphs run: on the processor, or whole on a WebGPU device with the cache in its memory."""
+"""A place for graphs beside the processor: whole on a WebGPU device, with the cache in its memory."""
 
 from __future__ import annotations
 
@@ -10,33 +10,17 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+from blip2_export.run.sessions import Place
+
 _ROOT = Path(__file__).parents[2]
 _PROVIDER, _DEVICE = "WebGpuExecutionProvider", "webgpu"
-
-
-class Place:
-    """The processor."""
-
-    def session(self, path: Path) -> ort.InferenceSession:
-        return ort.InferenceSession(str(path), self._options(), providers=["CPUExecutionProvider"])
-
-    def keep(self, array: np.ndarray) -> ort.OrtValue:
-        """A buffer of its own that graphs may write to."""
-        return ort.OrtValue.ortvalue_from_numpy(array.copy())
-
-    def fetch(self, kept: ort.OrtValue) -> np.ndarray:
-        return kept.numpy().copy()
-
-    def _options(self) -> ort.SessionOptions:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = 1
-        return options
 
 
 class WebGpu(Place):
     """Opens only graphs that the device runs whole."""
 
     def __init__(self, device: ort.OrtEpDevice) -> None:
+        super().__init__()
         self.device = device
 
     def session(self, path: Path) -> ort.InferenceSession:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from graphs import Graphs
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
@@ -24,6 +23,7 @@ from blip2_export.graphs.builder import UnsupportedError
 from blip2_export.read import adapter
 from blip2_export.read.checkpoint import CheckpointError
 from blip2_export.reference.generation import Reference
+from blip2_export.run.generation import Graphs
 from blip2_export.scenes import drawing
 
 HALF, BRAIN = torch.float16, torch.bfloat16

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from graphs import Graphs
 
 from blip2_export import bundle
 from blip2_export.bundle import Choices, convert
@@ -24,6 +23,7 @@ from blip2_export.graphs.precision import EXACT
 from blip2_export.graphs.targets import TARGETS
 from blip2_export.read.checkpoint import CheckpointError
 from blip2_export.reference.generation import Reference
+from blip2_export.run.generation import Graphs
 from blip2_export.scenes import drawing
 
 TOLERANCE = 1e-4

@@ -10,7 +10,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from graphs import Graphs
 from kernels import readers_of_shapes, without_kernel
 from lifted import lift
 from safetensors.torch import load_file, save_file
@@ -20,6 +19,7 @@ from blip2_export.check import random_checkpoint, random_retrieval
 from blip2_export.graphs.builder import UnsupportedError
 from blip2_export.graphs.precision import EXACT, Precision, Precisions
 from blip2_export.reference.generation import Reference
+from blip2_export.run.generation import Graphs
 from blip2_export.scenes import drawing
 
 WIDE = {  # widths that divide into blocks
@@ -65,7 +65,9 @@ def made(tmp_path_factory: pytest.TempPathFactory):
             writer: Any = random_retrieval if stage_1 else random_checkpoint
             seed = sorted(SHAPES).index(shape)
             writer.write(root / "c", SHAPES[shape], seed, torch.bfloat16)  # which both types of 16 bits hold
-            convert(root / "c", root / "b", Choices("x", golden=False, target=target, precisions=precisions))
+            convert(
+                root / "c", root / "b", Choices("x", golden=False, loss=False, target=target, precisions=precisions)
+            )
             done[key] = root / "c", root / "b"
         return done[key]
 
@@ -197,7 +199,9 @@ def test_a_precision_that_a_target_cannot_run_is_refused(
 ) -> None:
     random_checkpoint.write(tmp_path / "c", SHAPES[shape], 3)
     with pytest.raises(UnsupportedError, match=said):
-        convert(tmp_path / "c", tmp_path / "b", Choices("x", golden=False, target=target, precisions=precisions))
+        convert(
+            tmp_path / "c", tmp_path / "b", Choices("x", golden=False, loss=False, target=target, precisions=precisions)
+        )
     assert not (tmp_path / "b").exists()
 
 
@@ -207,8 +211,8 @@ def test_weights_beyond_float16_are_refused_and_not_made_infinite(tmp_path: Path
     weights["language_projection.weight"][0, 0] = 1e6
     save_file(weights, tmp_path / "c" / "model.safetensors", {"format": "pt"})
     with pytest.raises(UnsupportedError, match="qformer has weights beyond float16; bfloat16 or float32 holds them"):
-        convert(tmp_path / "c", tmp_path / "b", Choices("x", golden=False, target="cuda"))
-    convert(tmp_path / "c", tmp_path / "b", Choices("x", golden=False, target="cuda", precisions=BRAIN))
+        convert(tmp_path / "c", tmp_path / "b", Choices("x", golden=False, loss=False, target="cuda"))
+    convert(tmp_path / "c", tmp_path / "b", Choices("x", golden=False, loss=False, target="cuda", precisions=BRAIN))
 
 
 def test_what_nobody_chose_is_natural_for_the_target(made) -> None:

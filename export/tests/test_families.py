@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from graphs import Graphs
 from safetensors.torch import load_file, save_file
 from test_convert import TOLERANCE, assert_close
 from transformers.models.t5.modeling_t5 import T5Attention
@@ -23,6 +22,7 @@ from blip2_export.graphs.t5 import relative_buckets
 from blip2_export.graphs.targets import TARGETS
 from blip2_export.read.checkpoint import CheckpointError
 from blip2_export.reference.generation import Reference
+from blip2_export.run.generation import Graphs
 from blip2_export.scenes import drawing
 
 # Prompt and question; the question matters only where the Q-Former reads it and not the prompt.

@@ -10,14 +10,14 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from graphs import Graphs
 from safetensors.torch import load_file, save_file
-from stage1_graphs import Stage1Graphs
 
 from blip2_export.bundle import Choices, convert
 from blip2_export.check import random_checkpoint, random_retrieval
 from blip2_export.graphs import builder
 from blip2_export.graphs.grid import on_grid, round_to_grid
+from blip2_export.run.generation import Graphs
+from blip2_export.run.retrieval import Stage1Graphs
 
 TABLES = ("embed_tokens.weight", "shared.weight", "word_embeddings.weight")
 

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import old_revisions
 import pytest
-from graphs import Graphs
 from safetensors.numpy import save_file
 from stand_in_hub import Hub, Model, serve
 
@@ -25,6 +24,7 @@ from blip2_export.check import random_checkpoint
 from blip2_export.read.checkpoint import CheckpointError
 from blip2_export.read.hub import locate
 from blip2_export.reference import generation
+from blip2_export.run.generation import Graphs
 from blip2_export.scenes import drawing
 
 NAME = "Salesforce/blip2-opt-2.7b"

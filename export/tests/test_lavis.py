@@ -13,10 +13,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from graphs import Graphs, table_type
 from safetensors.torch import load_file, save_file
-from stage1_graphs import Stage1Graphs
 from stage1_reference import LAVIS, Stage1, clip, eva, lift, linear, norm
+from table import table_type
 from test_retrieval import assert_close, pictures, texts
 from torch import Tensor
 from torch.nn import functional as F
@@ -35,6 +34,8 @@ from blip2_export.read.checkpoint import CheckpointError
 from blip2_export.read.lavis import LavisCheckpoint, Parts
 from blip2_export.reference import load
 from blip2_export.reference.pictures import drawn as golden_pictures
+from blip2_export.run.generation import Graphs
+from blip2_export.run.retrieval import Stage1Graphs
 
 EVA = Lavis()
 CLIP = Lavis(vision="clip", vision_width=128, width=128, n_layers=4, image_size=42)

@@ -14,7 +14,6 @@ import numpy as np
 import old_revisions
 import pytest
 import torch
-from graphs import Graphs
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, Blip2ForConditionalGeneration, Blip2Processor
 
@@ -24,6 +23,7 @@ from blip2_export.read import processor, tokenizers
 from blip2_export.read.checkpoint import Checkpoint, CheckpointError
 from blip2_export.read.pickled import PickledError, PickledFile
 from blip2_export.reference import pictures
+from blip2_export.run.generation import Graphs
 from blip2_export.scenes import drawing
 
 TOLERANCE = 1e-4

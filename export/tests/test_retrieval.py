@@ -10,10 +10,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from graphs import table_type
 from safetensors.torch import load_file, save_file
-from stage1_graphs import Stage1Graphs
 from stage1_reference import HUGGING_FACE, Stage1, lift
+from table import table_type
 from tokenizers import Tokenizer
 from torch.nn import functional as F
 from transformers import Blip2ForImageTextRetrieval
@@ -27,6 +26,7 @@ from blip2_export.graphs.targets import TARGETS
 from blip2_export.read.checkpoint import CheckpointError
 from blip2_export.reference.pictures import preparation
 from blip2_export.reference.retrieval import TEXTS
+from blip2_export.run.retrieval import Stage1Graphs
 from blip2_export.scenes import drawing
 
 SHAPES = sorted(random_retrieval.SHAPES)

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from graphs import Graphs
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Blip2ForConditionalGeneration
@@ -20,6 +19,7 @@ from blip2_export.check import random_checkpoint, random_retrieval
 from blip2_export.graphs.builder import UnsupportedError
 from blip2_export.read.checkpoint import Checkpoint, CheckpointError
 from blip2_export.reference.generation import Reference
+from blip2_export.run.generation import Graphs
 from blip2_export.scenes import drawing
 
 SHAPES = {"opt": "tiny", "llama": "llama", "t5": "t5"}

@@ -7,14 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from graphs import Graphs
-from place import Place, WebGpu, webgpu
-from slots import FILL
-from stage1_graphs import Stage1Graphs
+from place import WebGpu, webgpu
 from test_grid import rounded_checkpoint
 
 from blip2_export.bundle import Choices, convert
 from blip2_export.check import random_checkpoint, random_retrieval
+from blip2_export.run.generation import Graphs
+from blip2_export.run.retrieval import Stage1Graphs
+from blip2_export.run.sessions import Place
+from blip2_export.run.slots import FILL
 
 TOLERANCE = 1e-5  # of the largest value; a device adds in another order
 SIDE = 84  # of pictures: the image encoder has more than 32 positions

@@ -156,6 +156,22 @@ pub enum BundleError {
         /// What was found in their place.
         reason: String,
     },
+    /// The processor would compute something else than the graph says.
+    #[error(
+        "{}: {graph} multiplies 8-bit numbers, and ONNX Runtime {version} gets their sums wrong on this processor ({processor}); \
+         choose a bundle in float32, or another version",
+        .folder.display()
+    )]
+    Inexact {
+        /// The bundle.
+        folder: PathBuf,
+        /// Name of the graph.
+        graph: String,
+        /// ONNX Runtime's version.
+        version: String,
+        /// What the processor has.
+        processor: String,
+    },
     /// The tokenizer file is not understood.
     #[error("{}: {file} is not a tokenizer: {reason}", .folder.display())]
     Tokenizer {

@@ -7,13 +7,13 @@ use super::plain::plain;
 use super::{Failure, chain};
 use crate::bundle::Bundle;
 use crate::error::Error;
-use crate::runtime::{Provider, ProviderChoice, Runtime, RuntimeOptions};
+use crate::runtime::{Processor, Provider, ProviderChoice, Runtime, RuntimeOptions};
 
 pub(super) fn run(command: &Doctor) -> Result<(), Failure> {
     let mut out = stdout().lock();
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     writeln!(out, "blip2        {} on {} {}", env!("CARGO_PKG_VERSION"), std::env::consts::OS, std::env::consts::ARCH)?;
-    writeln!(out, "processor    {cores} cores{}", instruction_sets())?;
+    writeln!(out, "processor    {cores} cores, {}", Processor::detect())?;
 
     // The providers are tried one by one below, so loading must not choose among them.
     let options = RuntimeOptions { provider: ProviderChoice::Only(Provider::Cpu), ..(&command.model).into() };
@@ -42,20 +42,4 @@ pub(super) fn run(command: &Doctor) -> Result<(), Failure> {
         ProviderChoice::Only(asked) if !usable.contains(&asked) => Err(Failure::Nothing),
         _ => Ok(()),
     }
-}
-
-/// Those that decide how fast int8 and float32 run.
-fn instruction_sets() -> String {
-    #[cfg(target_arch = "x86_64")]
-    {
-        let known = [
-            ("AVX2", std::arch::is_x86_feature_detected!("avx2")),
-            ("AVX-512", std::arch::is_x86_feature_detected!("avx512f")),
-            ("AVX-512 VNNI", std::arch::is_x86_feature_detected!("avx512vnni")),
-            ("AVX-512 BF16", std::arch::is_x86_feature_detected!("avx512bf16")),
-        ];
-        known.iter().filter(|(_, there)| *there).map(|(name, _)| format!(", {name}")).collect()
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    String::new()
 }

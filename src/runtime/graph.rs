@@ -11,7 +11,7 @@ use ort::value::{Outlet, ValueType};
 use super::engines::Engine;
 use super::placement::Placement;
 use super::tensor::element_type;
-use super::{Cancel, Mover, Provider, Runtime, RuntimeError, Tensor};
+use super::{Cancel, Mover, Processor, Provider, Runtime, RuntimeError, Tensor, bytes};
 use crate::bundle::{Bundle, BundleError, Dimension, Dtype, GraphFacts, TensorFacts, brief};
 
 /// Where a tensor lies.
@@ -54,6 +54,7 @@ impl Graph {
     /// Loads the graph that the bundle calls `name`.
     pub fn open(runtime: &Runtime, bundle: &Bundle, name: &'static str) -> Result<Self, BundleError> {
         refuse_attention(runtime, bundle, name)?;
+        refuse_wrong_sums(runtime, bundle, name)?;
         let engine = engine(runtime, bundle, name)?;
         Self::with_engine(runtime, bundle, name, engine)
     }
@@ -66,11 +67,8 @@ impl Graph {
 
     fn with_engine(runtime: &Runtime, bundle: &Bundle, name: &'static str, engine: Option<Engine>) -> Result<Self, BundleError> {
         let (placement, _turn) = (Placement::default(), runtime.turn());
-        let session = session(runtime, bundle, name, engine.as_ref(), &placement).map_err(|reason| BundleError::Unloadable {
-            folder: bundle.folder().to_path_buf(),
-            graph: name.into(),
-            reason: sentence(&reason.to_string()),
-        })?;
+        let session =
+            session(runtime, bundle, name, engine.as_ref(), &placement).map_err(|error| unloadable(bundle, name, &error))?;
         let strangers = placement.strangers();
         if !strangers.is_empty() {
             return Err(unfit(runtime, bundle, name, format!("it does not run {strangers}")));
@@ -348,6 +346,20 @@ fn lacks_attention(provider: Provider, facts: &GraphFacts, operators: &BTreeSet<
     let on_cuda = matches!(provider, Provider::Cuda | Provider::TensorRt);
     let wide = facts.inputs.iter().all(|input| !matches!(input.dtype, Dtype::Float16 | Dtype::Bfloat16));
     on_cuda && wide && operators.contains(ATTENTION)
+}
+
+/// On the processor, 8-bit numbers are multiplied right or not at all.
+fn refuse_wrong_sums(runtime: &Runtime, bundle: &Bundle, name: &str) -> Result<(), BundleError> {
+    let is_plain = bundle.operators(name)?.iter().all(|operator| !bytes::OPERATORS.contains(&operator.as_str()));
+    if runtime.provider() != Provider::Cpu || is_plain || runtime.multiplies_bytes().map_err(|e| unloadable(bundle, name, &e))? {
+        return Ok(());
+    }
+    let (folder, processor) = (bundle.folder().to_path_buf(), Processor::detect().to_string());
+    Err(BundleError::Inexact { folder, graph: name.into(), version: runtime.library().version.clone(), processor })
+}
+
+fn unloadable(bundle: &Bundle, graph: &str, error: &ort::Error) -> BundleError {
+    BundleError::Unloadable { folder: bundle.folder().to_path_buf(), graph: graph.into(), reason: sentence(&error.to_string()) }
 }
 
 fn unfit(runtime: &Runtime, bundle: &Bundle, graph: &str, reason: String) -> BundleError {

@@ -1,5 +1,6 @@
 //! ONNX Runtime: the library, execution providers, graphs and tensors. The only door to `ort` and `half`.
 
+mod bytes;
 mod cancel;
 mod copies;
 mod engines;
@@ -9,6 +10,7 @@ mod memory;
 mod model;
 mod placement;
 mod plugin;
+mod processor;
 mod provider;
 mod rows;
 mod tensor;
@@ -16,7 +18,7 @@ mod threads;
 
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
-use std::sync::{Arc, MutexGuard};
+use std::sync::{Arc, MutexGuard, OnceLock};
 
 use ort::memory::MemoryInfo;
 use ort::session::Session;
@@ -36,6 +38,7 @@ pub use graph::{Binding, Graph, Outputs, Place};
 pub use library::{Library, LibraryError, Source};
 pub use memory::Budget;
 pub use plugin::{PLUGINS, Plugin};
+pub use processor::{Extension, Processor};
 pub use provider::{Choice, Provider, ProviderChoice, ProviderError};
 pub use rows::{Move, Mover, Row};
 pub use tensor::{Tensor, f32_from};
@@ -75,6 +78,7 @@ struct Shared {
     /// The memory of the device; none where graphs run in the processor's.
     device: Option<MemoryInfo<'static>>,
     counters: Counters,
+    multiplies_bytes: OnceLock<bool>,
 }
 
 /// Why the runtime cannot be used.
@@ -211,8 +215,8 @@ impl Runtime {
         let provider = choice.provider;
         let device = provider::memory(&loaded, provider, options.device);
         let device = device.map_err(|source| ProviderError::Unusable { provider, source })?;
-        let counters = Counters::default();
-        Ok(Self(Arc::new(Shared { loaded, choice, options: options.clone(), device, counters })))
+        let (counters, multiplies_bytes) = Default::default();
+        Ok(Self(Arc::new(Shared { loaded, choice, options: options.clone(), device, counters, multiplies_bytes })))
     }
 
     /// The library in use.
@@ -257,7 +261,7 @@ impl Runtime {
     /// A session to be, where and as the user wants it.
     fn builder(&self, engine: Option<&Engine>) -> Result<SessionBuilder, ort::Error> {
         let builder = Session::builder(&self.0.loaded.environment)?.with_optimization_level(GraphOptimizationLevel::All)?;
-        let builder = self.0.options.pool().apply(self.0.loaded.threads, builder)?;
+        let builder = self.0.options.pool().apply(self.0.loaded.threads, bytes::guard(builder)?)?;
         provider::register(builder, &self.0.loaded, self.provider(), self.0.options.device, engine)
     }
 
@@ -283,6 +287,15 @@ impl Runtime {
             true => Err(ort::Error::new(format!("provider {} does not run {strangers}", self.provider()))),
             false => Ok(session),
         }
+    }
+
+    /// Whether products of 8-bit numbers come out right here; tried once.
+    fn multiplies_bytes(&self) -> Result<bool, ort::Error> {
+        if let Some(known) = self.0.multiplies_bytes.get() {
+            return Ok(*known);
+        }
+        let found = bytes::multiply(self)?;
+        Ok(*self.0.multiplies_bytes.get_or_init(|| found))
     }
 
     /// Whether every operator must run on the provider.

@@ -1,4 +1,4 @@
-//! Small ONNX models, made where they are needed: to try a provider, to copy, to move rows.
+//! Small ONNX models, made where they are needed: to try a provider or a processor, to copy, to move rows.
 //!
 //! Field numbers are those of `onnx.proto`. Tensors have no shape there, so one model serves every rank.
 
@@ -12,6 +12,9 @@ pub(super) type Node<'a> = (&'a str, &'a [&'a str], &'a str);
 
 const IR_VERSION: u8 = 8;
 const OPSET: u8 = 18;
+const UINT8: u8 = 2;
+const INT8: u8 = 3;
+const INT32: u8 = 6;
 
 /// `x` → `y`, unchanged.
 pub(super) fn identity(dtype: Dtype) -> Vec<u8> {
@@ -20,9 +23,21 @@ pub(super) fn identity(dtype: Dtype) -> Vec<u8> {
 
 /// A model of these nodes, in order.
 pub(super) fn model(nodes: &[Node<'_>], inputs: &[Port<'_>], output: Port<'_>) -> Vec<u8> {
-    let graph =
-        [nodes.iter().flat_map(node).collect(), message(2, b"g"), inputs.iter().flat_map(|input| port(11, *input)).collect()];
-    let graph = [graph.concat(), port(12, output)].concat();
+    let nodes: Vec<u8> = nodes.iter().flat_map(node).collect();
+    let inputs: Vec<u8> = inputs.iter().flat_map(|(name, dtype)| port(11, name, code(*dtype))).collect();
+    whole(&[nodes, inputs, port(12, output.0, code(output.1))])
+}
+
+/// `x` (unsigned bytes, [rows, `shape[0]`]) → `y` (int32): its products with a matrix of stored bytes that are all `weight`.
+pub(super) fn byte_product(weight: i8, shape: [u8; 2]) -> Vec<u8> {
+    let values = vec![weight.cast_unsigned(); usize::from(shape[0]) * usize::from(shape[1])];
+    let sizes = shape.map(|size| number(1, size)).concat();
+    let weights = message(5, &[sizes, number(2, INT8), message(8, b"w"), message(9, &values)].concat());
+    whole(&[node(&("MatMulInteger", &["x", "w"], "y")), weights, port(11, "x", UINT8), port(12, "y", INT32)])
+}
+
+fn whole(graph: &[Vec<u8>]) -> Vec<u8> {
+    let graph = [graph.concat(), message(2, b"g")].concat();
     [number(1, IR_VERSION), message(7, &graph), message(8, &number(2, OPSET))].concat()
 }
 
@@ -31,15 +46,18 @@ fn node((operator, inputs, output): &Node<'_>) -> Vec<u8> {
     message(1, &[inputs, message(2, output.as_bytes()), message(4, operator.as_bytes())].concat())
 }
 
-fn port(field: u8, (name, dtype): Port<'_>) -> Vec<u8> {
-    let code = match dtype {
+fn port(field: u8, name: &str, code: u8) -> Vec<u8> {
+    message(field, &[message(1, name.as_bytes()), message(2, &message(1, &number(1, code)))].concat())
+}
+
+fn code(dtype: Dtype) -> u8 {
+    match dtype {
         Dtype::Float32 => 1,
-        Dtype::Int32 => 6,
+        Dtype::Int32 => INT32,
         Dtype::Int64 => 7,
         Dtype::Float16 => 10,
         Dtype::Bfloat16 => 16,
-    };
-    message(field, &[message(1, name.as_bytes()), message(2, &message(1, &number(1, code)))].concat())
+    }
 }
 
 fn number(field: u8, value: u8) -> Vec<u8> {

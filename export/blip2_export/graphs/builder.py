@@ -244,7 +244,12 @@ class Graph(ABC):
 
     def describe(self) -> dict[str, Any]:
         """The graph's entry in `bundle.json`."""
-        return {"file": self.file_name, "precision": self.precision, "inputs": self.inputs, "outputs": self.outputs}
+        how = {"precision": self.precision, **self.narrowing()}
+        return {"file": self.file_name, **how, "inputs": self.inputs, "outputs": self.outputs}
+
+    def narrowing(self) -> dict[str, int]:
+        """What `bundle.json` says of weights of 8 or 4 bits besides: `weight_bits` by rows, `block_size` by blocks."""
+        return {}
 
     def fresh(self, stem: str) -> str:
         self._count += 1

@@ -29,6 +29,11 @@ class CpuGraph(Graph):
             return self._rows.product(x, weight, channels)
         return quantized.by_blocks(self, x, weight, *_BLOCKS[self.precision])
 
+    def narrowing(self) -> dict[str, int]:
+        if self.precision is Precision.INT8:
+            return {"weight_bits": self._rows.n_bits}
+        return {"block_size": _BLOCKS[self.precision][1]} if self.precision in _BLOCKS else {}
+
     def product(self, x: str, weight: str) -> str:
         return self.op("FusedMatMul", [x, weight], domain=MICROSOFT, transB=1)
 

@@ -28,5 +28,17 @@ class Precisions:
     qformer: Precision | None = None
     language: Precision | None = None
 
+    @property
+    def is_exact(self) -> bool:
+        return set(self._each()) <= {Precision.FLOAT32, None}
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether a part is made with what calibration saw."""
+        return Precision.INT8 in self._each()
+
+    def _each(self) -> tuple[Precision | None, ...]:
+        return self.vision, self.qformer, self.language
+
 
 EXACT = Precisions(*[Precision.FLOAT32] * 3)

@@ -37,7 +37,7 @@ class Rows:
     """The products by rows of one graph. What several of them read is rounded once."""
 
     def __init__(self, g: Graph, n_bits: int) -> None:
-        self._g, self._n_bits = g, n_bits
+        self._g, self.n_bits = g, n_bits
         self._narrowed: dict[str, Narrow] = {}
 
     def product(self, x: str, weight: np.ndarray, channels: Channels | None) -> str:
@@ -46,7 +46,7 @@ class Rows:
         if x not in self._narrowed:
             self._narrowed[x] = self._narrow(x, self._factors(weight, channels))
         numbers, largest, factors = self._narrowed[x]
-        weights, scales = signed(weight if factors is None else weight.astype(np.float32) * factors, self._n_bits)
+        weights, scales = signed(weight if factors is None else weight.astype(np.float32) * factors, self.n_bits)
         inputs = [numbers, g.raw(np.ascontiguousarray(weights.T)), g.constant(_STEP, np.float32), g.raw(scales)]
         inputs.append(g.constant(_ZERO_POINT, np.uint8))
         return str(g.op("Mul", [g.op("MatMulIntegerToFloat", inputs, domain=MICROSOFT), largest]))
@@ -55,7 +55,7 @@ class Rows:
         """By the first weight that a value meets; the others see the same channels."""
         if channels is None:
             return None
-        return smoothing.factors(channels, weight, _most(self._n_bits), exact=_exact(weight, self._n_bits) is not None)
+        return smoothing.factors(channels, weight, _most(self.n_bits), exact=_exact(weight, self.n_bits) is not None)
 
     def _narrow(self, x: str, factors: np.ndarray | None) -> Narrow:
         g = self._g

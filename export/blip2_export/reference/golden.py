@@ -12,7 +12,7 @@ import numpy as np
 from blip2_export.read.checkpoint import Checkpoint, CheckpointError
 from blip2_export.reference import generation, pictures, retrieval
 
-_PIXELS = 1e-6  # in every byte the same; a division of LAVIS is a multiplication here
+PIXELS = 1e-6  # in every byte the same; a division of LAVIS is a multiplication here
 _QUESTION = "what colour is the star?"
 _STAGE1 = (
     "features",
@@ -41,7 +41,7 @@ def record(checkpoint: Checkpoint, bundle: Path, facts: dict[str, Any]) -> None:
     golden = {
         "format_version": 1,
         "reference": f"transformers {version('transformers')}, torch {torch.__version__.split('+')[0]}, float32 on cpu",
-        "tolerance": {"pixels": _PIXELS, **dict.fromkeys(tolerance, 1e-4)},
+        "tolerance": {"pixels": PIXELS, **dict.fromkeys(tolerance, 1e-4)},
         "cases": cases,
     }
     (folder / "golden.json").write_text(json.dumps(golden, indent=1) + "\n")

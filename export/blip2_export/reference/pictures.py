@@ -59,18 +59,18 @@ def _lavis(side: int) -> Prepare:
 
 
 def shown(prepare: Prepare, side: int) -> Iterator[tuple[Image.Image, np.ndarray]]:
-    """The drawn pictures with their pixels, in a mode and a shape that the reference's processor makes [3, S, S] of."""
-    for picture in drawn():
-        rgb = processor.over_white(picture)
-        for form in (picture, rgb, rgb.resize((side, side))):
-            try:
-                pixels = prepare(form)
-            except ValueError:  # it converts nothing to RGB
-                continue
-            if pixels.shape == (3, side, side):
-                yield form, pixels
-                break
-        else:
-            raise CheckpointError(
-                "the reference's image processor takes none of the pictures that goldens are recorded of"
-            )
+    """The drawn pictures with their pixels."""
+    return (shown_as(prepare, picture, side) for picture in drawn())
+
+
+def shown_as(prepare: Prepare, picture: Image.Image, side: int) -> tuple[Image.Image, np.ndarray]:
+    """A picture in a mode and a shape that the reference's processor makes [3, S, S] of, and those pixels."""
+    rgb = processor.over_white(picture)
+    for form in (picture, rgb, rgb.resize((side, side))):
+        try:
+            pixels = prepare(form)
+        except ValueError:  # it converts nothing to RGB
+            continue
+        if pixels.shape == (3, side, side):
+            return form, pixels
+    raise CheckpointError("the reference's image processor takes a picture in no form that pictures are shown to it in")

@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
-
 import numpy as np
-import onnxruntime as ort
-from place import Place
+
+from blip2_export.run.sessions import Bundle
 
 FILL = 7.0  # shows in the logits if anything reads what no row wrote
-
-
-class Runnable(Protocol):
-    """The graphs of a bundle, whatever its family."""
-
-    facts: dict[str, Any]
-    place: Place
-    sessions: dict[str, ort.InferenceSession]
 
 
 class Slots:
     """Buffers of `n_rows` rows and some idle slots. `seen`: what the encoder gave for each row."""
 
     def __init__(
-        self, graphs: Runnable, n_rows: int, capacity: int, n_idle: int = 2, seen: dict[str, np.ndarray] | None = None
+        self, bundle: Bundle, n_rows: int, capacity: int, n_idle: int = 2, seen: dict[str, np.ndarray] | None = None
     ) -> None:
-        facts, place = graphs.facts, graphs.place
-        self._session, self._place, self.n = graphs.sessions["decoder"], place, n_rows + n_idle
+        self._session, self._place, self.n = bundle.session("decoder"), bundle.place, n_rows + n_idle
         self.of_rows = np.random.default_rng(n_rows).permutation(self.n)[:n_rows]
-        cache = facts["language"]["kv_cache"]
+        cache, dtypes = bundle.facts["language"]["kv_cache"], self._session.dtypes
         shape = (self.n, cache["n_heads"], capacity, cache["head_dim"])
         names = [cache[f"past_{p}"].format(i) for i in range(cache["n_layers"]) for p in ("key", "value")]
-        self.past = {name: place.keep(np.full(shape, FILL, np.float32)) for name in names}
-        self._seen = {name: place.keep(self._spread(v, 1 if v.ndim == 1 else FILL)) for name, v in (seen or {}).items()}
-        inputs = {said["name"]: said["shape"] for said in facts["graphs"]["decoder"]["inputs"]}
+        self.past = {name: self._place.keep(np.full(shape, FILL, dtypes[name])) for name in names}
+        self._seen = {
+            name: self._place.keep(self._spread(v.astype(dtypes.get(name, v.dtype)), 1 if v.ndim == 1 else FILL))
+            for name, v in (seen or {}).items()
+        }
+        inputs = {said["name"]: said["shape"] for said in bundle.facts["graphs"]["decoder"]["inputs"]}
         self._no_queries = (0, inputs["queries"][2]) if "queries" in inputs else None
 
     def put(self, name: str, values: np.ndarray) -> None:
@@ -68,17 +60,8 @@ class Slots:
             "logits_at": np.asarray(at, np.int64),
             **({} if queries is None else {"queries": queries}),
         }
-        binding = self._session.io_binding()
-        binding.bind_output("logits")  # first, so that it is the first of the outputs
-        for name, value in feeds.items():
-            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(np.require(value, requirements="C")))
-        for name, value in self._seen.items():
-            binding.bind_ortvalue_input(name, value)
-        for name, value in self.past.items():
-            binding.bind_ortvalue_input(name, value)
-            binding.bind_ortvalue_output(name.replace("past_key_values", "present"), value)
-        self._session.run_with_iobinding(binding)
-        return binding.copy_outputs_to_cpu()[0]
+        into = {name.replace("past_key_values", "present"): name for name in self.past}
+        return self._session.run_in_place(feeds, self._seen | self.past, into)
 
     def _spread(self, rows: np.ndarray, idle: float) -> np.ndarray:
         """What belongs to rows, for every slot."""

@@ -1,30 +1,15 @@
-"""Runs the graphs of a stage-1 bundle with ONNX Runtime as the engine does: the queries' keys and values first in the cache."""
+"""Stage-1 bundles: the queries' keys and values stand first in the cache of what writes."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
-from graphs import open_sessions
-from place import Place
-from slots import Slots
+
+from blip2_export.run.sessions import Bundle
+from blip2_export.run.slots import Slots
 
 
-class Stage1Graphs:
-    """The sessions of a bundle of family `qformer`."""
-
-    def __init__(self, folder: Path, place: Place | None = None) -> None:
-        self.folder, self.place = folder, place or Place()
-        self.facts = json.loads((folder / "bundle.json").read_text())
-        self.sessions = open_sessions(folder, self.facts, self.place)
-
-    def run(self, graph: str, **feeds: np.ndarray) -> dict[str, np.ndarray]:
-        session = self.sessions[graph]
-        return dict(zip([v.name for v in session.get_outputs()], session.run(None, feeds), strict=True))
-
-    def features(self, pixels: np.ndarray) -> np.ndarray:
-        return self.run("vision", pixel_values=pixels)["image_features"]
+class Stage1Graphs(Bundle):
+    """The graphs of a bundle of family `qformer`."""
 
     def write(self, features: np.ndarray, n_new: int, forced: list[int] | None = None) -> tuple[list, list]:
         """Greedy ids of all rows in one batch up to their ends, and the logits [vocab] of each step.
@@ -54,10 +39,32 @@ class Stage1Graphs:
             live, new = live[going], picks[going, None]
         return tokens, [np.stack(s) for s in steps]
 
+    def written(self, seen: dict[str, np.ndarray], n_new: int) -> list[int]:
+        """Greedy ids of one picture up to their end. `seen`: what `qformer` gave."""
+        ids, n_queries = self.facts["language"]["token_ids"], self.facts["qformer"]["n_queries"]
+        slots, tokens, new = self.slots_behind(seen, n_queries + n_new, 0), [], ids["bos"]
+        while len(tokens) < n_new and new not in ids["eos"]:
+            place = np.array([[len(tokens)]])
+            new = int(
+                slots.run(np.array([[new]]), place, n_queries + 1 + place[0], np.zeros_like(place))[0, 0].argmax()
+            )
+            tokens.append(new)
+        return tokens
+
+    def forced(self, seen: dict[str, np.ndarray], text: list[int]) -> np.ndarray:
+        """Logits [tokens, vocab] at every place of a text, all of it read at once."""
+        n_queries, at = self.facts["qformer"]["n_queries"], np.arange(len(text))[None]
+        slots = self.slots_behind(seen, n_queries + len(text), 0)
+        ids = np.array([[self.facts["language"]["token_ids"]["bos"], *text[:-1]]])
+        return slots.run(ids, at, np.array([n_queries + len(text)]), at)[0]
+
     def slots(self, features: np.ndarray, capacity: int, n_idle: int = 2) -> Slots:
         """A row for each picture, whose queries stand in the cache."""
-        cache, seen = self.facts["language"]["kv_cache"], self.run("qformer", image_features=features)
-        slots = Slots(self, len(features), capacity, n_idle)
+        return self.slots_behind(self.run("qformer", image_features=features), capacity, n_idle)
+
+    def slots_behind(self, seen: dict[str, np.ndarray], capacity: int, n_idle: int = 2) -> Slots:
+        """`seen`: what `qformer` gave for each row."""
+        cache, slots = self.facts["language"]["kv_cache"], Slots(self, len(seen["query_states"]), capacity, n_idle)
         for i in range(cache["n_layers"]):
             for part in ("key", "value"):
                 slots.put(cache[f"past_{part}"].format(i), seen[f"query.{i}.{part}"])

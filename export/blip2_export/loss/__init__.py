@@ -1,0 +1,1 @@
+"""What a bundle loses against float32, and the statistics that keep it small."""
