@@ -484,7 +484,7 @@ fn the_demo_bundle_gives_what_its_reference_gave() {
     assert!(text.contains("tokens") && text.contains("first_logits") && !text.contains("WRONG"), "{text}");
     assert_eq!(works(["verify", "models/demo-opt"]), text);
     let facts: Value = serde_json::from_str(&works(["inspect", "--json"])).unwrap();
-    assert_eq!(facts["format_version"], 3);
+    assert_eq!(facts["format_version"], 4);
     let shown = works(["inspect"]);
     assert!(shown.contains("query tokens") && shown.contains("resized to a square (bicubic), alpha white"), "{shown}");
 }
@@ -493,7 +493,7 @@ fn the_demo_bundle_gives_what_its_reference_gave() {
 fn a_bundle_that_contradicts_itself_says_where() {
     type Edit = fn(&mut Value);
     let cases: [(Edit, &str); 18] = [
-        (|f| f["format_version"] = json!(99), "bundle format version 99, this engine reads version 3"),
+        (|f| f["format_version"] = json!(99), "bundle format version 99, this engine reads version 4"),
         (|f| f["format_version"] = json!("new"), "bundle format version \"new\""),
         (|f| drop(f.as_object_mut().unwrap().remove("vision")), "missing field `vision`"),
         (|f| f["colour"] = json!("red"), "unknown field `colour`"),

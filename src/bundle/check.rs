@@ -20,6 +20,8 @@ impl Bundle {
         self.check_image()?;
         self.check_counts()?;
         self.check_requirements(&self.facts.requires)?;
+        self.check_precisions()?;
+        self.check_loss()?;
         Interface::new(self).check()?;
         if let Some(text) = &self.facts.qformer.text {
             self.check_qformer_text(text)?;

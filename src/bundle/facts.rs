@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::json::unique;
+use super::{LossFacts, Precision};
 use crate::pixels::Preprocess;
 
 /// What `bundle.json` says; `models/README.md` explains every field.
@@ -35,6 +36,8 @@ pub struct Facts {
     pub made_by: BTreeMap<String, String>,
     #[serde(deserialize_with = "unique")]
     pub source: BTreeMap<String, String>,
+    /// Absent where everything is float32, and where it was not measured.
+    pub loss: Option<LossFacts>,
 }
 
 /// What kind of language model follows the Q-Former.
@@ -219,7 +222,11 @@ fn no_change() -> f32 {
 #[allow(missing_docs)]
 pub struct GraphFacts {
     pub file: String,
-    pub precision: Dtype,
+    pub precision: Precision,
+    /// Of [`Precision::Int8`] only.
+    pub weight_bits: Option<u32>,
+    /// Of precisions by blocks only.
+    pub block_size: Option<usize>,
     pub inputs: Vec<TensorFacts>,
     pub outputs: Vec<TensorFacts>,
     /// The least, the best and the largest size of every axis that is not fixed, where engines are built of the graph.

@@ -9,7 +9,9 @@ mod facts;
 mod files;
 mod interface;
 mod json;
+mod loss;
 mod onnx;
+mod precision;
 
 use std::path::{Path, PathBuf};
 
@@ -20,9 +22,11 @@ pub use facts::*;
 pub use files::{MAX_FACTS_BYTES, MAX_GOLDEN_BYTES, MAX_GRAPH_BYTES, MAX_TOKENIZER_BYTES};
 pub use json::parse;
 pub(crate) use json::unique;
+pub use loss::{Compared, Difference, LossFacts, StageLoss, TokenLoss};
+pub use precision::Precision;
 
 /// The bundle format that this engine reads.
-pub const FORMAT_VERSION: u64 = 3;
+pub const FORMAT_VERSION: u64 = 4;
 
 const FACTS: &str = "bundle.json";
 

@@ -4,7 +4,7 @@ use std::io::{Write as _, stdout};
 
 use super::Failure;
 use super::args::Inspect;
-use crate::bundle::{Bundle, Facts, LanguageFacts};
+use crate::bundle::{Bundle, Compared, Difference, Facts, GraphFacts, LanguageFacts, LossFacts, StageLoss};
 use crate::error::Error;
 use crate::pixels::Preprocess;
 
@@ -52,16 +52,44 @@ fn rows(facts: &Facts) -> Vec<(String, String)> {
         };
         rows.push((format!("{task}"), format!("prompt {prompt:?}, {} new tokens at most, {search}", defaults.max_new_tokens)));
     }
-    for (name, graph) in &facts.graphs {
-        let data = facts.files.get(&format!("{}.data", graph.file)).map_or(0, |file| file.bytes);
-        rows.push((
-            name.clone(),
-            format!("{}, computes in {}, {:.1} MB of weights", graph.file, graph.precision, data as f64 / 1e6),
-        ));
-    }
+    rows.extend(graph_rows(facts));
+    rows.extend(facts.loss.iter().flat_map(loss_rows));
     let bytes: u64 = facts.files.values().map(|file| file.bytes).sum();
     rows.push(("size".into(), format!("{:.1} MB in {} files", bytes as f64 / 1e6, facts.files.len())));
     rows
+}
+
+fn graph_rows(facts: &Facts) -> Vec<(String, String)> {
+    let row = |(name, graph): (&String, &GraphFacts)| {
+        let data = facts.files.get(&format!("{}.data", graph.file)).map_or(0, |file| file.bytes) as f64 / 1e6;
+        (name.clone(), format!("{}, computes in {}, {data:.1} MB of weights", graph.file, graph.computes_in()))
+    };
+    facts.graphs.iter().map(row).collect()
+}
+
+/// Every stage alone and from the picture on, and what is written.
+fn loss_rows(loss: &LossFacts) -> Vec<(String, String)> {
+    let mut rows =
+        vec![("loss".to_owned(), format!("against float32, measured on {} pictures that calibration did not see", loss.pictures))];
+    let mut row = |what: &str, said: String| rows.push((String::new(), format!("{what:18} {said}")));
+    row("stage", format!("{:38} {}", "alone: error, cosine (least)", "from the picture on"));
+    for (stage, StageLoss { alone, end_to_end }) in &loss.stages {
+        row(stage, format!("{:38} {}", difference(alone), difference(end_to_end)));
+    }
+    if let Some(tokens) = loss.tokens {
+        row("tokens", format!("{:.1} % of {} are chosen as in float32", 100.0 * tokens.agree, tokens.compared));
+    }
+    if let Some(Compared { float32, bundle }) = loss.perplexity {
+        row("perplexity", format!("{bundle:.3}, in float32 {float32:.3}"));
+    }
+    for (task, Compared { float32, bundle }) in &loss.tasks {
+        row(task, format!("{:.1} %, in float32 {:.1} %", 100.0 * bundle, 100.0 * float32));
+    }
+    rows
+}
+
+fn difference(of: &Difference) -> String {
+    format!("{:.2} %, {:.5} ({:.5})", 100.0 * of.error, of.cosine, of.least_cosine)
 }
 
 fn image(image: &Preprocess) -> String {

@@ -6,7 +6,7 @@ use super::softmax::{LANES, largest};
 pub(super) const BLOCK: usize = 4 * LANES;
 
 /// Where the largest score stands, of equals the first, as `torch.argmax` gives on CPU.
-pub(super) fn argmax(scores: &[f32]) -> usize {
+pub(crate) fn argmax(scores: &[f32]) -> usize {
     let mut best = (f32::NEG_INFINITY, 0);
     for (index, block) in scores.chunks(BLOCK).enumerate() {
         let score = largest(block);

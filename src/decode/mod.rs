@@ -22,6 +22,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 pub use beam::{Beam, BeamOptions, BeamSample, EarlyStopping};
+pub(crate) use best::argmax;
 pub use forced::Forced;
 pub use greedy::{Greedy, GreedyOptions};
 pub use processors::{Past, Processors};

@@ -15,6 +15,8 @@ pub(super) const FILE: &str = "golden/golden.json";
 const FORMAT_VERSION: u64 = 1;
 /// A stage that may differ by more than this is not compared.
 const MAX_TOLERANCE: f32 = 0.1;
+/// The same where a graph is not float32.
+const MAX_LOSSY_TOLERANCE: f32 = 0.5;
 
 const STAGES: [&str; 9] =
     ["pixels", "features", "queries", "first_logits", "itm_logits", "itc", "multimodal_states", "image_embeds", "text_embeds"];
@@ -26,6 +28,11 @@ pub(super) struct Golden {
     pub reference: String,
     #[serde(deserialize_with = "unique")]
     pub tolerance: BTreeMap<String, f32>,
+    /// Of stages that are not float32: how small the cosine of rows may be on average.
+    #[serde(default, deserialize_with = "unique")]
+    pub cosine: BTreeMap<String, f64>,
+    /// Of bundles that are not float32: the least share of recorded tokens that are chosen behind the same text. Nothing: all.
+    pub agreement: Option<f64>,
     pub cases: Vec<Case>,
 }
 
@@ -131,23 +138,38 @@ fn check(bundle: &Bundle, golden: &Golden) -> Result<(), String> {
     if let Some(task) = bundle.facts().tasks.iter().find(|task| !recorded.contains(task)) {
         return Err(format!("has no case of task {task}, which the bundle offers"));
     }
-    check_tolerance(golden)?;
+    check_tolerance(golden, bundle.is_exact())?;
+    check_loss(golden, bundle)?;
     for (index, case) in golden.cases.iter().enumerate() {
         check_case(bundle, case).map_err(|reason| format!("cases[{index}]: {reason}"))?;
     }
     Ok(())
 }
 
-fn check_tolerance(golden: &Golden) -> Result<(), String> {
+fn check_tolerance(golden: &Golden, is_exact: bool) -> Result<(), String> {
     let stages: BTreeSet<&str> = golden.cases.iter().flat_map(|case| case.asked.stages()).copied().collect();
     if let Some(stage) = stages.iter().find(|stage| !golden.tolerance.contains_key(**stage)) {
         return Err(format!("has no tolerance for {stage}"));
     }
-    if let Some(stage) = golden.tolerance.keys().find(|stage| !STAGES.contains(&stage.as_str())) {
+    if let Some(stage) = golden.tolerance.keys().chain(golden.cosine.keys()).find(|stage| !STAGES.contains(&stage.as_str())) {
         return Err(format!("has a tolerance for {stage}, which is no stage"));
     }
-    match golden.tolerance.iter().find(|(_, value)| !(0.0..=MAX_TOLERANCE).contains(*value)) {
-        Some((stage, value)) => Err(format!("tolerance for {stage} is {value}, 0 to {MAX_TOLERANCE} are possible")),
+    let most = |stage: &str| if is_exact || stage == "pixels" { MAX_TOLERANCE } else { MAX_LOSSY_TOLERANCE };
+    match golden.tolerance.iter().find(|(stage, value)| !(0.0..=most(stage)).contains(*value)) {
+        Some((stage, value)) => Err(format!("tolerance for {stage} is {value}, 0 to {} are possible", most(stage))),
+        None => Ok(()),
+    }
+}
+
+/// What only a bundle of fewer bits may lose.
+fn check_loss(golden: &Golden, bundle: &Bundle) -> Result<(), String> {
+    if bundle.is_exact() && (golden.agreement.is_some() || !golden.cosine.is_empty()) {
+        return Err("allows for fewer bits, but every graph is float32".into());
+    }
+    let cosines = golden.cosine.iter().map(|(stage, value)| (format!("cosine of {stage}"), value));
+    let shares = golden.agreement.iter().map(|value| ("agreement".into(), value));
+    match cosines.chain(shares).find(|(_, value)| !(0.0..=1.0).contains(*value)) {
+        Some((name, value)) => Err(format!("{name} is {value}, 0 to 1 are possible")),
         None => Ok(()),
     }
 }

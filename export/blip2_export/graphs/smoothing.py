@@ -10,7 +10,7 @@ import numpy as np
 
 from blip2_export.graphs.statistics import Channels
 
-_STRENGTHS = np.arange(0.125, 1.01, 0.125)
+_STRENGTHS = np.arange(0.125, 1.01, 0.125, np.float32)
 _WORTH = 0.8  # of the squared error without: a smaller gain is not worth a node
 _MOST_ACTIVATION = 127
 
