@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::bundle::{Bundle, Dimension, Dtype, GraphFacts};
+use crate::bundle::{Bundle, Dimension, GraphFacts, Precision};
 
 /// What the folder says of itself.
 const LABEL: &str = "engines.json";
@@ -48,7 +48,7 @@ pub(super) struct Engine {
     /// Least, best and largest sizes of the inputs.
     pub sizes: [String; 3],
     /// What the graph computes in.
-    pub dtype: Option<Dtype>,
+    pub precision: Option<Precision>,
 }
 
 impl Purpose {
@@ -142,7 +142,7 @@ impl Label {
 impl Engine {
     /// The engine of a graph whose sizes have ranges.
     pub fn new(folder: PathBuf, name: &str, graph: &GraphFacts) -> Self {
-        Self { folder, prefix: name.into(), sizes: sizes(graph), dtype: Some(graph.precision) }
+        Self { folder, prefix: name.into(), sizes: sizes(graph), precision: Some(graph.precision) }
     }
 }
 

@@ -14,7 +14,7 @@ use super::graph::sentence;
 use super::library::Loaded;
 use super::model::identity;
 use super::plugin::{PLUGINS, Plugin};
-use crate::bundle::Dtype;
+use crate::bundle::{Dtype, Precision};
 
 /// A place where graphs run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -148,12 +148,12 @@ fn on_processor(builder: SessionBuilder, loaded: &Loaded) -> Result<SessionBuild
 /// With an engine that lies in a folder, or is built there.
 fn tensorrt(device: i32, engine: &Engine) -> ExecutionProviderDispatch {
     let mut provider = ep::TensorRT::default().with_device_id(device);
-    if let Some(dtype) = engine.dtype {
+    if let Some(precision) = engine.precision {
         let (folder, [least, best, most]) = (engine.folder.display(), &engine.sizes);
         provider = provider.with_engine_cache(true).with_engine_cache_path(&folder).with_engine_cache_prefix(&engine.prefix);
         provider = provider.with_timing_cache(true).with_timing_cache_path(&folder);
         provider = provider.with_profile_min_shapes(least).with_profile_opt_shapes(best).with_profile_max_shapes(most);
-        provider = provider.with_fp16(dtype == Dtype::Float16).with_bf16(dtype == Dtype::Bfloat16);
+        provider = provider.with_fp16(precision == Precision::Float16).with_bf16(precision == Precision::Bfloat16);
         // Squares of what ViTs add up over their layers go beyond float16.
         provider = provider.with_layer_norm_fp32_fallback(true);
     }
