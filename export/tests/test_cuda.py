@@ -90,7 +90,7 @@ def test_every_node_of_a_bundle_in_blocks_has_a_kernel(made, shape: str, kind: s
     for path in sorted(folder.glob("*.onnx")):
         assert without_kernel(path) == [], path.name
     facts = json.loads((folder / "bundle.json").read_text())
-    assert facts["language"]["kv_cache"]["dtype"] == kind
+    assert facts["language"]["kv_cache"]["dtype"] == kind and facts["graphs"]["decoder"]["block_size"] == 32
     nodes = onnx.load(folder / "decoder.onnx", load_external_data=False).graph.node
     sizes = {a.i for node in nodes if node.op_type == "MatMulNBits" for a in node.attribute if a.name == "block_size"}
     assert sizes == {32}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from blip2_export.check import outliers
 from blip2_export.check import random_checkpoint as generation
 from blip2_export.check import random_retrieval as stage1
 
@@ -17,6 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shapes = sorted(generation.SHAPES | generation.FAMILIES | generation.LARGE | stage1.SHAPES | stage1.LARGE)
     parser.add_argument("--shape", choices=shapes, default="tiny", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--outliers", action="store_true", help="give the language model the outlier channels that trained ones have"
+    )
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
 
 
@@ -26,4 +30,6 @@ def run(args: argparse.Namespace) -> int:
         return 2
     writer = stage1.write if args.shape in stage1.SHAPES | stage1.LARGE else generation.write
     writer(args.out, args.shape, args.seed, getattr(torch, args.dtype))
+    if args.outliers:
+        outliers.plant(args.out)
     return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from onnx import TensorProto
@@ -13,26 +13,29 @@ from blip2_export.graphs.heads import Heads
 from blip2_export.graphs.precision import Precision
 from blip2_export.graphs.statistics import Channels
 
-_BLOCKS = {Precision.INT8_BLOCKS: (8, 128), Precision.INT4_BLOCKS: (4, 32)}  # bits, weights of a block
+_BLOCKS = {Precision.INT8_BLOCKS: (8, 128), Precision.INT4_BLOCKS: (4, 32)}
 
 
 class CpuGraph(Graph):
     target = "cpu"
+    blocks: ClassVar[dict[Precision, tuple[int, int]]] = _BLOCKS  # bits, weights of a block
     precisions = (Precision.FLOAT32, Precision.INT8, *_BLOCKS)
 
     def __init__(self, out: Output, name: str, data: Data | None = None, n_positions: int = 0) -> None:
         super().__init__(out, name, data, n_positions)
-        self._rows = quantized.Rows(self, out.weight_bits)
+        blocks = self.blocks.get(self.precision)
+        self._products = quantized.Blocks(self, *blocks) if blocks else quantized.Rows(self, out.weight_bits)
 
     def narrow_product(self, x: str, weight: np.ndarray, channels: Channels | None) -> str:
-        if self.precision is Precision.INT8:
-            return self._rows.product(x, weight, channels)
-        return quantized.by_blocks(self, x, weight, *_BLOCKS[self.precision])
+        return self._products.product(x, weight, channels)
 
     def narrowing(self) -> dict[str, int]:
-        if self.precision is Precision.INT8:
-            return {"weight_bits": self._rows.n_bits}
-        return {"block_size": _BLOCKS[self.precision][1]} if self.precision in _BLOCKS else {}
+        match self._products:
+            case quantized.Blocks(size=size):
+                return {"block_size": size}
+            case quantized.Rows(n_bits=n_bits) if self.precision is Precision.INT8:
+                return {"weight_bits": n_bits}
+        return {}
 
     def product(self, x: str, weight: str) -> str:
         return self.op("FusedMatMul", [x, weight], domain=MICROSOFT, transB=1)

@@ -10,7 +10,6 @@ from typing import ClassVar
 
 import numpy as np
 
-from blip2_export.graphs import quantized
 from blip2_export.graphs.builder import Attend, Mask, New, Output
 from blip2_export.graphs.cpu import CpuGraph
 from blip2_export.graphs.heads import Heads
@@ -18,21 +17,23 @@ from blip2_export.graphs.plain import PlainGraph
 from blip2_export.graphs.precision import FLOATS, Precision
 from blip2_export.graphs.statistics import Channels
 
-_BLOCK = 32  # its kernels that multiply without unpacking first take no others of 8 and of 4 bits
-_BITS = {Precision.INT8_BLOCKS: 8, Precision.INT4_BLOCKS: 4}
+# Blocks of 32 are what its kernels take that multiply without unpacking first.
+_BLOCKS = {Precision.INT8_BLOCKS: (8, 32), Precision.INT4_BLOCKS: (4, 32)}
 
 
 class CudaGraph(CpuGraph, PlainGraph):
     target = "cuda"
-    precisions = (*FLOATS, *_BITS)
+    blocks = _BLOCKS
+    precisions = (*FLOATS, *_BLOCKS)
     natural: ClassVar[Precision] = Precision.FLOAT16
 
     @classmethod
     def activations(cls, out: Output) -> np.dtype:
-        return out.narrow if out.precision in _BITS else super().activations(out)
+        return out.narrow if out.precision in _BLOCKS else super().activations(out)
 
     def narrow_product(self, x: str, weight: np.ndarray, channels: Channels | None) -> str:
-        return quantized.by_blocks(self, x, weight, _BITS[self.precision], _BLOCK)
+        """Only weights are whole numbers, so nothing is smoothed for what they meet."""
+        return super().narrow_product(x, weight, None)
 
     def patches(self, pixels: str, weights: list[np.ndarray], n: int) -> str:
         width, n_colours, side, _ = weights[0].shape

@@ -35,7 +35,7 @@ class Precisions:
     @property
     def is_calibrated(self) -> bool:
         """Whether a part is made with what calibration saw."""
-        return Precision.INT8 in self._each()
+        return any(precision not in (*FLOATS, None) for precision in self._each())
 
     def _each(self) -> tuple[Precision | None, ...]:
         return self.vision, self.qformer, self.language

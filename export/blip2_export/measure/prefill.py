@@ -76,12 +76,12 @@ class _Prefill:
     def _buffer(self, name: str, value: dict[str, Any], sizes: dict[str, int]) -> ort.OrtValue:
         if name not in self._values:
             shape = [sizes.get(axis, axis) for axis in value["shape"]]
-            filled = _filled(name, shape, sizes).astype(value["dtype"])
-            self._values[name] = ort.OrtValue.ortvalue_from_numpy(filled)
+            values = filled(name, shape, sizes).astype(value["dtype"])
+            self._values[name] = ort.OrtValue.ortvalue_from_numpy(values)
         return self._values[name]
 
 
-def _filled(name: str, shape: list[int], sizes: dict[str, int]) -> np.ndarray:
+def filled(name: str, shape: list[int], sizes: dict[str, int]) -> np.ndarray:
     """An input of a prefill of one row; what is not known by name is a buffer of zeros."""
     match name:
         case "queries":

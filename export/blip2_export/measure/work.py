@@ -81,19 +81,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="default: models/samples/*.png",
     )
-    parser.add_argument("--rounds", type=_count(1), default=5, metavar="N", help="default: %(default)s")
+    parser.add_argument("--rounds", type=count(1), default=5, metavar="N", help="default: %(default)s")
+    parser.add_argument("--tokens", type=count(2), default=20, metavar="N", help="of every text (default: %(default)s)")
+    parser.add_argument("--beams", type=count(2), default=5, metavar="N", help="default: %(default)s")
     parser.add_argument(
-        "--tokens", type=_count(2), default=20, metavar="N", help="of every text (default: %(default)s)"
-    )
-    parser.add_argument("--beams", type=_count(2), default=5, metavar="N", help="default: %(default)s")
-    parser.add_argument(
-        "--pictures", type=_count(2), default=8, metavar="N", help="captions at once (default: %(default)s)"
+        "--pictures", type=count(2), default=8, metavar="N", help="captions at once (default: %(default)s)"
     )
     parser.add_argument(
-        "--requests", type=_count(2), default=16, metavar="N", help="questions at once (default: %(default)s)"
+        "--requests", type=count(2), default=16, metavar="N", help="questions at once (default: %(default)s)"
     )
     parser.add_argument(
-        "--threads", type=_count(1), default=machine.n_cores(), metavar="N", help="on both sides (default: one a core)"
+        "--threads", type=count(1), default=machine.n_cores(), metavar="N", help="on both sides (default: one a core)"
     )
     parser.add_argument("--json", type=_report, metavar="FILE", help="every single value, with machine and versions")
 
@@ -111,7 +109,7 @@ def _report(text: str) -> Path:
     return Path(text)
 
 
-def _count(least: int) -> Callable[[str], int]:
+def count(least: int) -> Callable[[str], int]:
     def read(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
             raise argparse.ArgumentTypeError(f"{text} is no whole number from {least} on")
