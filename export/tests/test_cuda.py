@@ -13,9 +13,11 @@ import torch
 from kernels import readers_of_shapes, without_kernel
 from lifted import lift
 from safetensors.torch import load_file, save_file
+from test_engine import ENGINE
 
 from blip2_export.bundle import Choices, convert
 from blip2_export.check import random_checkpoint, random_retrieval
+from blip2_export.engine import run_engine
 from blip2_export.graphs.builder import UnsupportedError
 from blip2_export.graphs.precision import EXACT, Precision, Precisions
 from blip2_export.reference.generation import Reference
@@ -220,3 +222,12 @@ def test_what_nobody_chose_is_natural_for_the_target(made) -> None:
         facts = json.loads((made(shape, Precisions())[1] / "bundle.json").read_text())
         assert facts["language"]["kv_cache"]["dtype"] == kind
         assert [facts["graphs"][g]["precision"] for g in ("vision", "qformer", "decoder")] == ["float16"] * 2 + [kind]
+
+
+@pytest.mark.parametrize("shape", ["tiny", "instruct-llama", "itg-tiny"])
+def test_the_engine_keeps_caches_of_float16(tmp_path: Path, shape: str) -> None:
+    """Its graphs run on the processor, where some are lifted behind its back."""
+    writer: Any = random_retrieval if shape in random_retrieval.SHAPES else random_checkpoint
+    writer.write(tmp_path / "c", SHAPES[shape], 3)
+    convert(tmp_path / "c", tmp_path / "b", Choices("x", target="cuda"))
+    run_engine(ENGINE, "verify", str(tmp_path / "b"), "--provider", "cpu")

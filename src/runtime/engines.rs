@@ -224,6 +224,22 @@ mod tests {
     }
 
     #[test]
+    fn sizes_are_told_as_tensorrt_wants_them() {
+        let graph = serde_json::json!({
+            "file": "qformer.onnx", "precision": "float16", "outputs": [],
+            "inputs": [
+                {"name": "image_features", "dtype": "float32", "shape": ["batch", 257, 1408]},
+                {"name": "question_ids", "dtype": "int64", "shape": ["batch", "question"]},
+            ],
+            "profile": {"batch": [1, 2, 16], "question": [1, 8, 64]},
+        });
+        let found = sizes(&serde_json::from_value(graph).unwrap());
+        assert_eq!(found[0], "image_features:1x257x1408,question_ids:1x1");
+        assert_eq!(found[1], "image_features:2x257x1408,question_ids:2x8");
+        assert_eq!(found[2], "image_features:16x257x1408,question_ids:16x64");
+    }
+
+    #[test]
     fn a_folder_that_was_damaged_or_moved_is_named_and_not_used() {
         let (root, folder) = built("damaged");
         fs::write(folder.join("vision.engine"), b"half").unwrap();

@@ -463,6 +463,23 @@ mod tests {
     }
 
     #[test]
+    fn sizes_that_an_engine_was_not_built_for_are_refused_before_it_is_built_again() {
+        let bundle = Bundle::open(&std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("models/demo-opt")).unwrap();
+        let cpu = crate::runtime::ProviderChoice::Only(Provider::Cpu);
+        let runtime = Runtime::load(&crate::runtime::RuntimeOptions { provider: cpu, ..Default::default() }).unwrap();
+        let mut graph = Graph::with_engine(&runtime, &bundle, "vision", Some(Engine::default())).unwrap();
+        graph.facts.profile.insert("batch".into(), [1, 1, 2]);
+        let side = bundle.facts().image.size as usize;
+        let mut run = |n: usize| {
+            let pixels = Tensor::from_f32(ndarray::Array4::zeros((n, 3, side, side))).unwrap();
+            graph.run(&[("pixel_values", &pixels)], Place::Host).map(drop)
+        };
+        assert!(run(2).is_ok());
+        let said = run(3).unwrap_err().to_string();
+        assert_eq!(said, "vision: batch is 3, its TensorRT engine was built for 1 to 2; ask for fewer at a time");
+    }
+
+    #[test]
     fn places_in_foreign_sources_are_left_out() {
         let cases = [
             (
