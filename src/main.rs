@@ -21,7 +21,7 @@ fn main() -> ExitCode {
 /// Documented in README.md; clap itself exits with 2 for a wrong command line.
 fn exit_code(failure: &Failure) -> ExitCode {
     ExitCode::from(match failure {
-        Failure::Output(_) | Failure::File { .. } => 1,
+        Failure::Output(_) | Failure::File { .. } | Failure::Cache { .. } => 1,
         Failure::Usage(_) => 2,
         Failure::Picture { .. } => 3,
         Failure::Mismatch(_) => 4,
@@ -39,7 +39,8 @@ fn of_engine(error: &Error) -> u8 {
         Error::Unavailable(UnavailableError::Provider(error)) if error.blames_the_options() => 2,
         Error::Strategy(_) | Error::Prompt(PromptError::Template(_)) | Error::Unavailable(UnavailableError::Threads(_)) => 2,
         Error::Picture(_) | Error::Prompt(_) | Error::NoSuchRequest(_) => 3,
-        Error::Unavailable(_) | Error::Bundle(BundleError::Unfit { .. } | BundleError::Inexact { .. }) => 5,
+        Error::Unavailable(_)
+        | Error::Bundle(BundleError::Unfit { .. } | BundleError::NotBuilt { .. } | BundleError::Inexact { .. }) => 5,
         Error::Bundle(_) => 4,
     }
 }

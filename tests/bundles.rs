@@ -827,3 +827,44 @@ fn a_graph_that_gives_another_shape_than_it_declares_is_refused_when_it_runs() {
     let said = ["qformer_text: `text_embeds` came out as [1, ", ", 24], the bundle says float32 [sequence, batch, 24]"];
     assert!(said.iter().all(|said| found.contains(said)), "{found}");
 }
+
+#[test]
+fn ranges_of_sizes_are_those_of_the_graph_or_refused() {
+    let scratch = Scratch::of("vqa-opt");
+    let profile = |facts: &mut Value, graph: &str, ranges: Value| facts["graphs"][graph]["profile"] = ranges;
+    scratch.edit(|facts| {
+        profile(facts, "vision", json!({"batch": [1, 2, 16]}));
+        profile(facts, "qformer", json!({"batch": [1, 1, 16], "question": [1, 8, 64]}));
+    });
+    assert!(scratch.load("ranges").is_ok(), "the processor has no use for them, and no limit");
+    let wrong: [(Value, &str); 5] = [
+        (json!({"rows": [1, 1, 1]}), "sizes that are not fixed are {\"batch\"}"),
+        (json!({"batch": [1, 1, 1], "question": [1, 1, 1]}), "sizes that are not fixed are {\"batch\"}"),
+        (json!({"batch": [2, 1, 16]}), "a least, a best and a largest size"),
+        (json!({"batch": [0, 1, 16]}), "a least, a best and a largest size"),
+        (json!({"batch": [1, 1]}), "invalid length 2"),
+    ];
+    for (ranges, said) in wrong {
+        scratch.edit(|facts| profile(facts, "vision", ranges));
+        scratch.refused(said);
+    }
+}
+
+#[test]
+fn engines_are_built_of_graphs_that_are_made_for_them_and_for_tensorrt_alone() {
+    let scratch = Scratch::of("vqa-opt");
+    let build = |more: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_blip2"));
+        command.arg("build").arg("--model").arg(&scratch.0).args(more).env_remove("BLIP2_PROVIDER");
+        let output = command.current_dir(root()).output().unwrap();
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let (code, said) = build(&[]);
+    assert!(code == Some(2) && said.contains("`convert --target tensorrt` makes some"), "{said}");
+    scratch.edit(|facts| facts["graphs"]["vision"]["profile"] = json!({"batch": [1, 1, 16]}));
+    let (code, said) = build(&["--provider", "cpu"]);
+    assert!(code == Some(2) && said.contains("nothing is built for cpu"), "{said}");
+    let (code, said) = build(&[]);
+    // Where there is a TensorRT, it may build.
+    assert!(code == Some(0) || (code == Some(5) && said.contains("provider `tensorrt` is not usable here")), "{said}");
+}

@@ -481,7 +481,7 @@ fn what_the_machine_lacks_is_named() {
     let chosen = command(["caption", &sample(0)]).env_remove("BLIP2_PROVIDER").output().unwrap();
     let taken = doctor.lines().find_map(|line| line.strip_prefix("auto         takes ")).unwrap();
     assert!(err(&chosen).starts_with(&format!("blip2: runs on {taken}")) && err(&chosen).lines().count() == 1, "{}", err(&chosen));
-    assert!(taken == "tensorrt" || err(&chosen).contains("tensorrt: "), "why not the others: {}", err(&chosen));
+    assert!(taken == "cuda" || err(&chosen).contains("cuda: "), "why not the others: {}", err(&chosen));
     for provider in ["cuda", "tensorrt", "webgpu", "openvino", "tensorrt-rtx"] {
         if doctor.lines().any(|line| line.starts_with(provider) && line.contains("not usable")) {
             fails(["caption", "--provider", provider, &sample(0)], 5, &format!("provider `{provider}` "));

@@ -186,7 +186,7 @@ def _generation(
             checkpoint.tokenizer_folder, out.folder, cfg.qformer_config, kind
         )
     print(f"{text.model_type}: building", file=sys.stderr)
-    mouth = language.build(out.at(choices.precisions.language), checkpoint, cfg)
+    mouth = language.build(language.at(out, choices.precisions.language, text), checkpoint, cfg)
     return [bridge, *mouth.graphs], {
         "family": mouth.family,
         "tasks": ["caption", "ask"],

@@ -44,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--target",
         choices=sorted(TARGETS),
         default="cpu",
-        help="whose operators the graphs have: `webgpu` is for GPUs of any maker (default: %(default)s)",
+        help="whose operators the graphs have: `webgpu` is for GPUs of any maker, `tensorrt` for its engines of what looks "
+        "at pictures, with the language model on CUDA (default: %(default)s)",
     )
     _add_precisions(parser.add_argument_group("precision of each part"))
     parser.add_argument("--force", action="store_true", help="replace an existing bundle, once the new one is complete")
@@ -115,8 +116,8 @@ def _add_precisions(parts: argparse._ArgumentGroup) -> None:
         "--precision",
         choices=names,
         metavar="NAME",
-        default=Precision.FLOAT32,
-        help=f"of every part: {', '.join(names)} (default: %(default)s, which is exact)",
+        help=f"of every part: {', '.join(names)} (default: float32, which is exact; for cuda and tensorrt float16, but "
+        "bfloat16 for Flan-T5, which overflows float16)",
     )
     for part, what in (("vision", "image encoder"), ("qformer", "Q-Former"), ("language", "language model")):
         parts.add_argument(f"--{part}", choices=names, metavar="NAME", help=f"of the {what}")
@@ -140,8 +141,8 @@ def _add_precisions(parts: argparse._ArgumentGroup) -> None:
 
 
 def _precisions(args: argparse.Namespace) -> Precisions:
-    chosen = (args.vision, args.qformer, args.language)
-    return Precisions(*(Precision(name or args.precision) for name in chosen))
+    chosen = (name or args.precision for name in (args.vision, args.qformer, args.language))
+    return Precisions(*(Precision(name) if name else None for name in chosen))
 
 
 def _add_lavis(parts: argparse._ArgumentGroup) -> None:

@@ -19,6 +19,7 @@ import torch
 from blip2_export import bundle
 from blip2_export.bundle import Choices, convert
 from blip2_export.check import random_checkpoint
+from blip2_export.graphs.precision import EXACT
 from blip2_export.graphs.targets import TARGETS
 from blip2_export.read.checkpoint import CheckpointError
 from blip2_export.reference.generation import Reference
@@ -39,7 +40,7 @@ def made(tmp_path_factory: pytest.TempPathFactory):
         if (shape, target) not in done:
             root = tmp_path_factory.mktemp(shape)
             random_checkpoint.write(root / "checkpoint", shape, seed=sorted(random_checkpoint.SHAPES).index(shape))
-            convert(root / "checkpoint", root / "bundle", Choices(shape, golden=False, target=target))
+            convert(root / "checkpoint", root / "bundle", Choices(shape, golden=False, target=target, precisions=EXACT))
             done[shape, target] = root / "checkpoint", root / "bundle"
         return done[shape, target]
 

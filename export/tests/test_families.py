@@ -17,6 +17,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 from blip2_export.bundle import Choices, convert
 from blip2_export.check import random_checkpoint
 from blip2_export.graphs.builder import UnsupportedError
+from blip2_export.graphs.precision import EXACT
 from blip2_export.graphs.t5 import relative_buckets
 from blip2_export.graphs.targets import TARGETS
 from blip2_export.read.checkpoint import CheckpointError
@@ -43,7 +44,9 @@ class Case:
         self.convert()
 
     def convert(self) -> None:
-        convert(self.checkpoint, self.folder, Choices("x", golden=False, force=True, target=self.target))
+        convert(
+            self.checkpoint, self.folder, Choices("x", golden=False, force=True, target=self.target, precisions=EXACT)
+        )
         self.facts = json.loads((self.folder / "bundle.json").read_text())
 
     def open(self) -> tuple[Graphs, Reference]:

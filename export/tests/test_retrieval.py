@@ -21,6 +21,7 @@ from blip2_export.bundle import Choices, convert
 from blip2_export.check import random_checkpoint, random_retrieval
 from blip2_export.graphs.builder import UnsupportedError
 from blip2_export.graphs.positions import resize
+from blip2_export.graphs.precision import EXACT
 from blip2_export.graphs.targets import TARGETS
 from blip2_export.read.checkpoint import CheckpointError
 from blip2_export.reference.pictures import preparation
@@ -43,7 +44,7 @@ def made(tmp_path_factory: pytest.TempPathFactory):
         if (shape, target) not in done:
             root = tmp_path_factory.mktemp(shape)
             random_retrieval.write(root / "c", shape, seed=10 + SHAPES.index(shape))
-            convert(root / "c", root / "b", Choices(shape, golden=False, target=target))
+            convert(root / "c", root / "b", Choices(shape, golden=False, target=target, precisions=EXACT))
             done[shape, target] = root / "c", Stage1Graphs(root / "b")
         return done[shape, target]
 

@@ -8,7 +8,7 @@ use super::{Bundle, BundleError, Facts, Family, GenerationFacts, LanguageFacts, 
 use crate::pixels::{Preprocess, ResizeTo};
 
 /// No width, length or number in the facts is larger. It keeps products of three within 64 bits.
-const MAX_COUNT: usize = 1 << 20;
+pub(super) const MAX_COUNT: usize = 1 << 20;
 /// Largest side that pictures are resized to.
 const MAX_SIDE: u32 = 4096;
 /// Most beams that a bundle may search with unless told otherwise.

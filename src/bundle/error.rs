@@ -144,6 +144,18 @@ pub enum BundleError {
         /// What it does not run.
         reason: String,
     },
+    /// TensorRT's engines of it are not there, or are for something else.
+    #[error(
+        "{}: its TensorRT engines are not built for this machine: {reason}; `blip2 build --model {}` builds them",
+        .folder.display(),
+        .folder.display()
+    )]
+    NotBuilt {
+        /// The bundle.
+        folder: PathBuf,
+        /// What was found in their place.
+        reason: String,
+    },
     /// The processor would compute something else than the graph says.
     #[error(
         "{}: {graph} multiplies 8-bit numbers, and ONNX Runtime {version} gets their sums wrong on this processor ({processor}); \

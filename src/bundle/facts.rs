@@ -229,6 +229,9 @@ pub struct GraphFacts {
     pub block_size: Option<usize>,
     pub inputs: Vec<TensorFacts>,
     pub outputs: Vec<TensorFacts>,
+    /// The least, the best and the largest size of every axis that is not fixed, where engines are built of the graph.
+    #[serde(default, deserialize_with = "unique")]
+    pub profile: BTreeMap<String, [usize; 3]>,
 }
 
 impl Precision {
@@ -349,6 +352,13 @@ impl CrossAttentionFacts {
     /// Name of the encoder's output and the decoder's input.
     pub fn name(&self, layer: usize, side: Side) -> String {
         side.of(&self.key, &self.value).replace("{}", &layer.to_string())
+    }
+}
+
+impl Dimension {
+    /// The name of the axis, where its size is not fixed.
+    pub fn axis(&self) -> Option<&String> {
+        if let Self::Dynamic(name) = self { Some(name) } else { None }
     }
 }
 

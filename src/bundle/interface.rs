@@ -2,7 +2,10 @@
 
 use std::collections::BTreeSet;
 
-use super::{Bundle, BundleError, Dimension, Dtype, Facts, Family, KvCacheFacts, LanguageFacts, TensorFacts, query_cache};
+use super::check::MAX_COUNT;
+use super::{
+    Bundle, BundleError, Dimension, Dtype, Facts, Family, GraphFacts, KvCacheFacts, LanguageFacts, TensorFacts, query_cache,
+};
 
 /// What the engine gives to graphs and takes from them.
 pub(super) struct Interface<'a> {
@@ -41,6 +44,7 @@ impl<'a> Interface<'a> {
             self.bundle.ensure(twice.is_none(), || {
                 (format!("{graph} has two tensors `{}`", twice.map_or("", |t| &t.name)), "names must differ".into())
             })?;
+            self.check_profile(graph, facts)?;
             let used = |tensor: &TensorFacts| self.inputs.contains(&(graph.clone(), tensor.name.clone()));
             let unused = facts.inputs.iter().find(|tensor| !used(tensor));
             self.bundle.ensure(unused.is_none(), || {
@@ -49,6 +53,27 @@ impl<'a> Interface<'a> {
             })?;
         }
         Ok(())
+    }
+
+    /// Where engines are built, every size that is not fixed has a range.
+    fn check_profile(&self, graph: &str, facts: &GraphFacts) -> Result<(), BundleError> {
+        let axes: BTreeSet<&String> =
+            facts.inputs.iter().flat_map(|input| input.shape.iter().filter_map(Dimension::axis)).collect();
+        let ranges: BTreeSet<&String> = facts.profile.keys().collect();
+        self.bundle.ensure(facts.profile.is_empty() || axes == ranges, || {
+            (format!("{graph} has a profile of {ranges:?}"), format!("sizes that are not fixed are {axes:?}"))
+        })?;
+        let wrong = facts
+            .profile
+            .iter()
+            .find(|(_, [least, best, most])| !(1 <= *least && least <= best && best <= most && *most <= MAX_COUNT));
+        self.bundle.ensure(wrong.is_none(), || {
+            let (axis, range) = wrong.expect("it was just looked for");
+            (
+                format!("{graph}'s {axis} goes over {range:?}"),
+                format!("a least, a best and a largest size of 1 to {MAX_COUNT} are needed"),
+            )
+        })
     }
 
     /// Queries for a language model, and the model itself.
@@ -85,7 +110,7 @@ impl<'a> Interface<'a> {
         let cache = &language.kv_cache;
         for (layer, side) in cache.tensors() {
             let shape = [None, Some(cache.n_heads), n_queries, Some(cache.head_dim)];
-            self.check_output("qformer", &query_cache(layer, side), &shape)?;
+            self.check_cache("qformer", &query_cache(layer, side), cache.dtype, &shape)?;
         }
         self.check_decoder(language)
     }
@@ -105,13 +130,11 @@ impl<'a> Interface<'a> {
         self.check_output("decoder", "logits", &[None, None, Some(*vocab_size)])?;
         let KvCacheFacts { past_key, past_value, present_key, present_value, .. } = kv_cache;
         self.check_names(&[past_key, past_value, present_key, present_value])?;
-        self.bundle.ensure(kv_cache.dtype == Dtype::Float32, || {
-            (format!("a KV cache of {}", kv_cache.dtype), "this engine keeps float32".into())
-        })?;
+        self.check_kept("a KV cache", kv_cache.dtype)?;
         let shape = [None, Some(kv_cache.n_heads), None, Some(kv_cache.head_dim)];
         for (layer, side) in kv_cache.tensors() {
             self.check_input("decoder", &kv_cache.past(layer, side), kv_cache.dtype, &shape)?;
-            self.check_output("decoder", &kv_cache.present(layer, side), &shape)?;
+            self.check_cache("decoder", &kv_cache.present(layer, side), kv_cache.dtype, &shape)?;
         }
         Ok(())
     }
@@ -122,19 +145,23 @@ impl<'a> Interface<'a> {
             return self.bundle.ensure(false, || ("family encoder_decoder".into(), missing.into()));
         };
         self.check_names(&[&cross.key, &cross.value])?;
-        self.bundle.ensure(cross.dtype == Dtype::Float32, || {
-            (format!("cross-attention in {}", cross.dtype), "this engine keeps float32".into())
-        })?;
+        self.check_kept("cross-attention", cross.dtype)?;
         self.check_input("encoder", "queries", Dtype::Float32, &[None, None, Some(language.hidden)])?;
         self.check_input("encoder", "input_ids", Dtype::Int64, &[None, None])?;
         self.check_input("encoder", "lengths", Dtype::Int32, &[None])?;
         self.check_input("decoder", "encoder_lengths", Dtype::Int32, &[None])?;
         let shape = [None, Some(cross.n_heads), None, Some(cross.head_dim)];
         for (layer, side) in cross.tensors() {
-            self.check_output("encoder", &cross.name(layer, side), &shape)?;
+            self.check_cache("encoder", &cross.name(layer, side), cross.dtype, &shape)?;
             self.check_input("decoder", &cross.name(layer, side), cross.dtype, &shape)?;
         }
         Ok(())
+    }
+
+    /// Keys and values are numbers with fractions, in whatever type the graph computes.
+    fn check_kept(&self, what: &str, dtype: Dtype) -> Result<(), BundleError> {
+        let but = || (format!("{what} of {dtype}"), "float32, float16 and bfloat16 are possible".into());
+        self.bundle.ensure(dtype.is_float(), but)
     }
 
     /// Every layer and side needs a name of its own.
@@ -150,8 +177,13 @@ impl<'a> Interface<'a> {
         self.check_tensor(graph, Way::In, name, dtype, shape)
     }
 
+    /// Graphs hand each other float32, whatever they compute in.
     fn check_output(&self, graph: &str, name: &str, shape: &[Option<usize>]) -> Result<(), BundleError> {
         self.check_tensor(graph, Way::Out, name, Dtype::Float32, shape)
+    }
+
+    fn check_cache(&self, graph: &str, name: &str, dtype: Dtype, shape: &[Option<usize>]) -> Result<(), BundleError> {
+        self.check_tensor(graph, Way::Out, name, dtype, shape)
     }
 
     /// `None` in `shape` stands for an axis that must be dynamic.

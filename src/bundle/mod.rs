@@ -89,6 +89,11 @@ impl Bundle {
         (self.language().max_positions + 1).saturating_sub(before)
     }
 
+    /// Whether TensorRT builds engines of some of its graphs.
+    pub fn has_engines(&self) -> bool {
+        self.facts.graphs.values().any(|graph| !graph.profile.is_empty())
+    }
+
     /// File of the tokenizer that a writing model uses.
     pub fn tokenizer(&self) -> &str {
         match (&self.facts.qformer.text, self.facts.family) {

@@ -13,7 +13,7 @@ use crate::engine::{Engine, Generation};
 use crate::error::Error;
 use crate::pixels::{Alpha, Limits};
 use crate::prompt::PromptError;
-use crate::runtime::{Fallback, Precision, ProviderChoice, Runtime, RuntimeOptions};
+use crate::runtime::{ComputeType, Fallback, ProviderChoice, Runtime, RuntimeOptions};
 use crate::text::Warning;
 
 const DEFAULT_MODEL: &str = "models/demo-opt";
@@ -45,6 +45,8 @@ pub(super) enum Command {
     Verify(Verify),
     /// Show what a bundle is and what it needs
     Inspect(Inspect),
+    /// Build TensorRT's engines of a bundle for this machine, before anything runs on them
+    Build(Build),
     /// Show which ONNX Runtime and which execution providers are usable here
     Doctor(Doctor),
 }
@@ -164,6 +166,15 @@ pub(super) struct Inspect {
     /// Print bundle.json in one line
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Build {
+    /// Build them again where they are there
+    #[arg(long)]
+    pub force: bool,
+    #[command(flatten)]
+    pub model: Model,
 }
 
 #[derive(Debug, clap::Args)]
@@ -316,7 +327,7 @@ pub(super) struct Model {
     #[command(flatten)]
     pub folder: ModelFolder,
     /// Where graphs run: auto, cpu, cuda, tensorrt, a plugin (openvino, webgpu, tensorrt-rtx) or plugin:NAME, any other with its
-    /// --ep-library; auto takes the first that works of tensorrt, cuda and cpu
+    /// --ep-library; auto takes the first that works of cuda and cpu
     #[arg(long, value_name = "NAME", env = "BLIP2_PROVIDER", default_value_t = ProviderChoice::Auto)]
     pub provider: ProviderChoice,
     /// Which of the provider's devices
@@ -336,12 +347,12 @@ pub(super) struct Model {
     pub ep_option: Vec<(String, String)>,
     /// What openvino computes in: float32, bfloat16 or float16, where the device has it [default: float32]
     #[arg(long, value_name = "TYPE")]
-    pub precision: Option<Precision>,
+    pub precision: Option<ComputeType>,
     /// What may run on the processor where the named provider lacks operators: those operators, or whole graphs that have them
     #[arg(long, value_name = "operators|graphs", num_args = 0..=1, require_equals = true, hide_short_help = true)]
     #[arg(default_missing_value = "operators", default_value_t = Fallback::Nothing, hide_default_value = true)]
     pub allow_fallback: Fallback,
-    /// Where TensorRT keeps built engines [default: blip2/tensorrt in the user's cache folder]
+    /// Where `build` keeps TensorRT's engines [default: blip2/tensorrt in the user's cache folder]
     #[arg(long, value_name = "DIR", hide_short_help = true)]
     pub cache: Option<PathBuf>,
     /// Memory for the KV cache and logits of the texts that are written together [default: three quarters of what is free; on a GPU, all]

@@ -9,7 +9,7 @@ use super::{Failure, chain};
 use crate::bundle::Bundle;
 use crate::error::Error;
 use crate::runtime::{
-    Extension, Plugin, Precision, Processor, Provider, ProviderChoice, Runtime, RuntimeOptions, UnavailableError,
+    ComputeType, Extension, Plugin, Processor, Provider, ProviderChoice, Runtime, RuntimeOptions, UnavailableError,
 };
 
 pub(super) fn run(command: &Doctor) -> Result<(), Failure> {
@@ -69,7 +69,7 @@ fn describe(out: &mut StdoutLock<'_>, runtime: &Runtime, plugin: Plugin) -> Resu
     }
     let Some(known) = plugin.known else { return Ok(()) };
     if known.has_precisions {
-        let precisions = Precision::ALL.map(|precision| precision.to_string()).join(", ");
+        let precisions = ComputeType::ALL.map(|precision| precision.to_string()).join(", ");
         writeln!(out, "             --precision {precisions}, where the device has it")?;
     }
     let memory = if known.has_memory { "the device's own memory" } else { "the processor's memory" };

@@ -4,6 +4,7 @@
 
 mod args;
 mod ask;
+mod build;
 mod caption;
 mod doctor;
 mod embed;
@@ -75,6 +76,14 @@ pub enum Failure {
         /// Why.
         source: ndarray_npy::WriteNpyError,
     },
+    /// The folder of built engines cannot be written.
+    #[error("the cache of engines cannot be written at {}", plain(&.path.to_string_lossy()))]
+    Cache {
+        /// The folder.
+        path: PathBuf,
+        /// What the operating system says.
+        source: std::io::Error,
+    },
     /// Standard output is closed or full.
     #[error("cannot write to standard output")]
     Output(#[from] std::io::Error),
@@ -104,6 +113,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         Command::Rank(command) => rank::run(command),
         Command::Verify(command) => verify::run(command),
         Command::Inspect(command) => inspect::run(command),
+        Command::Build(command) => build::run(command),
         Command::Doctor(command) => doctor::run(command),
     }
 }

@@ -1,12 +1,14 @@
 //! One ONNX graph in a session, checked against what the bundle says of it.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 use std::sync::Arc;
 
 use ort::memory::Allocator;
 use ort::session::{IoBinding, Session};
 use ort::value::{Outlet, ValueType};
 
+use super::engines::Engine;
 use super::placement::Placement;
 use super::tensor::element_type;
 use super::{Cancel, Fallback, Mover, Processor, Provider, Runtime, RuntimeError, Tensor, bytes};
@@ -53,9 +55,20 @@ impl Graph {
     pub fn open(runtime: &Runtime, bundle: &Bundle, name: &'static str) -> Result<Self, BundleError> {
         refuse_attention(runtime, bundle, name)?;
         refuse_wrong_sums(runtime, bundle, name)?;
+        let engine = engine(runtime, bundle, name)?;
+        Self::with_engine(runtime, bundle, name, engine)
+    }
+
+    /// Builds the graph's engine in a folder; nothing where it needs none. It takes minutes.
+    pub fn build(runtime: &Runtime, bundle: &Bundle, name: &'static str, folder: &Path) -> Result<(), BundleError> {
+        let facts = bundle.graph(name);
+        Self::with_engine(runtime, bundle, name, Some(Engine::new(folder.to_path_buf(), name, facts))).map(drop)
+    }
+
+    fn with_engine(runtime: &Runtime, bundle: &Bundle, name: &'static str, engine: Option<Engine>) -> Result<Self, BundleError> {
         let (placement, _turn) = (Placement::default(), runtime.turn());
         let unloadable = |error: ort::Error| unloadable(bundle, name, &error);
-        let mut session = session(runtime, bundle, name, &placement).map_err(unloadable)?;
+        let mut session = session(runtime, bundle, name, engine.as_ref(), &placement).map_err(unloadable)?;
         let (strangers, provider) = (placement.strangers(), runtime.provider());
         match runtime.fallback() {
             _ if strangers.is_empty() => {}
@@ -68,7 +81,11 @@ impl Graph {
         }
         check(bundle, name, "input", session.inputs(), &bundle.graph(name).inputs)?;
         check(bundle, name, "output", session.outputs(), &bundle.graph(name).outputs)?;
-        Ok(Self { name, facts: Box::new(bundle.graph(name).clone()), session, runtime: runtime.clone(), cancel: Cancel::new() })
+        let mut facts = Box::new(bundle.graph(name).clone());
+        if engine.is_none() {
+            facts.profile.clear();
+        }
+        Ok(Self { name, facts, session, runtime: runtime.clone(), cancel: Cancel::new() })
     }
 
     /// Lets `cancel` stop every later run.
@@ -83,9 +100,27 @@ impl Graph {
 
     /// One run; `place` says of each output where it shall lie.
     pub fn run_to(&mut self, inputs: &[(&str, &Tensor)], place: impl Fn(&str) -> Place) -> Result<Outputs, RuntimeError> {
+        self.check_sizes(inputs)?;
         let tensors = self.try_run(inputs, place).map_err(|source| self.not_run(source))?;
         self.check_shapes(inputs, &tensors)?;
         Ok(Outputs { graph: self.name, tensors })
+    }
+
+    /// Sizes that the graph's engine was not built for would cost minutes.
+    fn check_sizes(&self, inputs: &[(&str, &Tensor)]) -> Result<(), RuntimeError> {
+        for (name, tensor) in inputs {
+            let shape = self.facts.inputs.iter().find(|facts| facts.name == *name).map_or(&[][..], |facts| &facts.shape);
+            for (axis, found) in shape.iter().zip(tensor.shape()) {
+                let Some((axis, [least, _, most])) = axis.axis().and_then(|axis| self.facts.profile.get_key_value(axis)) else {
+                    continue;
+                };
+                if !(*least..=*most).contains(&found) {
+                    let (graph, axis) = (self.name.to_owned(), axis.clone());
+                    return Err(RuntimeError::Beyond { graph, axis, found, least: *least, most: *most });
+                }
+            }
+        }
+        Ok(())
     }
 
     /// ONNX Runtime only warns of an output that is not of the shape its graph declares.
@@ -284,8 +319,14 @@ impl Binding {
     }
 }
 
-fn session(runtime: &Runtime, bundle: &Bundle, name: &str, placement: &Placement) -> Result<Session, ort::Error> {
-    let mut builder = runtime.builder(runtime.provider(), Some(bundle))?;
+fn session(
+    runtime: &Runtime,
+    bundle: &Bundle,
+    name: &str,
+    engine: Option<&Engine>,
+    placement: &Placement,
+) -> Result<Session, ort::Error> {
+    let mut builder = runtime.builder(runtime.provider(), engine)?;
     if runtime.fallback().is_some() {
         builder = placement.listen(builder)?;
     }
@@ -293,11 +334,26 @@ fn session(runtime: &Runtime, bundle: &Bundle, name: &str, placement: &Placement
 }
 
 fn on_processor(runtime: &Runtime, bundle: &Bundle, name: &str) -> Result<Session, ort::Error> {
-    runtime.builder(Provider::Cpu, Some(bundle))?.commit_from_file(bundle.path(&bundle.graph(name).file))
+    runtime.builder(Provider::Cpu, None)?.commit_from_file(bundle.path(&bundle.graph(name).file))
 }
 
 fn unloadable(bundle: &Bundle, graph: &str, error: &ort::Error) -> BundleError {
     BundleError::Unloadable { folder: bundle.folder().to_path_buf(), graph: graph.into(), reason: sentence(&error.to_string()) }
+}
+
+/// The engine that was built of a graph; none where it runs without.
+fn engine(runtime: &Runtime, bundle: &Bundle, name: &str) -> Result<Option<Engine>, BundleError> {
+    let facts = bundle.graph(name);
+    if runtime.provider() == Provider::TensorRt && runtime.fallback() == Some(Fallback::Nothing) && !bundle.has_engines() {
+        return Err(unfit(runtime, bundle, name, "none of its graphs is made for an engine".into()));
+    }
+    if runtime.provider() != Provider::TensorRt || facts.profile.is_empty() {
+        return Ok(None);
+    }
+    let not_built = |reason| BundleError::NotBuilt { folder: bundle.folder().to_path_buf(), reason };
+    let root = runtime.engines().ok_or_else(|| not_built("no cache folder is known (--cache)".into()))?;
+    let folder = runtime.purpose(bundle).find(&root).map_err(not_built)?;
+    Ok(Some(Engine::new(folder, name, facts)))
 }
 
 const ATTENTION: &str = "GroupQueryAttention";
@@ -320,7 +376,10 @@ fn lacks_attention(provider: Provider, facts: &GraphFacts, operators: &BTreeSet<
 /// What runs on the processor, or may be left to it, multiplies 8-bit numbers right or not at all.
 fn refuse_wrong_sums(runtime: &Runtime, bundle: &Bundle, name: &str) -> Result<(), BundleError> {
     let is_plain = bundle.operators(name)?.iter().all(|operator| !bytes::OPERATORS.contains(&operator.as_str()));
-    if runtime.is_strict() || is_plain || runtime.multiplies_bytes().map_err(|e| unloadable(bundle, name, &e))? {
+    if runtime.fallback() == Some(Fallback::Nothing)
+        || is_plain
+        || runtime.multiplies_bytes().map_err(|e| unloadable(bundle, name, &e))?
+    {
         return Ok(());
     }
     let (folder, processor) = (bundle.folder().to_path_buf(), Processor::detect().to_string());
@@ -439,6 +498,23 @@ mod tests {
         let said = open("int8-stage1").unwrap_err().to_string();
         assert!(said.contains("vision multiplies 8-bit numbers, and ONNX Runtime 1."), "{said}");
         assert!(open("stage1").is_ok());
+    }
+
+    #[test]
+    fn sizes_that_an_engine_was_not_built_for_are_refused_before_it_is_built_again() {
+        let bundle = Bundle::open(&std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("models/demo-opt")).unwrap();
+        let cpu = crate::runtime::ProviderChoice::Only(Provider::Cpu);
+        let runtime = Runtime::load(&crate::runtime::RuntimeOptions { provider: cpu, ..Default::default() }).unwrap();
+        let mut graph = Graph::with_engine(&runtime, &bundle, "vision", Some(Engine::default())).unwrap();
+        graph.facts.profile.insert("batch".into(), [1, 1, 2]);
+        let side = bundle.facts().image.size as usize;
+        let mut run = |n: usize| {
+            let pixels = Tensor::from_f32(ndarray::Array4::zeros((n, 3, side, side))).unwrap();
+            graph.run(&[("pixel_values", &pixels)], Place::Host).map(drop)
+        };
+        assert!(run(2).is_ok());
+        let said = run(3).unwrap_err().to_string();
+        assert_eq!(said, "vision: batch is 3, its TensorRT engine was built for 1 to 2; ask for fewer at a time");
     }
 
     #[test]

@@ -3,6 +3,7 @@
 mod bytes;
 mod cancel;
 mod copies;
+mod engines;
 mod graph;
 mod library;
 mod memory;
@@ -25,6 +26,7 @@ use ort::session::Session;
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 
 use copies::Counters;
+use engines::Engine;
 use library::Loaded;
 use placement::Placement;
 use threads::Threads;
@@ -32,6 +34,7 @@ use threads::Threads;
 use crate::bundle::Bundle;
 pub use cancel::Cancel;
 pub use copies::Copies;
+pub use engines::Purpose;
 pub use graph::{Binding, Graph, Outputs, Place};
 pub use library::{Library, LibraryError, Source};
 pub use memory::Budget;
@@ -39,7 +42,7 @@ pub use plugin::{Known, Offer, PLUGINS, Plugin};
 pub use processor::{Extension, Gain, Processor};
 pub use provider::{Choice, Fallback, Provider, ProviderChoice, ProviderError};
 pub use rows::{Move, Mover, Row};
-pub use settings::Precision;
+pub use settings::ComputeType;
 pub use tensor::{Tensor, f32_from};
 
 /// What the user decides about the runtime.
@@ -59,7 +62,7 @@ pub struct RuntimeOptions {
     /// Options of that plugin, by names without the provider's.
     pub ep_options: Vec<(String, String)>,
     /// What a provider computes in that can be told; float32 when absent.
-    pub precision: Option<Precision>,
+    pub precision: Option<ComputeType>,
     /// What a provider that was asked for may leave to the processor.
     pub fallback: Fallback,
     /// Where TensorRT keeps built engines, in a folder for each bundle; under the user's cache folder when absent.
@@ -153,6 +156,20 @@ pub enum RuntimeError {
         found: Vec<usize>,
         /// What was promised.
         expected: String,
+    },
+    /// An engine is built for sizes of a range, and would be built again for others.
+    #[error("{graph}: {axis} is {found}, its TensorRT engine was built for {least} to {most}; ask for fewer at a time")]
+    Beyond {
+        /// Which graph.
+        graph: String,
+        /// Which axis of its inputs.
+        axis: String,
+        /// Its size.
+        found: usize,
+        /// The least that the engine takes.
+        least: usize,
+        /// The most.
+        most: usize,
     },
     /// The weights, the input or the precision do not hold up.
     #[error("{graph}: `{output}` holds values that are not numbers")]
@@ -266,12 +283,23 @@ impl Runtime {
     }
 
     /// A session to be, on `provider` and as the user wants it.
-    fn builder(&self, provider: Provider, bundle: Option<&Bundle>) -> Result<SessionBuilder, ort::Error> {
+    fn builder(&self, provider: Provider, engine: Option<&Engine>) -> Result<SessionBuilder, ort::Error> {
         let builder = Session::builder(&self.0.loaded.environment)?.with_optimization_level(GraphOptimizationLevel::All)?;
         let builder = self.0.options.pool().apply(self.0.loaded.threads, bytes::guard(builder)?)?;
-        let cache = bundle.filter(|_| provider == Provider::TensorRt);
-        let cache = cache.and_then(|bundle| provider::cache(self.0.options.cache.as_deref(), &bundle.hash()));
-        provider::register(builder, &self.0.loaded, provider, &self.0.choice.settings, cache.as_deref())
+        provider::register(builder, &self.0.loaded, provider, &self.0.choice.settings, engine)
+    }
+
+    /// What a bundle's engines are for here.
+    pub fn purpose(&self, bundle: &Bundle) -> Purpose {
+        Purpose::new(bundle, &self.library().version, self.0.options.device)
+    }
+
+    /// Where engines are kept: under the user's cache folder unless told otherwise.
+    pub fn engines(&self) -> Option<PathBuf> {
+        let set = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+        let home = || set("HOME").map(|home| home.join(".cache"));
+        let users = || set("XDG_CACHE_HOME").or_else(home).map(|cache| cache.join("blip2").join("tensorrt"));
+        self.0.options.cache.clone().or_else(users)
     }
 
     /// A session of a model made here. It runs on the provider or not at all: what it moves must not make a detour.

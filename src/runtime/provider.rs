@@ -1,6 +1,6 @@
 //! Execution providers: which there are, which one works here, how each is registered.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::MutexGuard;
 
@@ -10,12 +10,13 @@ use ort::session::Session;
 use ort::session::builder::SessionBuilder;
 
 use super::RuntimeOptions;
+use super::engines::Engine;
 use super::graph::sentence;
 use super::library::Loaded;
 use super::model::identity;
 use super::plugin::{PLUGINS, Plugin};
-use super::settings::{Precision, Settings};
-use crate::bundle::Dtype;
+use super::settings::{ComputeType, Settings};
+use crate::bundle::{Dtype, Precision};
 
 /// A place where graphs run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,7 +34,7 @@ pub enum Provider {
 /// What the user asks for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ProviderChoice {
-    /// The first that works of TensorRT, CUDA and CPU.
+    /// The first that works of CUDA and CPU.
     #[default]
     Auto,
     /// This one or an error.
@@ -166,7 +167,7 @@ pub enum ProviderError {
         /// The plugin.
         plugin: Plugin,
         /// What was asked for.
-        precision: Precision,
+        precision: ComputeType,
     },
 }
 
@@ -198,7 +199,7 @@ pub(super) fn probe(loaded: &Loaded, provider: Provider, options: &RuntimeOption
     let _turn = provider.turn();
     let open = || -> Result<Session, ort::Error> {
         let builder = Session::builder(&loaded.environment)?;
-        register(builder, loaded, provider, &settings, None)?.commit_from_memory(&identity(Dtype::Float32))
+        register(builder, loaded, provider, &settings, Some(&Engine::default()))?.commit_from_memory(&identity(Dtype::Float32))
     };
     open().map_err(|error| ProviderError::Unusable { provider, source: in_a_sentence(&error) })?;
     Ok(settings)
@@ -209,13 +210,13 @@ pub(super) fn in_a_sentence(error: &ort::Error) -> ort::Error {
     ort::Error::new(sentence(&error.to_string()).trim_end_matches('.'))
 }
 
-/// Adds the provider to a session. `cache` is where TensorRT keeps engines.
+/// Adds the provider to a session. TensorRT takes part where there is an engine of its graph.
 pub(super) fn register(
     builder: SessionBuilder,
     loaded: &Loaded,
     provider: Provider,
     settings: &Settings,
-    cache: Option<&Path>,
+    engine: Option<&Engine>,
 ) -> Result<SessionBuilder, ort::Error> {
     let id = i32::try_from(settings.device).unwrap_or(i32::MAX);
     // TF32 keeps 10 bits of a float32; tokens must be the reference's.
@@ -223,7 +224,7 @@ pub(super) fn register(
     let providers: Vec<ExecutionProviderDispatch> = match provider {
         Provider::Cpu => return on_processor(builder, loaded),
         Provider::Cuda => vec![cuda()],
-        Provider::TensorRt => vec![tensorrt(id, cache), cuda()],
+        Provider::TensorRt => engine.map(|engine| tensorrt(id, engine)).into_iter().chain([cuda()]).collect(),
         Provider::Plugin(plugin) => {
             let device = plugin.devices(&loaded.environment).nth(settings.device as usize);
             return Ok(builder.with_devices(device, Some(&settings.options))?);
@@ -238,12 +239,17 @@ fn on_processor(builder: SessionBuilder, loaded: &Loaded) -> Result<SessionBuild
     Ok(builder.with_devices(processor, None)?)
 }
 
-fn tensorrt(device: i32, cache: Option<&Path>) -> ExecutionProviderDispatch {
+/// With an engine that lies in a folder, or is built there.
+fn tensorrt(device: i32, engine: &Engine) -> ExecutionProviderDispatch {
     let mut provider = ep::TensorRT::default().with_device_id(device);
-    if let Some(cache) = cache {
-        let cache = cache.display();
-        provider = provider.with_engine_cache(true).with_engine_cache_path(&cache);
-        provider = provider.with_timing_cache(true).with_timing_cache_path(&cache);
+    if let Some(precision) = engine.precision {
+        let (folder, [least, best, most]) = (engine.folder.display(), &engine.sizes);
+        provider = provider.with_engine_cache(true).with_engine_cache_path(&folder).with_engine_cache_prefix(&engine.prefix);
+        provider = provider.with_timing_cache(true).with_timing_cache_path(&folder);
+        provider = provider.with_profile_min_shapes(least).with_profile_opt_shapes(best).with_profile_max_shapes(most);
+        provider = provider.with_fp16(precision == Precision::Float16).with_bf16(precision == Precision::Bfloat16);
+        // Squares of what ViTs add up over their layers go beyond float16.
+        provider = provider.with_layer_norm_fp32_fallback(true);
     }
     provider.build().error_on_failure()
 }
@@ -264,22 +270,14 @@ pub(super) fn memory(loaded: &Loaded, provider: Provider, device: u32) -> Result
     }
 }
 
-/// Where TensorRT keeps what it built for a bundle: under the user's cache folder, by what the bundle holds.
-pub(super) fn cache(named: Option<&Path>, hash: &str) -> Option<PathBuf> {
-    let set = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
-    let home = || set("HOME").map(|home| home.join(".cache"));
-    let users = || set("XDG_CACHE_HOME").or_else(home).map(|cache| cache.join("blip2").join("tensorrt"));
-    named.map(Path::to_path_buf).or_else(users).map(|folder| folder.join(hash))
-}
-
 impl Provider {
     /// To be held while it is used.
     pub(super) fn turn(self) -> Option<MutexGuard<'static, ()>> {
         if let Self::Plugin(plugin) = self { plugin.turn() } else { None }
     }
 
-    /// What [`ProviderChoice::Auto`] tries, in this order, before it takes the processor.
-    pub const AUTO: [Self; 2] = [Self::TensorRt, Self::Cuda];
+    /// What [`ProviderChoice::Auto`] tries, in this order, before it takes the processor. TensorRT needs engines that somebody built.
+    pub const AUTO: [Self; 1] = [Self::Cuda];
 
     /// Every provider that is known by name.
     pub fn all() -> impl Iterator<Item = Self> {
@@ -340,7 +338,7 @@ fn names(plugins: impl Iterator<Item = Plugin>) -> String {
     plugins.map(|plugin| plugin.name).collect::<Vec<_>>().join(", ")
 }
 
-/// Such as `cpu (tensorrt: is not in this build; cuda: finds no device)`.
+/// Such as `cpu (cuda: is not in this build)`.
 impl std::fmt::Display for Choice {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}", self.provider)?;

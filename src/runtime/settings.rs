@@ -12,7 +12,7 @@ use super::{Provider, ProviderError, RuntimeOptions};
 
 /// What a provider computes in, where it can be told.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Precision {
+pub enum ComputeType {
     /// As the reference does.
     #[default]
     Float32,
@@ -108,7 +108,7 @@ fn load_config(
     Ok(json!(config).to_string())
 }
 
-impl Precision {
+impl ComputeType {
     /// All of them.
     pub const ALL: [Self; 3] = [Self::Float32, Self::Bfloat16, Self::Float16];
 
@@ -134,7 +134,7 @@ impl Precision {
     }
 }
 
-impl FromStr for Precision {
+impl FromStr for ComputeType {
     type Err = String;
 
     fn from_str(name: &str) -> Result<Self, String> {
@@ -143,7 +143,7 @@ impl FromStr for Precision {
     }
 }
 
-impl std::fmt::Display for Precision {
+impl std::fmt::Display for ComputeType {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::Float32 => "float32",
@@ -172,7 +172,7 @@ mod tests {
     fn openvino_is_always_told_what_to_compute_in() {
         let plain = RuntimeOptions::default();
         let threads = RuntimeOptions { threads: std::num::NonZeroUsize::new(3), ..RuntimeOptions::default() };
-        let narrow = RuntimeOptions { precision: Some(Precision::Float16), ..threads.clone() };
+        let narrow = RuntimeOptions { precision: Some(ComputeType::Float16), ..threads.clone() };
         let own = Some(r#"{"CPU":{"INFERENCE_NUM_THREADS":"1","NUM_STREAMS":"2"},"AUTO":{}}"#);
         let hint = |hint: &str| json!({ PRECISION_HINT: hint });
         let cases = [
@@ -195,7 +195,7 @@ mod tests {
 
     #[test]
     fn what_the_processor_does_not_compute_in_is_refused() {
-        for precision in Precision::ALL {
+        for precision in ComputeType::ALL {
             let options = RuntimeOptions { precision: Some(precision), ..RuntimeOptions::default() };
             let found = config(DeviceType::CPU, None, &options);
             assert_eq!(found.is_ok(), precision.has_instructions(), "{precision}: {found:?}");
@@ -206,7 +206,7 @@ mod tests {
     #[test]
     fn options_without_a_use_are_refused() {
         let said = |options: RuntimeOptions| options.check().map_err(|error| error.to_string());
-        let precise = |provider| RuntimeOptions { precision: Some(Precision::Float32), ..options(provider, &[]) };
+        let precise = |provider| RuntimeOptions { precision: Some(ComputeType::Float32), ..options(provider, &[]) };
         for provider in ["auto", "cpu", "cuda", "tensorrt"] {
             assert!(said(options(provider, &[("a", "b")])).unwrap_err().contains("takes no --ep-option"), "{provider}");
         }

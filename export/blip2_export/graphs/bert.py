@@ -39,6 +39,7 @@ class Layers:
         g, cfg, name = self.g, self.cfg, self.embeddings
         words = self.read(name + "word_embeddings.weight", cfg.vocab_size, self.width)
         places = self.read(name + "position_embeddings.weight", cfg.max_position_embeddings, self.width)
+        g.bound(ids, 1, cfg.max_position_embeddings)
         x = g.rows(words, ids)
         end = g.n_tokens(ids, x)
         return str(g.op("Add", [x, g.op("Slice", [g.weight(places), g.constant([0]), end, g.constant([0])])]))
@@ -46,11 +47,12 @@ class Layers:
     def query_tokens(self, n_queries: int) -> np.ndarray:
         return self.read("query_tokens", 1, n_queries, self.width).astype(np.float32)
 
-    def real(self, mask: str, n_queries: int = 0) -> Mask:
+    def real(self, mask: str, queries: str = "", n_queries: int = 0) -> Mask:
         """Of int64 `mask` [batch, tokens], 1 where a token is real, behind queries that all are."""
         seen = self.g.int32(mask, 2)
-        if n_queries:
-            seen = self.g.op("Pad", [seen, self.g.constant([0, n_queries, 0, 0]), self.g.constant(1, np.int32)])
+        if queries:
+            all_real = self.g.repeat(self.g.constant(np.ones((1, n_queries)), np.int32), queries)
+            seen = self.g.op("Concat", [all_real, seen], axis=1)
         return self.g.mask(seen)
 
     def embedding_norm(self, x: str) -> str:
@@ -92,14 +94,14 @@ class Layers:
     def cached(self, i: int, part: str, x: str) -> str:
         """Keys or values of layer `i` as the cache holds them: [batch, heads, positions, padded head]."""
         g = self.g
-        y = self.linear(f"qformer.encoder.layer.{i}.attention.attention.{part}", x, self.width, self.width)
-        y = g.op("Reshape", [y, g.constant([0, 0, self.heads.n, self.heads.width])])
-        y = g.op("Transpose", [y], perm=[0, 2, 1, 3])
-        more = self.cached_heads.padded - self.heads.width
-        return g.op("Pad", [y, g.constant([0, 0, 0, 0, 0, 0, 0, more])]) if more else y
+        heads, name = self.cached_heads, f"qformer.encoder.layer.{i}.attention.attention.{part}"
+        weight, bias = self.read(name + ".weight", self.width, self.width), self.read(name + ".bias", self.width)
+        y = g.linear(x, heads.rows(weight, heads.n), heads.rows(bias, heads.n))
+        y = g.op("Reshape", [y, g.constant([0, 0, heads.n, heads.padded])])
+        return g.op("Transpose", [y], perm=[0, 2, 1, 3])
 
     def normalise(self, x: str) -> str:
-        """Length 1 along the last axis."""
-        g = self.g
+        """float32 of length 1 along the last axis."""
+        g, x = self.g, self.g.float32(x)
         length = g.op("ReduceL2", [x, g.constant([-1])], keepdims=1)
         return g.op("Div", [x, g.op("Max", [length, g.constant(1e-12, np.float32)])])

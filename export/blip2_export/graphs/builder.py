@@ -37,6 +37,7 @@ _TYPES = {
     np.dtype(np.int8): TensorProto.INT8,
     np.dtype(np.uint8): TensorProto.UINT8,
 }
+_FLOAT32 = np.dtype(np.float32)
 Dim = int | str
 Attend = Callable[[str, list[str], list[str]], str]  # packed projections, past and present keys and values → rows
 
@@ -82,30 +83,56 @@ class Data:
 class Graph(ABC):
     """Nodes, weights and the declared inputs and outputs of one `.onnx` file, of the operators that a target computes.
 
-    Weights keep their dtype, or are stored in 8 bits where nothing is lost; nodes behind them give float32, which the runtime folds
-    when it loads the graph.
+    In float32, weights keep their dtype, or are stored in 8 bits where nothing is lost; nodes behind them give float32, which the
+    runtime folds when it loads the graph. A graph that computes in 16 bits has its weights in that type. Graphs hand each other
+    float32 all the same, so that parts of any precision fit together; only caches are of the graph's own type.
     """
 
     target: ClassVar[str]
     precisions: ClassVar[tuple[Precision, ...]] = (Precision.FLOAT32,)
+    natural: ClassVar[Precision] = Precision.FLOAT32  # where nobody chose
 
     def __init__(self, out: Output, name: str, data: Data | None = None, n_positions: int = 0) -> None:
         """`n_positions`: the most that a text of the model may have, where the graph counts them."""
         self.name, self.folder, self.precision, self.weight_bits = name, out.folder, out.precision, out.weight_bits
+        self.dtype = self.activations(out)
         self._n_positions = padded(n_positions, CAPACITY_STEP)
         self.data = data or out.data(name)
         self.nodes: list[onnx.NodeProto] = []
         self.weights: list[onnx.TensorProto] = []
         self.inputs: list[dict[str, Any]] = []
         self.outputs: list[dict[str, Any]] = []
+        self.bounds: dict[Dim, int] = {}  # of axes that are not fixed, where one is known
         self.linear_inputs: list[str] = []  # distinct values that weights are multiplied with, in order of first use
         self._statistics = None if out.statistics is None else out.statistics[name]
         self._constants: dict[tuple[Any, ...], str] = {}
         self._count = 0
 
+    @classmethod
+    def of(cls, name: str) -> type[Graph]:
+        """The class of the target's graph of this name."""
+        return cls
+
+    @classmethod
+    def activations(cls, out: Output) -> np.dtype:
+        """What is computed in, of graphs of a precision."""
+        return np.dtype(
+            {Precision.FLOAT16: np.float16, Precision.BFLOAT16: ml_dtypes.bfloat16}.get(out.precision, np.float32)
+        )
+
     @property
     def file_name(self) -> str:
         return f"{self.name}.onnx"
+
+    @property
+    def masked(self) -> float:
+        """What is added to the score of a key that is not seen."""
+        return max(MASKED, float(ml_dtypes.finfo(self.dtype).min))
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether it computes in 16 bits."""
+        return self.dtype != np.float32
 
     def input(self, name: str, dtype: str, shape: Sequence[Dim]) -> str:
         self.inputs.append({"name": name, "dtype": dtype, "shape": list(shape)})
@@ -117,6 +144,21 @@ class Graph(ABC):
             self.nodes.append(helper.make_node("Identity", [value], [name]))
         self.outputs.append({"name": name, "dtype": dtype, "shape": list(shape)})
 
+    def bound(self, name: str, axis: int, most: int) -> None:
+        """Notes how large an axis of an input may be."""
+        shape = next(value["shape"] for value in self.inputs if value["name"] == name)
+        self.bounds[shape[axis]] = most
+
+    def take(self, name: str, shape: Sequence[Dim]) -> str:
+        """What another graph gave, or pixels: a float32 input, as value of this graph."""
+        return self._cast(self.input(name, "float32", shape), self.dtype, _FLOAT32)
+
+    def give(self, value: str, name: str, shape: Sequence[Dim], first: bool = False) -> None:
+        """Declares a value as float32 output `name`, `first` of them if so."""
+        kind, to = ("Cast", {"to": TensorProto.FLOAT}) if self.is_narrow else ("Identity", {})
+        self.op(kind, [value], [name], **to)
+        self.outputs.insert(0 if first else len(self.outputs), {"name": name, "dtype": "float32", "shape": list(shape)})
+
     def op(
         self, kind: str, inputs: Sequence[str], outputs: int | Sequence[str] = 1, domain: str = "", **attributes: Any
     ) -> Any:
@@ -127,16 +169,21 @@ class Graph(ABC):
         )
         return names[0] if len(names) == 1 else names
 
+    def number(self, value: Any) -> str:
+        """A constant of the graph's own type."""
+        return self.constant(value, self.dtype.type)
+
     def constant(self, value: Any, dtype: type = np.int64) -> str:
         """A constant; equal ones are shared."""
         array = np.asarray(value, dtype)
-        key = (array.tobytes(), array.shape, array.dtype.str)
+        key = (array.tobytes(), array.shape, array.dtype.name)
         if key not in self._constants:
             self._constants[key] = self.raw(array)
         return self._constants[key]
 
     def weight(self, array: np.ndarray) -> str:
-        """A weight as float32 value, stored in its own dtype or, where it is on the grid, as 8-bit numbers and scales."""
+        """A weight as value, stored as the class says; in float32, where it is on the grid, as 8-bit numbers and scales."""
+        array = self.fitted(array)
         found = on_grid(array) if array.nbytes > _INLINE_BYTES else None
         if found is None:
             return self.lifted(self.raw(array), array)
@@ -154,12 +201,30 @@ class Graph(ABC):
         return tensor.name
 
     def stored(self, array: np.ndarray) -> str:
-        """A weight in its own dtype as float32 value; bytes that the data file has already are not written again."""
+        """A weight in its own dtype as value; bytes that the data file has already are not written again."""
+        array = self.fitted(array)
         return self.lifted(self.raw(array), array)
 
+    def fitted(self, array: np.ndarray) -> np.ndarray:
+        """A weight in the type that a graph of 16 bits computes in."""
+        if not self.is_narrow or array.dtype == self.dtype:
+            return array
+        with np.errstate(over="ignore"):
+            found = array.astype(np.float32).astype(self.dtype)
+        if not np.isfinite(found).all():
+            raise UnsupportedError(f"{self.name} has weights beyond {self.dtype}; bfloat16 or float32 holds them")
+        return found
+
     def lifted(self, name: str, array: np.ndarray) -> str:
-        """A value of the array's dtype as float32."""
-        return name if array.dtype == np.float32 else self.op("Cast", [name], to=TensorProto.FLOAT)
+        """A value of the array's dtype as one of the graph's."""
+        return name if array.dtype == self.dtype else self.op("Cast", [name], to=_TYPES[self.dtype])
+
+    def float32(self, value: str) -> str:
+        """A value of the graph as float32: 16 bits do not hold sums of squares and the like."""
+        return self._cast(value, _FLOAT32, self.dtype)
+
+    def _cast(self, value: str, to: np.dtype, of: np.dtype) -> str:
+        return value if to == of else self.op("Cast", [value], to=_TYPES[to])
 
     def _external(self, array: np.ndarray, offset: int) -> str:
         tensor = TensorProto(name=self.fresh("w"), data_type=_TYPES[array.dtype], dims=array.shape)
@@ -202,7 +267,7 @@ class Graph(ABC):
 
     @abstractmethod
     def rows(self, table: np.ndarray, ids: str) -> str:
-        """The rows `ids` of a table as float32."""
+        """The rows `ids` of a table as values."""
 
     @abstractmethod
     def n_tokens(self, ids: str, rows: str) -> str:
@@ -224,7 +289,7 @@ class Graph(ABC):
 
     @abstractmethod
     def cache_positions(self) -> str:
-        """float32: those of the cache that attention looks at, from 0."""
+        """float32 in every graph: those of the cache that attention looks at, from 0."""
 
     @abstractmethod
     def over_cache(
@@ -236,6 +301,12 @@ class Graph(ABC):
         """
 
     # Layers shared by all networks
+
+    def patches(self, pixels: str, weights: list[np.ndarray], n: int) -> str:
+        """[batch, n², width]: `n` × `n` squares of the pixels, projected by a kernel [width, 3, side, side] and perhaps a bias."""
+        width, _, *side = weights[0].shape
+        x = self.op("Conv", [pixels, *map(self.weight, weights)], kernel_shape=side, strides=side)
+        return self.op("Transpose", [self.op("Reshape", [x, self.constant([0, width, n * n])])], perm=[0, 2, 1])
 
     def seen(self, x: str) -> Channels | None:
         """Notes that a weight is multiplied with `x`; gives what calibration saw there."""
@@ -256,7 +327,7 @@ class Graph(ABC):
         return self.narrow_product(x, weight, channels)
 
     def layer_norm(self, x: str, weight: np.ndarray | None, bias: np.ndarray | None, epsilon: float, width: int) -> str:
-        scale = self.constant(np.ones(width), np.float32) if weight is None else self.weight(weight)
+        scale = self.number(np.ones(width)) if weight is None else self.weight(weight)
         inputs = [x, scale] if bias is None else [x, scale, self.weight(bias)]
         return self.op("LayerNormalization", inputs, axis=-1, epsilon=float(epsilon))
 
@@ -307,18 +378,20 @@ class Output:
     folder: Path
     kind: type[Graph]
     precision: Precision = Precision.FLOAT32
+    narrow: np.dtype = np.dtype(np.float16)  # what multiplies weights in blocks, where a target does that in 16 bits
     weight_bits: int = 8  # of int8
     statistics: Statistics | None = None  # of the same graphs in float32, where calibration ran
 
-    def at(self, precision: Precision) -> Output:
-        """The same in another precision, which the target must have."""
+    def at(self, precision: Precision | None) -> Output:
+        """The same in another precision, which the target must have; in its natural one if None."""
+        precision = precision or self.kind.natural
         if precision not in self.kind.precisions:
             known = ", ".join(self.kind.precisions)
             raise UnsupportedError(f"graphs for {self.kind.target} cannot be {precision}; {known} are possible")
         return replace(self, precision=precision)
 
     def graph(self, name: str, data: Data | None = None, n_positions: int = 0) -> Graph:
-        return self.kind(self, name, data, n_positions)
+        return self.kind.of(name)(self, name, data, n_positions)
 
     def data(self, name: str) -> Data:
         """A data file for several graphs."""
@@ -330,7 +403,7 @@ class UnsupportedError(ValueError):
 
 
 def _value(described: dict[str, Any]) -> onnx.ValueInfoProto:
-    types = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64, "int32": TensorProto.INT32}
+    types = {dtype.name: code for dtype, code in _TYPES.items()}
     return helper.make_tensor_value_info(described["name"], types[described["dtype"]], described["shape"])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from onnx import TensorProto
@@ -13,16 +13,17 @@ from blip2_export.graphs.heads import Heads
 from blip2_export.graphs.precision import Precision
 from blip2_export.graphs.statistics import Channels
 
-_BLOCKS = {Precision.INT8_BLOCKS: (8, 128), Precision.INT4_BLOCKS: (4, 32)}  # bits, weights of a block
+_BLOCKS = {Precision.INT8_BLOCKS: (8, 128), Precision.INT4_BLOCKS: (4, 32)}
 
 
 class CpuGraph(Graph):
     target = "cpu"
+    blocks: ClassVar[dict[Precision, tuple[int, int]]] = _BLOCKS  # bits, weights of a block
     precisions = (Precision.FLOAT32, Precision.INT8, *_BLOCKS)
 
     def __init__(self, out: Output, name: str, data: Data | None = None, n_positions: int = 0) -> None:
         super().__init__(out, name, data, n_positions)
-        blocks = _BLOCKS.get(self.precision)
+        blocks = self.blocks.get(self.precision)
         self._products = quantized.Blocks(self, *blocks) if blocks else quantized.Rows(self, out.weight_bits)
 
     def narrow_product(self, x: str, weight: np.ndarray, channels: Channels | None) -> str:
@@ -40,7 +41,8 @@ class CpuGraph(Graph):
         return self.op("FusedMatMul", [x, weight], domain=MICROSOFT, transB=1)
 
     def rows(self, table: np.ndarray, ids: str) -> str:
-        """16-bit rows are lifted after they are picked."""
+        """Rows of another type are lifted after they are picked."""
+        table = self.fitted(table)
         return self.lifted(self.op("Gather", [self.raw(table), ids], axis=0), table)
 
     def n_tokens(self, ids: str, rows: str) -> str:
@@ -72,7 +74,10 @@ class CpuGraph(Graph):
     ) -> Attend:
         more, attributes = [], {"num_heads": heads.n, "kv_num_heads": heads.n_kv, "scale": float(scale)}
         if rotary:
-            more, attributes["do_rotary"] = [*map(self.raw, rotary), self.to_slots(new.positions)], 1
+            more, attributes["do_rotary"] = (
+                [*(self.raw(self.fitted(table)) for table in rotary), self.to_slots(new.positions)],
+                1,
+            )
         if bias:
             more = ["", "", "", self.to_slots(bias)]
 

@@ -37,11 +37,11 @@ class Cached:
         """Of rows, whose packed projections are given."""
         g = self._g
         shape = ["slots", self._heads.n_kv, "capacity", self._heads.padded]
-        past = [g.input(f"past_key_values.{layer}.{p}", "float32", shape) for p in _PARTS]
+        past = [g.input(f"past_key_values.{layer}.{p}", g.dtype.name, shape) for p in _PARTS]
         present = [f"present.{layer}.{p}" for p in _PARTS]
         y = self._attend(qkv, past, present)
         for value in present:
-            g.output(value, value, "float32", shape)
+            g.output(value, value, g.dtype.name, shape)
         return y
 
 
@@ -62,7 +62,7 @@ def embed(g: Graph, table: np.ndarray, batch: str, reads_queries: bool) -> str:
     x = g.rows(table, g.input("input_ids", "int64", [batch, "n_tokens"]))
     if not reads_queries:
         return x
-    queries = g.input("queries", "float32", [batch, "n_queries", table.shape[1]])
+    queries = g.take("queries", [batch, "n_queries", table.shape[1]])
     return str(g.op("Concat", [queries, x], axis=1))
 
 
@@ -96,16 +96,16 @@ class Head:
 def finish(g: Graph, x: str, head: Head, heads: Heads, n_layers: int) -> Decoder:
     """The head behind the last states."""
     logits = g.times(x, head.table if head.own is None else head.own, shared=head.own is None)
-    g.outputs.insert(0, {"name": "logits", "dtype": "float32", "shape": ["rows", "n_logits", len(head.table)]})
-    g.op("Identity", [logits if head.bias is None else g.op("Add", [logits, g.weight(head.bias)])], ["logits"])
+    logits = logits if head.bias is None else g.op("Add", [logits, g.weight(head.bias)])
+    g.give(logits, "logits", ["rows", "n_logits", len(head.table)], first=True)
     g.save()
-    return Decoder(g, _cache_facts(heads, n_layers))
+    return Decoder(g, _cache_facts(g, heads, n_layers))
 
 
-def _cache_facts(heads: Heads, n_layers: int) -> dict[str, Any]:
+def _cache_facts(g: Graph, heads: Heads, n_layers: int) -> dict[str, Any]:
     names = {
         f"{side}_{p}": f"{stem}.{{}}.{p}"
         for side, stem in (("past", "past_key_values"), ("present", "present"))
         for p in _PARTS
     }
-    return {"n_layers": n_layers, "n_heads": heads.n_kv, "head_dim": heads.padded, "dtype": "float32", **names}
+    return {"n_layers": n_layers, "n_heads": heads.n_kv, "head_dim": heads.padded, "dtype": g.dtype.name, **names}

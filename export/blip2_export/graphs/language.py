@@ -8,6 +8,7 @@ from typing import Any
 from blip2_export.graphs import llama, opt, t5
 from blip2_export.graphs.builder import Graph, Output
 from blip2_export.graphs.decoding import Decoder
+from blip2_export.graphs.precision import Precision
 from blip2_export.read import tokenizers
 from blip2_export.read.checkpoint import Checkpoint, CheckpointError
 from blip2_export.read.configuration import Config
@@ -23,6 +24,12 @@ class Language:
 def width(text: Any) -> int:
     """Of an input embedding, and so of a query."""
     return int(getattr(text, "word_embed_proj_dim", None) or text.hidden_size)
+
+
+def at(out: Output, chosen: Precision | None, text: Any) -> Output:
+    """In the chosen precision, or in the natural one, which for Flan-T5 is not float16: it overflows."""
+    overflows = text.model_type == "t5" and out.kind.natural is Precision.FLOAT16
+    return out.at(chosen or (Precision.BFLOAT16 if overflows else None))
 
 
 def build(out: Output, checkpoint: Checkpoint, cfg: Config) -> Language:

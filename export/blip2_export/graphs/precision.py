@@ -22,20 +22,23 @@ FLOATS = (Precision.FLOAT32, Precision.FLOAT16, Precision.BFLOAT16)
 
 @dataclass(frozen=True)
 class Precisions:
-    """Of the three parts of a model."""
+    """Of the three parts of a model; None is what is natural for the target."""
 
-    vision: Precision = Precision.FLOAT32
-    qformer: Precision = Precision.FLOAT32
-    language: Precision = Precision.FLOAT32
+    vision: Precision | None = None
+    qformer: Precision | None = None
+    language: Precision | None = None
 
     @property
     def is_exact(self) -> bool:
-        return set(self._each()) == {Precision.FLOAT32}
+        return set(self._each()) <= {Precision.FLOAT32, None}
 
     @property
     def is_calibrated(self) -> bool:
         """Whether a part is made with what calibration saw."""
-        return any(precision not in FLOATS for precision in self._each())
+        return any(precision not in (*FLOATS, None) for precision in self._each())
 
-    def _each(self) -> tuple[Precision, ...]:
+    def _each(self) -> tuple[Precision | None, ...]:
         return self.vision, self.qformer, self.language
+
+
+EXACT = Precisions(*[Precision.FLOAT32] * 3)

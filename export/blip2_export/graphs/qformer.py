@@ -34,11 +34,11 @@ def reads_text(cfg: Config) -> bool:
 def build(out: Output, checkpoint: Checkpoint, cfg: Config, shape: Shape) -> Graph:
     """Query tokens through BERT layers with cross-attention, then the language projection."""
     g = out.graph("qformer")
-    features = g.input("image_features", "float32", ["batch", shape.n_positions, cfg.encoder_hidden_size])
+    features = g.take("image_features", ["batch", shape.n_positions, cfg.encoder_hidden_size])
     run = _with_question if reads_text(cfg) else _queries_alone
     x = run(Layers(g, checkpoint, cfg), features, shape.n_queries)
     x = _project(g, checkpoint, x, shape)
-    g.output(x, "queries", "float32", ["batch", shape.n_queries, shape.width])
+    g.give(x, "queries", ["batch", shape.n_queries, shape.width])
     g.save()
     return g
 
@@ -56,8 +56,8 @@ def _with_question(layers: Layers, features: str, n_queries: int) -> str:
     """Query tokens and the question attend to each other; only query tokens see the image, each kind has its own FFN."""
     g, n_layers = layers.g, layers.cfg.num_hidden_layers
     ids, mask = (g.input(name, "int64", ["batch", "question"]) for name in ("question_ids", "question_mask"))
-    seen = layers.real(mask, n_queries)
     tokens = g.repeat(g.weight(layers.query_tokens(n_queries)), features)
+    seen = layers.real(mask, tokens, n_queries)
     x = layers.embedding_norm(g.op("Concat", [tokens, layers.embed_text(ids)], axis=1))
     for i in range(n_layers):
         last = i == n_layers - 1

@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from blip2_export.graphs import smoothing
@@ -20,6 +21,7 @@ from blip2_export.graphs.grid import on_grid
 from blip2_export.graphs.statistics import Channels
 
 _ZERO_POINT = 128  # activations are unsigned, as the kernels want them
+_FLOAT32 = np.dtype(np.float32)
 _STEP = 1 / 127
 _SMALLEST = 1e-30  # stands in for the largest value of a row of zeros
 _SHARES = {
@@ -111,10 +113,11 @@ class Blocks(Products):
     def multiply(self, x: str, weight: np.ndarray) -> str:
         g, (n_out, n_in) = self.g, weight.shape
         self._check(weight)
-        numbers, scales = blocks(weight, self.n_bits, self.size)
+        numbers, scales = blocks(weight, self.n_bits, self.size, g.dtype)
         attributes = {"K": n_in, "N": n_out, "bits": self.n_bits, "block_size": self.size}
-        inputs = [x, g.raw(numbers), g.raw(scales)]
-        return str(g.op("MatMulNBits", inputs, domain=MICROSOFT, accuracy_level=_INT8_ACTIVATIONS, **attributes))
+        if not g.is_narrow:
+            attributes["accuracy_level"] = _INT8_ACTIVATIONS
+        return str(g.op("MatMulNBits", [x, g.raw(numbers), g.raw(scales)], domain=MICROSOFT, **attributes))
 
     def _check(self, weight: np.ndarray) -> None:
         if weight.shape[1] % self.size:
@@ -133,14 +136,15 @@ def signed(weight: np.ndarray, n_bits: int) -> tuple[np.ndarray, np.ndarray]:
     return np.rint(rows / scales[:, None]).astype(np.int8), scales
 
 
-def blocks(weight: np.ndarray, n_bits: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Unsigned numbers [out, blocks, bytes], the lower half of a byte first, and float32 scales [out, blocks]."""
-    parts = [_blocks(weight[i : i + _ROWS_AT_ONCE], n_bits, size) for i in range(0, len(weight), _ROWS_AT_ONCE)]
+def blocks(weight: np.ndarray, n_bits: int, size: int, dtype: np.dtype = _FLOAT32) -> tuple[np.ndarray, np.ndarray]:
+    """Unsigned numbers [out, blocks, bytes], the lower half of a byte first, and scales [out, blocks] of `dtype`."""
+    starts = range(0, len(weight), _ROWS_AT_ONCE)
+    parts = [_blocks(weight[i : i + _ROWS_AT_ONCE], n_bits, size, dtype) for i in starts]
     numbers, scales = (np.concatenate(part) for part in zip(*parts, strict=True))
-    return (numbers if n_bits == 8 else numbers[..., ::2] | numbers[..., 1::2] << 4), scales
+    return (numbers if n_bits == 8 else numbers[..., ::2] | numbers[..., 1::2] << 4), scales.astype(dtype)
 
 
-def _blocks(weight: np.ndarray, n_bits: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+def _blocks(weight: np.ndarray, n_bits: int, size: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
     """The largest of a block becomes the lowest number, which has no opposite, or a little more than that where the sum of
     squared errors is less."""
     middle = 2 ** (n_bits - 1)
@@ -150,13 +154,19 @@ def _blocks(weight: np.ndarray, n_bits: int, size: int) -> tuple[np.ndarray, np.
     least = np.full(whole.shape, np.inf, np.float32)
     numbers, scales = np.zeros(rows.shape, np.uint8), whole
     for share in _SHARES[n_bits]:
-        tried = whole * np.float32(share)
+        tried = _held(whole * np.float32(share), dtype)
         rounded = np.clip(np.rint(rows / tried), -middle, middle - 1)
         error = np.square(rounded * tried - rows).sum(-1, keepdims=True)
         better = error < least
         least, scales = np.where(better, error, least), np.where(better, tried, scales)
         numbers = np.where(better, (rounded + middle).astype(np.uint8), numbers)
     return numbers, scales[..., 0]
+
+
+def _held(scales: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The nearest that `dtype` holds with all its digits."""
+    held, least = scales.astype(dtype).astype(np.float32), np.float32(ml_dtypes.finfo(dtype).tiny)
+    return np.where(np.abs(held) < least, np.copysign(least, scales), held)
 
 
 def _exact(weight: np.ndarray, n_bits: int) -> tuple[np.ndarray, np.ndarray] | None:

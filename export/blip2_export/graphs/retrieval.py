@@ -112,7 +112,7 @@ def _queries(out: Output, stage: Stage1, data: Data) -> Graph:
     g = out.graph("qformer", data)
     cfg, n_queries = stage.cfg.qformer_config, stage.cfg.num_query_tokens
     layers = Layers(g, stage.checkpoint, cfg)
-    features = g.input("image_features", "float32", ["batch", stage.n_positions, cfg.encoder_hidden_size])
+    features = g.take("image_features", ["batch", stage.n_positions, cfg.encoder_hidden_size])
     x = layers.embedding_norm(g.weight(layers.query_tokens(n_queries)))
     keys_and_values: list[tuple[str, str]] = []
     for i in range(cfg.num_hidden_layers):
@@ -122,12 +122,12 @@ def _queries(out: Output, stage: Stage1, data: Data) -> Graph:
         x = layers.self_attention(i, x)
         x = x if i else g.repeat(x, features)
         x = layers.feed_forward(i, layers.cross_attention(i, x, features), QUERY)
-    g.output(x, "query_states", "float32", ["batch", n_queries, cfg.hidden_size])
+    g.give(x, "query_states", ["batch", n_queries, cfg.hidden_size])
     joint = stage.cfg.image_text_hidden_size
     projected = layers.normalise(layers.linear("vision_projection", x, cfg.hidden_size, joint))
     g.output(projected, "image_embeds", "float32", ["batch", n_queries, joint])
     for name, value in keys_and_values:
-        g.output(value, name, "float32", ["batch", layers.heads.n, n_queries, layers.cached_heads.padded])
+        g.output(value, name, g.dtype.name, ["batch", layers.heads.n, n_queries, layers.cached_heads.padded])
     g.save()
     return g
 
@@ -143,7 +143,7 @@ def _text(out: Output, stage: Stage1, data: Data) -> Graph:
         x = layers.feed_forward(i, layers.self_attention(i, x, seen), TEXT)
     projected = layers.normalise(layers.linear("text_projection", x, cfg.hidden_size, joint))
     g.output(projected, "text_embeds", "float32", ["batch", "sequence", joint])
-    g.output(x, "text_states", "float32", ["batch", "sequence", cfg.hidden_size])
+    g.give(x, "text_states", ["batch", "sequence", cfg.hidden_size])
     g.save()
     return g
 
@@ -153,9 +153,10 @@ def _matching(out: Output, stage: Stage1, data: Data) -> Graph:
     g = out.graph("qformer_itm", data)
     cfg, n_queries = stage.cfg.qformer_config, stage.cfg.num_query_tokens
     layers = Layers(g, stage.checkpoint, cfg)
-    features = g.input("image_features", "float32", ["batch", stage.n_positions, cfg.encoder_hidden_size])
+    features = g.take("image_features", ["batch", stage.n_positions, cfg.encoder_hidden_size])
     ids, mask = _text_inputs(g)
-    queries, seen = g.repeat(g.weight(layers.query_tokens(n_queries)), features), layers.real(mask, n_queries)
+    queries = g.repeat(g.weight(layers.query_tokens(n_queries)), features)
+    seen = layers.real(mask, queries, n_queries)
     x = layers.embedding_norm(g.op("Concat", [queries, layers.embed_text(ids)], axis=1))
     for i in range(cfg.num_hidden_layers):
         if i == cfg.num_hidden_layers - 1:
@@ -167,9 +168,10 @@ def _matching(out: Output, stage: Stage1, data: Data) -> Graph:
         if i < cfg.num_hidden_layers - 1:
             text = layers.feed_forward(i, _positions(g, x, n_queries, None), TEXT)
             x = g.op("Concat", [queries, text], axis=1)
-    logits = g.op("ReduceMean", [layers.linear("itm_head", queries, cfg.hidden_size, 2), g.constant([1])], keepdims=0)
+    logits = g.float32(layers.linear("itm_head", queries, cfg.hidden_size, 2))
+    logits = g.op("ReduceMean", [logits, g.constant([1])], keepdims=0)
     g.output(logits, "itm_logits", "float32", ["batch", 2])
-    g.output(queries, "multimodal_states", "float32", ["batch", n_queries, cfg.hidden_size])
+    g.give(queries, "multimodal_states", ["batch", n_queries, cfg.hidden_size])
     g.save()
     return g
 

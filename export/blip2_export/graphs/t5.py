@@ -7,9 +7,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from onnx import TensorProto
 from transformers import T5Config
@@ -17,6 +18,7 @@ from transformers import T5Config
 from blip2_export.graphs.builder import Graph, Output, UnsupportedError
 from blip2_export.graphs.decoding import Cached, Decoder, Head, declare_inputs, embed, finish, own_head, select
 from blip2_export.graphs.heads import Heads
+from blip2_export.graphs.precision import Precision
 from blip2_export.read.checkpoint import Checkpoint
 
 _PREFIX = "language_model."
@@ -89,10 +91,13 @@ class _Stack:
 def build(out: Output, checkpoint: Checkpoint, cfg: T5Config) -> EncoderDecoder:
     """Inputs and outputs as `models/README.md` lists them."""
     n_layers, head = cfg.num_decoder_layers, Heads(cfg.num_heads, cfg.num_heads, cfg.d_kv, 8).padded
-    cross = {"n_layers": n_layers, "n_heads": cfg.num_heads, "head_dim": head, "dtype": "float32"}
-    cross |= {part: f"cross.{{}}.{part}" for part in _PARTS.values()}
+    if out.precision == Precision.FLOAT16:
+        raise UnsupportedError("Flan-T5 overflows float16; bfloat16 is possible (--language bfloat16)")
+    out = replace(out, narrow=np.dtype(ml_dtypes.bfloat16))
     data = out.data("language")  # both embed tokens with one table
     encoder, decoder = (out.graph(name, data, MAX_POSITIONS) for name in ("encoder", "decoder"))
+    cross = {"n_layers": n_layers, "n_heads": cfg.num_heads, "head_dim": head, "dtype": decoder.dtype.name}
+    cross |= {part: f"cross.{{}}.{part}" for part in _PARTS.values()}
     return EncoderDecoder(_encoder(encoder, checkpoint, cfg), _decoder(decoder, checkpoint, cfg), cross)
 
 
@@ -131,7 +136,7 @@ def _cross_outputs(g: Graph, checkpoint: Checkpoint, cfg: T5Config, x: str) -> N
         for p, part in _PARTS.items():
             y = s.to_heads(f"block.{i}.layer.1.EncDecAttention.{p}", x)
             y = g.op("Transpose", [g.op("Reshape", [y, g.constant([0, 0, n, width])])], perm=[0, 2, 1, 3])
-            g.output(y, f"cross.{i}.{part}", "float32", ["batch", n, "sequence", width])
+            g.output(y, f"cross.{i}.{part}", g.dtype.name, ["batch", n, "sequence", width])
 
 
 def _decoder(g: Graph, checkpoint: Checkpoint, cfg: T5Config) -> Decoder:
@@ -147,13 +152,13 @@ def _decoder(g: Graph, checkpoint: Checkpoint, cfg: T5Config) -> Decoder:
         x = g.op("Add", [x, s.from_heads(name + "0.SelfAttention.o", y)])
         q = g.to_slots(s.to_heads(name + "1.EncDecAttention.q", s.norm(name + "1.layer_norm", x)))
         shape = ["slots", s.heads.n, "n_encoder", s.heads.padded]
-        kv = [g.input(f"cross.{i}.{part}", "float32", shape) for part in _PARTS.values()]
+        kv = [g.input(f"cross.{i}.{part}", g.dtype.name, shape) for part in _PARTS.values()]
         y = g.to_rows(g.attention([q, *kv], s.heads, read, 1.0, by_heads=True))
         x = g.op("Add", [x, s.from_heads(name + "1.EncDecAttention.o", y)])
         x = s.feed_forward(name + "2.", x)
     x = s.norm("final_layer_norm", select(g, x, cfg.d_model))
     if cfg.scale_decoder_outputs:
-        x = g.op("Mul", [x, g.constant(cfg.d_model**-0.5, np.float32)])
+        x = g.op("Mul", [x, g.number(cfg.d_model**-0.5)])
     head = own_head(checkpoint, _PREFIX + "shared.weight", _PREFIX + "lm_head.weight", table.shape)
     return finish(g, x, Head(table, head), s.heads, cfg.num_decoder_layers)
 

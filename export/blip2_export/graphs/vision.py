@@ -6,6 +6,8 @@ EVA's ViT-g and CLIP's ViT-L are one network here. CLIP's has a layer norm in fr
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from transformers import Blip2VisionConfig
 
@@ -26,14 +28,13 @@ def build(out: Output, checkpoint: Checkpoint, cfg: Blip2VisionConfig, side: int
     tower = _Tower(g, checkpoint, cfg)
     side, width = side or cfg.image_size, cfg.hidden_size
     positions = position_embeddings(checkpoint, cfg, side)
-    x = g.input("pixel_values", "float32", ["batch", 3, side, side])
-    x = tower.embed(x, positions)
+    x = tower.embed(g.take("pixel_values", ["batch", 3, side, side]), positions)
     if has_pre_layernorm(cfg):
         x = tower.norm("pre_layernorm", x)
     for i in range(cfg.num_hidden_layers):
         x = tower.block(f"encoder.layers.{i}.", x)
     x = tower.norm("post_layernorm", x, post_layernorm_epsilon(cfg))
-    g.output(x, "image_features", "float32", ["batch", positions.shape[1], width])
+    g.give(x, "image_features", ["batch", positions.shape[1], width])
     g.save()
     return g
 
@@ -78,9 +79,7 @@ class _Tower:
         if not has_pre_layernorm(self.cfg):
             weights.append(self.read(name + "patch_embedding.bias", width))
         token = self.read(name + "class_embedding", 1, 1, width).astype(np.float32)
-        x = g.op("Conv", [pixels, *map(g.weight, weights)], kernel_shape=[patch, patch], strides=[patch, patch])
-        x = g.op("Reshape", [x, g.constant([0, width, positions.shape[1] - 1])])
-        x = g.op("Transpose", [x], perm=[0, 2, 1])
+        x = g.patches(pixels, weights, math.isqrt(positions.shape[1]))
         x = g.op("Add", [x, g.weight(positions[:, 1:])])
         return g.op("Concat", [g.repeat(g.weight(token + positions[:, :1]), pixels), x], axis=1)
 
