@@ -36,7 +36,7 @@ texts() { # bundle provider beams
 same() { # bundle beams: pictures with the text of the float32 bundle
     [ -d "$1-float32" ] || { echo "-"; return; }
     texts "$1-float32" cpu "$2" >"$work/wanted" && texts "$1" "$PROVIDER" "$2" >"$work/found" || { echo failed; return; }
-    paste -d '\001' "$work/wanted" "$work/found" | awk -F '\001' '$1 == $2 { n++ } END { print n + 0 " of " NR }'
+    awk 'NR == FNR { wanted[FNR] = $0; next } $0 == wanted[FNR] { n++ } END { print n + 0 " of " FNR }' "$work/wanted" "$work/found"
 }
 
 echo
