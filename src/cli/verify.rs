@@ -6,6 +6,7 @@ use super::Failure;
 use super::args::Verify;
 use crate::bundle::Bundle;
 use crate::error::Error;
+use crate::runtime::Copies;
 use crate::verify;
 
 pub(super) fn run(command: &Verify) -> Result<(), Failure> {
@@ -38,6 +39,10 @@ pub(super) fn run(command: &Verify) -> Result<(), Failure> {
         }
     })?;
     printed?;
+    let Copies { n_up, bytes_up, n_down, bytes_down } = engine.runtime().copies();
+    if n_up + n_down > 0 {
+        writeln!(out, "      copies: {n_up} to the device ({bytes_up} bytes), {n_down} to the host ({bytes_down} bytes)")?;
+    }
     if failed > 0 {
         return Err(Failure::Mismatch(failed));
     }

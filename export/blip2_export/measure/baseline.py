@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compile", action="store_true", help="measure `torch.compile` too; it takes minutes to compile"
     )
+    parser.add_argument("--device", default="cpu", help="where `transformers` computes, such as cuda:0 (default: cpu)")
     work.add_arguments(parser)
 
 
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _in_dtype(args: argparse.Namespace, dtype: str) -> tuple[Work, dict[str, Samples]]:
     """Eager and perhaps compiled; the model is let go before that of the next precision is loaded."""
-    peer = Peer(args.checkpoint, dtype, args.threads)
+    peer = Peer(args.checkpoint, dtype, args.threads, args.device)
     wanted = work.of(args, peer.n_prompt_tokens)
     found = {dtype: _measured(peer, wanted, args.rounds, dtype)}
     if args.compile:

@@ -48,7 +48,7 @@ class Written:
 class Peer:
     """One checkpoint. `written`: the tokens of every caption, by picture and search."""
 
-    def __init__(self, folder: Path, dtype: str, n_threads: int) -> None:
+    def __init__(self, folder: Path, dtype: str, n_threads: int, device: str = "cpu") -> None:
         torch.set_num_threads(n_threads)
         checkpoint = Checkpoint(folder)
         if checkpoint.config["model_type"] != "blip-2" or checkpoint.is_retrieval:
@@ -58,12 +58,20 @@ class Peer:
         self._prepare = pictures.preparation(checkpoint.processor_folder, image)
         self._tokenizer = tokenizers.load(checkpoint.tokenizer_folder)
         self._model = Blip2ForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+        self._device = torch.device(device)
+        self._model.to(self._device)
         self._images = [cfg.image_token_index] * cfg.num_query_tokens
         self._search: dict[str, Any] = {"do_sample": False}
         self._returned: list[float] = []
         for module in (self._model.vision_model, self._model.language_projection, self._model.language_model):
-            module.register_forward_hook(lambda *_: self._returned.append(time.perf_counter()))
+            module.register_forward_hook(lambda *_: self._returned.append(self._now()))
         self.written: dict[str, list[int]] = {}
+
+    def _now(self) -> float:
+        """When the device is through with what it was given."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
 
     def compile(self) -> None:
         """`torch.compile` of what the hooks watch; the cache gets a fixed size, as without one every step has other shapes."""
@@ -113,8 +121,8 @@ class Peer:
     def write(self, images: Sequence[Path], prompts: Sequence[str], n_tokens: int, n_beams: int = 1) -> Written:
         """One text of exactly `n_tokens` for each image, behind prompts of the same length."""
         start = time.perf_counter()
-        pixels = torch.from_numpy(np.stack([self._prepare(Image.open(path)) for path in images]))
-        ids = torch.tensor([self._images + self._tokenizer(prompt).input_ids for prompt in prompts])
+        pixels = torch.from_numpy(np.stack([self._prepare(Image.open(path)) for path in images])).to(self._device)
+        ids = torch.tensor([self._images + self._tokenizer(prompt).input_ids for prompt in prompts]).to(self._device)
         prepared = time.perf_counter()
         self._returned.clear()
         rows = self._model.generate(
