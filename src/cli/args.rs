@@ -1,5 +1,6 @@
 //! What can be typed.
 
+use std::ffi::{OsStr, OsString};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
@@ -15,6 +16,11 @@ use crate::pixels::{Alpha, Limits};
 use crate::prompt::PromptError;
 use crate::runtime::{ProviderChoice, Runtime, RuntimeOptions};
 use crate::text::Warning;
+
+/// As `cargo bench --bench batch` finds it.
+const DEFAULT_BATCH: usize = 8;
+/// More bring nothing and take memory.
+const MOST_BATCH: usize = 1024;
 
 const DEFAULT_MODEL: &str = "models/demo-opt";
 
@@ -52,8 +58,10 @@ pub(super) enum Command {
 #[derive(Debug, clap::Args)]
 pub(super) struct Caption {
     /// Pictures (JPEG, PNG, GIF, WebP, BMP, TIFF, PNM); `-` reads one from standard input
-    #[arg(required = true, value_name = "IMAGE")]
+    #[arg(required_unless_present = "images_from", value_name = "IMAGE")]
     pub images: Vec<PathBuf>,
+    #[command(flatten)]
+    pub many: Many,
     #[command(flatten)]
     pub write: Write,
     #[command(flatten)]
@@ -62,11 +70,14 @@ pub(super) struct Caption {
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Ask {
-    /// The picture; `-` reads it from standard input
-    pub image: PathBuf,
-    /// Questions about it
-    #[arg(required = true, value_name = "QUESTION")]
-    pub questions: Vec<String>,
+    /// The picture, `-` for standard input; another question where --image or --images-from names pictures
+    #[arg(value_name = "IMAGE")]
+    pub first: OsString,
+    /// Questions about each picture
+    #[arg(required_unless_present_any = ["images", "images_from"], value_name = "QUESTION")]
+    pub rest: Vec<String>,
+    #[command(flatten)]
+    pub images: Images,
     #[command(flatten)]
     pub write: Write,
     #[command(flatten)]
@@ -75,11 +86,14 @@ pub(super) struct Ask {
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Match {
-    /// The picture; `-` reads it from standard input
-    pub image: PathBuf,
-    /// Texts to compare it with
-    #[arg(required = true, value_name = "TEXT")]
-    pub texts: Vec<String>,
+    /// The picture, `-` for standard input; another text where --image or --images-from names pictures
+    #[arg(value_name = "IMAGE")]
+    pub first: OsString,
+    /// Texts to compare each picture with
+    #[arg(required_unless_present_any = ["images", "images_from"], value_name = "TEXT")]
+    pub rest: Vec<String>,
+    #[command(flatten)]
+    pub images: Images,
     #[command(flatten)]
     pub show: Show,
     #[command(flatten)]
@@ -95,8 +109,10 @@ pub(super) struct Embed {
     /// What the items are
     pub kind: EmbedKind,
     /// Pictures or texts; for `pair` a picture and the texts that are read with it
-    #[arg(required = true, value_name = "ITEM")]
+    #[arg(required_unless_present = "images_from", value_name = "ITEM")]
     pub items: Vec<String>,
+    #[command(flatten)]
+    pub many: Many,
     /// Write one array of float32 to this file instead of printing vectors
     #[arg(long, value_name = "FILE")]
     pub npy: Option<PathBuf>,
@@ -170,6 +186,27 @@ pub(super) struct Inspect {
 pub(super) struct Doctor {
     #[command(flatten)]
     pub model: Model,
+}
+
+/// Pictures beside those that were typed, and how many are worked on together.
+#[derive(Debug, clap::Args)]
+pub(super) struct Many {
+    /// A file with paths of pictures, one a line; `-` reads them from standard input, as they come
+    #[arg(long, value_name = "FILE")]
+    pub images_from: Option<PathBuf>,
+    /// Pictures that are looked at, and texts that are written, together; 1024 at most
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_BATCH, value_parser = batch, hide_short_help = true)]
+    pub batch: usize,
+}
+
+/// Pictures where texts are typed.
+#[derive(Debug, clap::Args)]
+pub(super) struct Images {
+    /// A picture; may be given several times. All that is typed without an option are texts then
+    #[arg(id = "images", long = "image", value_name = "FILE")]
+    pub named: Vec<PathBuf>,
+    #[command(flatten)]
+    pub many: Many,
 }
 
 /// How texts are written and shown.
@@ -339,6 +376,23 @@ pub(super) struct Model {
     /// Memory for the KV cache and logits of the texts that are written together [default: three quarters of what is free; on a GPU, all]
     #[arg(long, value_name = "N", hide_short_help = true)]
     pub max_cache_bytes: Option<u64>,
+}
+
+fn batch(typed: &str) -> Result<usize, String> {
+    let n = typed.parse().map_err(|error: std::num::ParseIntError| error.to_string())?;
+    if (1..=MOST_BATCH).contains(&n) { Ok(n) } else { Err(format!("1 to {MOST_BATCH} pictures can be worked on together")) }
+}
+
+impl Images {
+    /// The pictures and the texts of what was typed: the first of it is the picture where no option names any.
+    pub fn sort(&self, first: &OsStr, rest: &[String]) -> Result<(Vec<PathBuf>, Vec<String>), Failure> {
+        if self.named.is_empty() && self.many.images_from.is_none() {
+            return Ok((vec![first.into()], rest.to_vec()));
+        }
+        let not_text = || Failure::Usage(format!("{}: a text is in UTF-8", plain(&first.to_string_lossy())));
+        let first = first.to_str().ok_or_else(not_text)?.to_owned();
+        Ok((self.named.clone(), std::iter::once(first).chain(rest.iter().cloned()).collect()))
+    }
 }
 
 impl Model {

@@ -80,14 +80,14 @@ impl Seer {
 
     /// Looks at pictures that another thread made ready, in one batch if that goes well; if not, each gets a run of its own, so that none
     /// fails for another.
-    pub fn see_each(&mut self, pictures: &[Pixels]) -> Vec<Result<Sight, Error>> {
+    pub fn see_each(&mut self, pictures: &[&Pixels]) -> Vec<Result<Sight, Error>> {
         if pictures.is_empty() {
             return Vec::new();
         }
         match self.see_pixels(Pixels::stack(pictures)) {
             Ok(sights) => sights.into_iter().map(Ok).collect(),
             Err(error) if pictures.len() == 1 => vec![Err(error)],
-            Err(_) => pictures.iter().map(|picture| Ok(self.see_pixels(picture.clone())?.remove(0))).collect(),
+            Err(_) => pictures.iter().map(|picture| Ok(self.see_pixels((*picture).clone())?.remove(0))).collect(),
         }
     }
 

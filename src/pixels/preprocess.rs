@@ -94,7 +94,7 @@ impl Pixels {
     ///
     /// # Panics
     /// If there are none, or their sizes differ.
-    pub fn stack(batches: &[Self]) -> Self {
+    pub fn stack(batches: &[&Self]) -> Self {
         let views: Vec<_> = batches.iter().map(|batch| batch.0.view()).collect();
         Self(ndarray::concatenate(Axis(0), &views).expect("pictures of one size"))
     }
