@@ -358,8 +358,8 @@ pub(super) struct Model {
     /// Which of the provider's devices
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub device: u32,
-    /// Threads inside an operator; one a core if absent
-    #[arg(long, value_name = "N")]
+    /// Threads inside an operator, 256 at most [default: one a core that this process may use]
+    #[arg(long, value_name = "N", value_parser = threads)]
     pub threads: Option<NonZeroUsize>,
     /// ONNX Runtime's library or its folder; searched for if absent (ORT_DYLIB_PATH, beside the executable, virtual environments)
     #[arg(long, value_name = "PATH")]
@@ -376,6 +376,11 @@ pub(super) struct Model {
     /// Memory for the KV cache and logits of the texts that are written together [default: three quarters of what is free; on a GPU, all]
     #[arg(long, value_name = "N", hide_short_help = true)]
     pub max_cache_bytes: Option<u64>,
+}
+
+fn threads(typed: &str) -> Result<NonZeroUsize, String> {
+    let n: usize = typed.parse().map_err(|error: std::num::ParseIntError| error.to_string())?;
+    NonZeroUsize::new(n).ok_or_else(|| "an operator runs on 1 thread at least".into())
 }
 
 fn batch(typed: &str) -> Result<usize, String> {

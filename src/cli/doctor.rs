@@ -7,13 +7,19 @@ use super::plain::plain;
 use super::{Failure, chain};
 use crate::bundle::Bundle;
 use crate::error::Error;
-use crate::runtime::{Provider, ProviderChoice, Runtime, RuntimeOptions};
+use crate::runtime::{Provider, ProviderChoice, Runtime, RuntimeOptions, default_threads};
 
 pub(super) fn run(command: &Doctor) -> Result<(), Failure> {
     let mut out = stdout().lock();
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     writeln!(out, "blip2        {} on {} {}", env!("CARGO_PKG_VERSION"), std::env::consts::OS, std::env::consts::ARCH)?;
-    writeln!(out, "processor    {cores} cores{}", instruction_sets())?;
+    let plural = if cores == 1 { "" } else { "s" };
+    writeln!(out, "processor    {cores} core{plural}{}", instruction_sets())?;
+    let (threads, said) = match command.model.threads {
+        Some(threads) => (threads, "as --threads says"),
+        None => (default_threads(), "one a core that this process may use"),
+    };
+    writeln!(out, "threads      {threads} inside an operator, {said}")?;
 
     // The providers are tried one by one below, so loading must not choose among them.
     let options = RuntimeOptions { provider: ProviderChoice::Only(Provider::Cpu), ..(&command.model).into() };

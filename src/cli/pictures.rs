@@ -12,6 +12,7 @@ use crate::bundle::Bundle;
 use crate::engine::{Engine, Sight};
 use crate::error::Error;
 use crate::pixels::{Alpha, Limits, Picture, PictureWarning, Pixels, PixelsError, Preprocess};
+use crate::runtime::default_threads;
 use crate::timing::{Stage, Timings};
 
 /// Pictures on their way to the graphs, in the order in which they were named.
@@ -62,7 +63,7 @@ impl Pictures {
         }
         let count = many.images_from.is_none().then_some(named.len());
         let listed = many.images_from.as_deref().map(list).transpose()?;
-        let n_threads = std::thread::available_parallelism().map_or(1, usize::from).min(count.unwrap_or(usize::MAX));
+        let n_threads = default_threads().get().min(count.unwrap_or(usize::MAX));
         let named = named.into_iter().map(|path| (path, None)).chain(listed.into_iter().flatten());
         let ahead = Ahead::new(named, Reach { n_threads, depth: many.batch }, move |named| reader.prepare(named));
         Ok(Self { ahead, count })

@@ -36,6 +36,7 @@ pub use plugin::{PLUGINS, Plugin};
 pub use provider::{Choice, Provider, ProviderChoice, ProviderError};
 pub use rows::{Move, Mover, Row};
 pub use tensor::{Tensor, f32_from};
+pub use threads::default_threads;
 
 /// What the user decides about the runtime.
 #[derive(Clone, Debug, Default)]
@@ -46,8 +47,8 @@ pub struct RuntimeOptions {
     pub provider: ProviderChoice,
     /// Which GPU.
     pub device: u32,
-    /// Threads inside an operator; ONNX Runtime's own choice (one a core) when absent. All sessions of a process share the pool of its
-    /// first [`Runtime`]; those of a later one that asks for another number have a pool each.
+    /// Threads inside an operator; [`default_threads`] when absent. All sessions of a process share the pool of its first [`Runtime`];
+    /// those of a later one that asks for another number have a pool each.
     pub threads: Option<NonZeroUsize>,
     /// The library of the plugin that `provider` names, or a folder that holds it; searched for when absent.
     pub ep_library: Option<PathBuf>,
@@ -100,6 +101,9 @@ pub enum UnavailableError {
 
 /// Threads that may be asked for; with many more ONNX Runtime comes to a standstill.
 const MOST_THREADS: usize = 256;
+
+/// Weights are prepared on all threads. ONNX Runtime knows it from version 1.32 on; earlier ones pass over it.
+const PARALLEL_PREPACKING: &str = "session.prepack.enable_parallel";
 
 /// What ONNX Runtime reports.
 pub type GraphError = ort::Error;
@@ -179,7 +183,7 @@ impl RuntimeOptions {
     /// A plugin computes on threads of its own, often on the same cores.
     fn pool(&self) -> Threads {
         let plugin = matches!(self.provider, ProviderChoice::Only(Provider::Plugin(_)));
-        Threads { count: self.threads, spin: !plugin }
+        Threads { count: self.threads.unwrap_or_else(default_threads), spin: !plugin }
     }
 }
 
@@ -240,6 +244,7 @@ impl Runtime {
     /// A session to be, where and as the user wants it.
     fn builder(&self, bundle: Option<&Bundle>) -> Result<SessionBuilder, ort::Error> {
         let builder = Session::builder(&self.0.loaded.environment)?.with_optimization_level(GraphOptimizationLevel::All)?;
+        let builder = builder.with_config_entry(PARALLEL_PREPACKING, "1")?;
         let builder = self.0.options.pool().apply(self.0.loaded.threads, builder)?;
         let cache = bundle.filter(|_| self.provider() == Provider::TensorRt);
         let cache = cache.and_then(|bundle| provider::cache(self.0.options.cache.as_deref(), &bundle.hash()));
