@@ -9,6 +9,7 @@ mod facts;
 mod files;
 mod interface;
 mod json;
+mod memory;
 mod onnx;
 
 use std::path::{Path, PathBuf};
@@ -20,6 +21,7 @@ pub use facts::*;
 pub use files::{MAX_FACTS_BYTES, MAX_GOLDEN_BYTES, MAX_GRAPH_BYTES, MAX_TOKENIZER_BYTES};
 pub use json::parse;
 pub(crate) use json::unique;
+pub use memory::{Load, Reckoning};
 
 /// The bundle format that this engine reads.
 pub const FORMAT_VERSION: u64 = 3;

@@ -8,7 +8,7 @@ use clap::{Parser, Subcommand};
 
 use super::Failure;
 use super::plain::plain;
-use crate::bundle::{Bundle, GenerationFacts, TaskName};
+use crate::bundle::{Bundle, GenerationFacts, Load, TaskName};
 use crate::decode::{EarlyStopping, Processors, Strategy, Warpers};
 use crate::engine::{Engine, Generation};
 use crate::error::Error;
@@ -180,6 +180,12 @@ pub(super) struct Inspect {
     /// Print bundle.json in one line
     #[arg(long)]
     pub json: bool,
+    /// Show what loading takes of the processor's memory, and texts about --batch pictures
+    #[arg(long, conflicts_with = "json")]
+    pub memory: bool,
+    /// Pictures that are worked on together
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_BATCH, value_parser = batch, requires = "memory")]
+    pub batch: usize,
 }
 
 #[derive(Debug, clap::Args)]
@@ -373,9 +379,29 @@ pub(super) struct Model {
     /// Where TensorRT keeps built engines [default: blip2/tensorrt in the user's cache folder]
     #[arg(long, value_name = "DIR", hide_short_help = true)]
     pub cache: Option<PathBuf>,
+    /// Memory that may be taken in all, such as 2GiB or 500MB; a bundle that needs more is refused before it is loaded
+    #[arg(long, value_name = "N", env = "BLIP2_MEMORY_LIMIT", value_parser = bytes)]
+    pub memory_limit: Option<u64>,
     /// Memory for the KV cache and logits of the texts that are written together [default: three quarters of what is free; on a GPU, all]
-    #[arg(long, value_name = "N", hide_short_help = true)]
+    #[arg(long, value_name = "N", value_parser = bytes, hide_short_help = true)]
     pub max_cache_bytes: Option<u64>,
+}
+
+/// A number of bytes: `2GiB`, `500MB`, `1000000`.
+fn bytes(typed: &str) -> Result<u64, String> {
+    let (number, unit) = typed.split_at(typed.find(|char: char| !char.is_ascii_digit()).unwrap_or(typed.len()));
+    let factor: Option<u64> = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" => Some(1),
+        "kb" => Some(1000),
+        "mb" => Some(1_000_000),
+        "gb" => Some(1_000_000_000),
+        "kib" => Some(1 << 10),
+        "mib" => Some(1 << 20),
+        "gib" => Some(1 << 30),
+        _ => None,
+    };
+    let found = number.parse::<u64>().ok().zip(factor).and_then(|(number, factor)| number.checked_mul(factor));
+    found.ok_or_else(|| "a number of bytes is needed, such as 2GiB, 500MB or 1000000".into())
 }
 
 fn threads(typed: &str) -> Result<NonZeroUsize, String> {
@@ -415,6 +441,21 @@ impl Model {
         Ok(runtime)
     }
 
+    /// As many pictures together, of those wanted, as --memory-limit leaves room for; standard error says so where that is less.
+    pub fn batch(&self, bundle: &Bundle, wanted: usize) -> Result<usize, Error> {
+        let Some(limit) = self.memory_limit else { return Ok(wanted) };
+        for batch in (1..=wanted).rev() {
+            if bundle.memory(Load { batch: batch as u64, ..Load::LEAST })?.peak() <= limit {
+                if batch < wanted {
+                    eprintln!("blip2: warning: --memory-limit leaves room for {batch} of {wanted} pictures together");
+                }
+                return Ok(batch);
+            }
+        }
+        // Loading says so.
+        Ok(wanted)
+    }
+
     /// Loads a bundle's graphs where the user wants them.
     pub fn load(&self, bundle: Bundle) -> Result<Engine, Error> {
         Engine::load(bundle, self.runtime()?)
@@ -437,6 +478,7 @@ impl From<&Model> for RuntimeOptions {
             ep_library: model.ep_library.clone(),
             allow_fallback: model.allow_fallback,
             cache: model.cache.clone(),
+            memory_limit: model.memory_limit,
             max_cache_bytes: model.max_cache_bytes,
         }
     }

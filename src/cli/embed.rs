@@ -49,8 +49,9 @@ pub(super) fn run(command: &Embed) -> Result<(), Failure> {
     let npy = command.npy.as_deref().map(Npy::create).transpose()?;
     let rows = Rows::new(command, bundle.facts());
     let pictures = command.pictures(&bundle)?;
+    let batch = command.model.batch(&bundle, command.many.batch)?;
     let engine = command.model.load(bundle)?;
-    let mut embeddings = Embeddings { command, engine, rows, failures: Failures::default() };
+    let mut embeddings = Embeddings { command, engine, batch, rows, failures: Failures::default() };
     match (command.kind, pictures) {
         (_, Some(pictures)) => embeddings.images(pictures)?,
         (EmbedKind::Pair, None) => embeddings.pairs()?,
@@ -88,6 +89,7 @@ impl Embed {
 struct Embeddings<'a> {
     command: &'a Embed,
     engine: Engine,
+    batch: usize,
     rows: Rows,
     failures: Failures,
 }
@@ -145,7 +147,7 @@ impl Embeddings<'_> {
     fn images(&mut self, mut pictures: Pictures) -> Result<(), Failure> {
         let (mut progress, mut index) = (Progress::new(pictures.count), 0);
         loop {
-            let looked = pictures.look(&mut self.engine, self.command.many.batch, true);
+            let looked = pictures.look(&mut self.engine, self.batch, true);
             if looked.is_empty() {
                 return Ok(());
             }

@@ -35,6 +35,7 @@ pub(super) fn run(command: &args::Match) -> Result<(), Failure> {
     bundle.require(TaskName::Match).map_err(Error::from)?;
     let (named, texts) = images.sort(first, rest)?;
     let mut pictures = Pictures::start(named, &images.many, input, (&bundle, None))?;
+    let batch = model.batch(&bundle, images.many.batch)?;
     let mut engine = model.load(bundle)?;
     let mut failures = Failures::default();
     let check = |text: &str| {
@@ -50,7 +51,7 @@ pub(super) fn run(command: &args::Match) -> Result<(), Failure> {
     let (many, progress) = (pictures.are_many(), Progress::new(pictures.count));
     let mut matches = Matches { texts, read, failures, progress, printer: Printer::new(show), many };
     loop {
-        let looked = pictures.look(&mut engine, images.many.batch, true);
+        let looked = pictures.look(&mut engine, batch, true);
         if looked.is_empty() {
             return matches.failures.end();
         }

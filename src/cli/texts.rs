@@ -81,8 +81,9 @@ impl<'a> Job<'a> {
             check_template(&bundle, template).map_err(Error::from)?;
         }
         let (reranks_with, (named, many)) = (rerank::bundle(write)?, pictures);
+        let batch = model.batch(&bundle, many.batch)?;
         let pictures = Pictures::start(named, many, &write.input, (&bundle, reranks_with.as_ref()))?;
-        Ok(Self { model, write, bundle, reranks_with, generation, pictures, batch: many.batch })
+        Ok(Self { model, write, bundle, reranks_with, generation, pictures, batch })
     }
 
     /// Loads the graphs.

@@ -17,7 +17,7 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::bundle::Bundle;
+use crate::bundle::{Bundle, Load};
 use crate::error::Error;
 use crate::language::{LanguageModel, Prefix, Seen};
 use crate::pixels::Picture;
@@ -59,6 +59,7 @@ impl Engine {
     /// Loads a bundle's graphs and tokenizers side by side: most of the time goes into preparing weights, one thread a graph.
     pub fn load(bundle: Bundle, runtime: Runtime) -> Result<Self, Error> {
         runtime.require(&bundle.facts().requires.onnxruntime)?;
+        runtime.require_memory(bundle.folder(), &bundle.memory(Load::LEAST)?)?;
         let writes = bundle.facts().language.is_some();
         let (vision, reader, language, texts) = std::thread::scope(|threads| {
             let language = writes.then(|| threads.spawn(|| LanguageModel::open(&runtime, &bundle)));

@@ -14,7 +14,7 @@ mod tensor;
 mod threads;
 
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, MutexGuard};
 
 use ort::memory::MemoryInfo;
@@ -26,7 +26,7 @@ use library::Loaded;
 use placement::Placement;
 use threads::Threads;
 
-use crate::bundle::Bundle;
+use crate::bundle::{Bundle, BundleError, Load, Reckoning};
 pub use cancel::Cancel;
 pub use copies::Copies;
 pub use graph::{Binding, Graph, Outputs, Place};
@@ -56,6 +56,9 @@ pub struct RuntimeOptions {
     pub allow_fallback: bool,
     /// Where TensorRT keeps built engines, in a folder for each bundle; under the user's cache folder when absent.
     pub cache: Option<PathBuf>,
+    /// Bytes of the processor's memory that may be taken in all. A bundle that needs more is refused before it is loaded, and what it
+    /// leaves is the most for KV caches and logits.
+    pub memory_limit: Option<u64>,
     /// Bytes that KV caches and logits of the texts written together may take. When absent, three quarters of the free memory on the
     /// processor; a GPU says itself when it is full.
     pub max_cache_bytes: Option<u64>,
@@ -87,6 +90,19 @@ pub enum UnavailableError {
     /// More threads than any machine has use for.
     #[error("{0} threads inside an operator are too many; at most {MOST_THREADS} are possible, and one a core is usual")]
     Threads(NonZeroUsize),
+    /// The bundle needs more memory.
+    #[error(
+        "{}: it takes {needed}; {allowed}; use a bundle of lower precision or a smaller model, or allow more",
+        .folder.display()
+    )]
+    Memory {
+        /// The bundle.
+        folder: PathBuf,
+        /// The reckoning.
+        needed: String,
+        /// What there is, and who says so.
+        allowed: String,
+    },
     /// The bundle needs a later version.
     #[error("the bundle needs ONNX Runtime {needed} or later, {} is {found}", .path.display())]
     TooOld {
@@ -102,8 +118,10 @@ pub enum UnavailableError {
 /// Threads that may be asked for; with many more ONNX Runtime comes to a standstill.
 const MOST_THREADS: usize = 256;
 
-/// Weights are prepared on all threads. ONNX Runtime knows it from version 1.32 on; earlier ones pass over it.
+/// Weights of one graph are prepared on all threads. As they are let go together at the end, they lie in memory twice until then: 996 MB
+/// instead of 672 for a decoder of 478 MB, so it is for machines with more cores than graphs that load side by side, and without a limit.
 const PARALLEL_PREPACKING: &str = "session.prepack.enable_parallel";
+const GRAPHS_AT_ONCE: usize = 3;
 
 /// What ONNX Runtime reports.
 pub type GraphError = ort::Error;
@@ -222,9 +240,25 @@ impl Runtime {
         self.0.counters.read()
     }
 
-    /// How much of it KV caches and logits may take.
-    pub fn budget(&self) -> Budget {
-        Budget { limit: self.0.options.max_cache_bytes, is_host: !self.has_device() }
+    /// How much KV caches and logits of a bundle's texts may take.
+    pub fn budget(&self, bundle: &Bundle) -> Result<Budget, BundleError> {
+        let rest = |limit: u64| Ok(limit.saturating_sub(bundle.memory(Load::LEAST)?.without_texts()));
+        let left = self.0.options.memory_limit.map(rest).transpose()?;
+        let limit = self.0.options.max_cache_bytes.into_iter().chain(left).min();
+        Ok(Budget { limit, is_host: !self.has_device() })
+    }
+
+    /// Refuses what needs more of the processor's memory than may be taken, or than is free.
+    pub fn require_memory(&self, folder: &Path, needed: &Reckoning) -> Result<(), UnavailableError> {
+        let asked = self.0.options.memory_limit;
+        match asked.or_else(memory::free).filter(|_| !self.has_device()) {
+            Some(allowed) if needed.peak() > allowed => {
+                let source = if asked.is_some() { "may be taken (memory-limit)" } else { "are free (memory-limit says otherwise)" };
+                let (folder, needed) = (folder.to_path_buf(), needed.to_string());
+                Err(UnavailableError::Memory { folder, needed, allowed: format!("{:.0} MB {source}", allowed as f64 / 1e6) })
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Why `provider` cannot be used here, or nothing if it can.
@@ -244,7 +278,8 @@ impl Runtime {
     /// A session to be, where and as the user wants it.
     fn builder(&self, bundle: Option<&Bundle>) -> Result<SessionBuilder, ort::Error> {
         let builder = Session::builder(&self.0.loaded.environment)?.with_optimization_level(GraphOptimizationLevel::All)?;
-        let builder = builder.with_config_entry(PARALLEL_PREPACKING, "1")?;
+        let is_parallel = self.0.options.pool().count.get() > GRAPHS_AT_ONCE && self.0.options.memory_limit.is_none();
+        let builder = builder.with_config_entry(PARALLEL_PREPACKING, if is_parallel { "1" } else { "0" })?;
         let builder = self.0.options.pool().apply(self.0.loaded.threads, builder)?;
         let cache = bundle.filter(|_| self.provider() == Provider::TensorRt);
         let cache = cache.and_then(|bundle| provider::cache(self.0.options.cache.as_deref(), &bundle.hash()));
