@@ -28,7 +28,9 @@ fn exit_code(failure: &Failure) -> ExitCode {
         Failure::Nothing => 5,
         Failure::Engine(error) => of_engine(error),
         Failure::Text { source: error, .. } => of_engine(error),
-        Failure::Reported(first) | Failure::Row { source: first, .. } => return exit_code(first),
+        Failure::Reported(first) | Failure::Row { source: first, .. } | Failure::About { source: first, .. } => {
+            return exit_code(first);
+        }
     })
 }
 

@@ -281,6 +281,18 @@ fn threads_and_standard_input_change_nothing() {
 }
 
 #[test]
+fn there_are_as_many_threads_as_the_process_may_use() {
+    assert!(works(["doctor", "--threads", "3"]).contains("\nthreads      3 inside an operator, as --threads says\n"));
+    let doctor = ["-c", "0", env!("CARGO_BIN_EXE_blip2"), "doctor"];
+    match Command::new("taskset").args(doctor).env("BLIP2_PROVIDER", "cpu").current_dir(root()).output() {
+        Ok(bound) => {
+            assert!(out(&bound).contains("\nthreads      1 inside an operator, one a core"), "{}{}", out(&bound), err(&bound))
+        }
+        Err(error) => eprintln!("skipped: taskset, which binds a process to one processor: {error}"),
+    }
+}
+
+#[test]
 fn a_prompt_of_ones_own_is_continued() {
     let asked = json_lines(["ask", "--json", &sample(0), "how many objects are there?"]);
     let facts: Value = serde_json::from_slice(&std::fs::read(demo().join("bundle.json")).unwrap()).unwrap();
@@ -451,7 +463,7 @@ fn a_wrong_command_line_is_explained() {
     fails(["caption", "--ep-option", "a=b", &sample(0)], 2, "provider `cpu` takes no --ep-option");
     fails(["doctor", "--provider", "cuda", "--ep-option", "a=b"], 2, "provider `cuda` takes no --ep-option");
     fails(["caption", "--allow-fallback=all", &sample(0)], 2, "nothing, operators, graphs are known");
-    fails(["caption", "--threads", "0", &sample(0)], 2, "threads");
+    fails(["caption", "--threads", "0", &sample(0)], 2, "an operator runs on 1 thread at least");
     fails(["caption", "--threads", "100000", &sample(0)], 2, "100000 threads");
     fails(["caption", "--max-new-tokens", "3", "--min-new-tokens", "4", &sample(0)], 2, "at least 4 new tokens are wanted, and 3");
     for (template, found) in [("", 0), ("no place", 0), ("{} or {}", 2)] {

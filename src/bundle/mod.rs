@@ -10,6 +10,7 @@ mod files;
 mod interface;
 mod json;
 mod loss;
+mod memory;
 mod onnx;
 mod precision;
 
@@ -23,6 +24,7 @@ pub use files::{MAX_FACTS_BYTES, MAX_GOLDEN_BYTES, MAX_GRAPH_BYTES, MAX_TOKENIZE
 pub use json::parse;
 pub(crate) use json::unique;
 pub use loss::{Compared, Difference, LossFacts, StageLoss, TokenLoss};
+pub use memory::{Load, Reckoning};
 pub use precision::Precision;
 
 /// The bundle format that this engine reads.

@@ -72,6 +72,8 @@ struct AttributeProto {
 struct TensorProto {
     #[prost(int64, repeated, tag = "1")]
     dims: Vec<i64>,
+    #[prost(int32, tag = "2")]
+    data_type: i32,
     #[prost(string, tag = "8")]
     name: String,
     #[prost(message, repeated, tag = "13")]
@@ -91,6 +93,78 @@ struct EntryProto {
 /// A message whose presence is all that matters.
 #[derive(Clone, PartialEq, Message)]
 struct Unread {}
+
+/// What the weights of a graph come to once it is loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct GraphMemory {
+    /// Bytes of all of them.
+    pub weights: u64,
+    /// Of that, what is computed from what is stored.
+    pub folded: u64,
+    /// The widest that anything between nodes becomes, vocabularies apart.
+    pub widest: u64,
+}
+
+/// A weight, or what is computed from weights alone.
+#[derive(Clone, Copy)]
+struct Constant {
+    n_values: u64,
+    bytes: u64,
+    widest: u64,
+    is_folded: bool,
+}
+
+impl GraphMemory {
+    fn of(graph: &GraphProto, n_words: u64) -> Self {
+        let stored = graph.initializer.iter().map(|tensor| (tensor.name.as_str(), Constant::stored(tensor)));
+        let mut constants: BTreeMap<&str, Constant> = stored.collect();
+        let mut found = Self { weights: 0, folded: 0, widest: 0 };
+        let mut counted = BTreeSet::new();
+        for node in &graph.node {
+            let taken = || node.input.iter().filter(|name| !name.is_empty());
+            if FOLDED.contains(&node.op_type.as_str()) && taken().all(|name| constants.contains_key(name.as_str())) {
+                let largest = taken().filter_map(|name| constants.get(name.as_str())).max_by_key(|constant| constant.n_values);
+                if let (Some(largest), Some(output)) = (largest.copied(), node.output.first()) {
+                    constants.insert(output, Constant { bytes: 4 * largest.n_values, is_folded: true, ..largest });
+                }
+                continue;
+            }
+            // A matrix is packed for each of its products; all else lies there once.
+            let packs = node.op_type.contains("MatMul") || node.op_type == "Gemm";
+            for (name, constant) in taken().filter_map(|name| Some((name, constants.get(name.as_str())?))) {
+                // Rows that are looked up stay in the mapped file, which makes room when it must.
+                let is_mapped = node.op_type == "Gather" && !constant.is_folded;
+                if packs || (!is_mapped && counted.insert(name)) {
+                    found.weights += constant.bytes;
+                    found.folded += if constant.is_folded { constant.bytes } else { 0 };
+                }
+                if packs && constant.widest != n_words {
+                    found.widest = found.widest.max(constant.widest);
+                }
+            }
+        }
+        found
+    }
+}
+
+/// Operators that ONNX Runtime computes once where all they take are weights.
+const FOLDED: [&str; 6] = ["Cast", "DequantizeLinear", "Mul", "Reshape", "Transpose", "Unsqueeze"];
+
+impl Constant {
+    fn stored(tensor: &TensorProto) -> Self {
+        let sizes = || tensor.dims.iter().map(|size| u64::try_from(*size).unwrap_or(0));
+        let n_values: u64 = sizes().product();
+        let bytes = match tensor.data_type {
+            10 | 16 | 4 | 5 => 2 * n_values,
+            2 | 3 | 9 => n_values,
+            7 | 11 | 13 => 8 * n_values,
+            // Two to a byte.
+            21 | 22 => n_values.div_ceil(2),
+            _ => 4 * n_values,
+        };
+        Self { n_values, bytes, widest: sizes().max().unwrap_or(0), is_folded: false }
+    }
+}
 
 /// A graph as its file has it.
 struct Graph<'a> {
@@ -134,10 +208,20 @@ impl Bundle {
     /// # Panics
     /// As [`graph`](Self::graph).
     pub fn operators(&self, graph: &str) -> Result<BTreeSet<String>, BundleError> {
+        Ok(self.proto(graph)?.node.into_iter().map(|node| node.op_type).collect())
+    }
+
+    /// What the weights of a graph come to.
+    pub(super) fn graph_memory(&self, graph: &str) -> Result<GraphMemory, BundleError> {
+        let n_words = self.facts.language.as_ref().map_or(0, |language| language.vocab_size as u64);
+        Ok(GraphMemory::of(&self.proto(graph)?, n_words))
+    }
+
+    fn proto(&self, graph: &str) -> Result<GraphProto, BundleError> {
         let file = &self.graph(graph).file;
         let not_onnx = |error: prost::DecodeError| self.refused(file, format!("is not an ONNX file: {error}"));
         let model = ModelProto::decode(self.read(file, MAX_GRAPH_BYTES)?.as_slice()).map_err(not_onnx)?;
-        Ok(model.graph.into_iter().flat_map(|graph| graph.node).map(|node| node.op_type).collect())
+        Ok(model.graph.unwrap_or_default())
     }
 
     fn check_opsets(&self, used: &BTreeMap<String, i64>) -> Result<(), BundleError> {

@@ -1,5 +1,6 @@
 //! What can be typed.
 
+use std::ffi::{OsStr, OsString};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
@@ -7,7 +8,7 @@ use clap::{Parser, Subcommand};
 
 use super::Failure;
 use super::plain::plain;
-use crate::bundle::{Bundle, GenerationFacts, TaskName};
+use crate::bundle::{Bundle, GenerationFacts, Load, TaskName};
 use crate::decode::{EarlyStopping, Processors, Strategy, Warpers};
 use crate::engine::{Engine, Generation};
 use crate::error::Error;
@@ -15,6 +16,11 @@ use crate::pixels::{Alpha, Limits};
 use crate::prompt::PromptError;
 use crate::runtime::{ComputeType, Fallback, ProviderChoice, Runtime, RuntimeOptions};
 use crate::text::Warning;
+
+/// As `cargo bench --bench batch` finds it.
+const DEFAULT_BATCH: usize = 8;
+/// More bring nothing and take memory.
+const MOST_BATCH: usize = 1024;
 
 const DEFAULT_MODEL: &str = "models/demo-opt";
 
@@ -54,8 +60,10 @@ pub(super) enum Command {
 #[derive(Debug, clap::Args)]
 pub(super) struct Caption {
     /// Pictures (JPEG, PNG, GIF, WebP, BMP, TIFF, PNM); `-` reads one from standard input
-    #[arg(required = true, value_name = "IMAGE")]
+    #[arg(required_unless_present = "images_from", value_name = "IMAGE")]
     pub images: Vec<PathBuf>,
+    #[command(flatten)]
+    pub many: Many,
     #[command(flatten)]
     pub write: Write,
     #[command(flatten)]
@@ -64,11 +72,14 @@ pub(super) struct Caption {
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Ask {
-    /// The picture; `-` reads it from standard input
-    pub image: PathBuf,
-    /// Questions about it
-    #[arg(required = true, value_name = "QUESTION")]
-    pub questions: Vec<String>,
+    /// The picture, `-` for standard input; another question where --image or --images-from names pictures
+    #[arg(value_name = "IMAGE")]
+    pub first: OsString,
+    /// Questions about each picture
+    #[arg(required_unless_present_any = ["images", "images_from"], value_name = "QUESTION")]
+    pub rest: Vec<String>,
+    #[command(flatten)]
+    pub images: Images,
     #[command(flatten)]
     pub write: Write,
     #[command(flatten)]
@@ -77,11 +88,14 @@ pub(super) struct Ask {
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Match {
-    /// The picture; `-` reads it from standard input
-    pub image: PathBuf,
-    /// Texts to compare it with
-    #[arg(required = true, value_name = "TEXT")]
-    pub texts: Vec<String>,
+    /// The picture, `-` for standard input; another text where --image or --images-from names pictures
+    #[arg(value_name = "IMAGE")]
+    pub first: OsString,
+    /// Texts to compare each picture with
+    #[arg(required_unless_present_any = ["images", "images_from"], value_name = "TEXT")]
+    pub rest: Vec<String>,
+    #[command(flatten)]
+    pub images: Images,
     #[command(flatten)]
     pub show: Show,
     #[command(flatten)]
@@ -97,8 +111,10 @@ pub(super) struct Embed {
     /// What the items are
     pub kind: EmbedKind,
     /// Pictures or texts; for `pair` a picture and the texts that are read with it
-    #[arg(required = true, value_name = "ITEM")]
+    #[arg(required_unless_present = "images_from", value_name = "ITEM")]
     pub items: Vec<String>,
+    #[command(flatten)]
+    pub many: Many,
     /// Write one array of float32 to this file instead of printing vectors
     #[arg(long, value_name = "FILE")]
     pub npy: Option<PathBuf>,
@@ -166,6 +182,12 @@ pub(super) struct Inspect {
     /// Print bundle.json in one line
     #[arg(long)]
     pub json: bool,
+    /// Show what loading takes of the processor's memory, and texts about --batch pictures
+    #[arg(long, conflicts_with = "json")]
+    pub memory: bool,
+    /// Pictures that are worked on together
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_BATCH, value_parser = batch, requires = "memory")]
+    pub batch: usize,
 }
 
 #[derive(Debug, clap::Args)]
@@ -181,6 +203,27 @@ pub(super) struct Build {
 pub(super) struct Doctor {
     #[command(flatten)]
     pub model: Model,
+}
+
+/// Pictures beside those that were typed, and how many are worked on together.
+#[derive(Debug, clap::Args)]
+pub(super) struct Many {
+    /// A file with paths of pictures, one a line; `-` reads them from standard input, as they come
+    #[arg(long, value_name = "FILE")]
+    pub images_from: Option<PathBuf>,
+    /// Pictures that are looked at, and texts that are written, together; 1024 at most
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_BATCH, value_parser = batch, hide_short_help = true)]
+    pub batch: usize,
+}
+
+/// Pictures where texts are typed.
+#[derive(Debug, clap::Args)]
+pub(super) struct Images {
+    /// A picture; may be given several times. All that is typed without an option are texts then
+    #[arg(id = "images", long = "image", value_name = "FILE")]
+    pub named: Vec<PathBuf>,
+    #[command(flatten)]
+    pub many: Many,
 }
 
 /// How texts are written and shown.
@@ -333,8 +376,8 @@ pub(super) struct Model {
     /// Which of the provider's devices
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub device: u32,
-    /// Threads inside an operator; one a core if absent
-    #[arg(long, value_name = "N")]
+    /// Threads inside an operator, 256 at most [default: one a core that this process may use]
+    #[arg(long, value_name = "N", value_parser = threads)]
     pub threads: Option<NonZeroUsize>,
     /// ONNX Runtime's library or its folder; searched for if absent (ORT_DYLIB_PATH, beside the executable, virtual environments)
     #[arg(long, value_name = "PATH")]
@@ -355,9 +398,51 @@ pub(super) struct Model {
     /// Where `build` keeps TensorRT's engines [default: blip2/tensorrt in the user's cache folder]
     #[arg(long, value_name = "DIR", hide_short_help = true)]
     pub cache: Option<PathBuf>,
+    /// Memory that may be taken in all, such as 2GiB or 500MB; a bundle that needs more is refused before it is loaded
+    #[arg(long, value_name = "N", env = "BLIP2_MEMORY_LIMIT", value_parser = bytes)]
+    pub memory_limit: Option<u64>,
     /// Memory for the KV cache and logits of the texts that are written together [default: three quarters of what is free; on a GPU, all]
-    #[arg(long, value_name = "N", hide_short_help = true)]
+    #[arg(long, value_name = "N", value_parser = bytes, hide_short_help = true)]
     pub max_cache_bytes: Option<u64>,
+}
+
+/// A number of bytes: `2GiB`, `500MB`, `1000000`.
+fn bytes(typed: &str) -> Result<u64, String> {
+    let (number, unit) = typed.split_at(typed.find(|char: char| !char.is_ascii_digit()).unwrap_or(typed.len()));
+    let factor: Option<u64> = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" => Some(1),
+        "kb" => Some(1000),
+        "mb" => Some(1_000_000),
+        "gb" => Some(1_000_000_000),
+        "kib" => Some(1 << 10),
+        "mib" => Some(1 << 20),
+        "gib" => Some(1 << 30),
+        _ => None,
+    };
+    let found = number.parse::<u64>().ok().zip(factor).and_then(|(number, factor)| number.checked_mul(factor));
+    found.ok_or_else(|| "a number of bytes is needed, such as 2GiB, 500MB or 1000000".into())
+}
+
+fn threads(typed: &str) -> Result<NonZeroUsize, String> {
+    let n: usize = typed.parse().map_err(|error: std::num::ParseIntError| error.to_string())?;
+    NonZeroUsize::new(n).ok_or_else(|| "an operator runs on 1 thread at least".into())
+}
+
+fn batch(typed: &str) -> Result<usize, String> {
+    let n = typed.parse().map_err(|error: std::num::ParseIntError| error.to_string())?;
+    if (1..=MOST_BATCH).contains(&n) { Ok(n) } else { Err(format!("1 to {MOST_BATCH} pictures can be worked on together")) }
+}
+
+impl Images {
+    /// The pictures and the texts of what was typed: the first of it is the picture where no option names any.
+    pub fn sort(&self, first: &OsStr, rest: &[String]) -> Result<(Vec<PathBuf>, Vec<String>), Failure> {
+        if self.named.is_empty() && self.many.images_from.is_none() {
+            return Ok((vec![first.into()], rest.to_vec()));
+        }
+        let not_text = || Failure::Usage(format!("{}: a text is in UTF-8", plain(&first.to_string_lossy())));
+        let first = first.to_str().ok_or_else(not_text)?.to_owned();
+        Ok((self.named.clone(), std::iter::once(first).chain(rest.iter().cloned()).collect()))
+    }
 }
 
 impl Model {
@@ -373,6 +458,21 @@ impl Model {
             eprintln!("blip2: runs on {}", plain(&runtime.choice().to_string()));
         }
         Ok(runtime)
+    }
+
+    /// As many pictures together, of those wanted, as --memory-limit leaves room for; standard error says so where that is less.
+    pub fn batch(&self, bundle: &Bundle, wanted: usize) -> Result<usize, Error> {
+        let Some(limit) = self.memory_limit else { return Ok(wanted) };
+        for batch in (1..=wanted).rev() {
+            if bundle.memory(Load { batch: batch as u64, ..Load::LEAST })?.peak() <= limit {
+                if batch < wanted {
+                    eprintln!("blip2: warning: --memory-limit leaves room for {batch} of {wanted} pictures together");
+                }
+                return Ok(batch);
+            }
+        }
+        // Loading says so.
+        Ok(wanted)
     }
 
     /// Loads a bundle's graphs where the user wants them. Standard error says what of them is slow there.
@@ -401,6 +501,7 @@ impl From<&Model> for RuntimeOptions {
             precision: model.precision,
             fallback: model.allow_fallback,
             cache: model.cache.clone(),
+            memory_limit: model.memory_limit,
             max_cache_bytes: model.max_cache_bytes,
         }
     }

@@ -9,7 +9,7 @@ use super::{Failure, chain};
 use crate::bundle::Bundle;
 use crate::error::Error;
 use crate::runtime::{
-    ComputeType, Extension, Plugin, Processor, Provider, ProviderChoice, Runtime, RuntimeOptions, UnavailableError,
+    ComputeType, Extension, Plugin, Processor, Provider, ProviderChoice, Runtime, RuntimeOptions, UnavailableError, default_threads,
 };
 
 pub(super) fn run(command: &Doctor) -> Result<(), Failure> {
@@ -19,6 +19,11 @@ pub(super) fn run(command: &Doctor) -> Result<(), Failure> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     writeln!(out, "blip2        {} on {} {}", env!("CARGO_PKG_VERSION"), std::env::consts::OS, std::env::consts::ARCH)?;
     describe_processor(&mut out, cores)?;
+    let (threads, said) = match command.model.threads {
+        Some(threads) => (threads, "as --threads says"),
+        None => (default_threads(), "one a core that this process may use"),
+    };
+    writeln!(out, "threads      {threads} inside an operator, {said}")?;
 
     // The providers are tried one by one below, so loading must not choose among them.
     let runtime = Runtime::load(&alone(Provider::Cpu, &asked)).map_err(Error::from)?;

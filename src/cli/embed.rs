@@ -1,18 +1,20 @@
 //! `blip2 embed image|text|pair ITEM...`
 
 use std::io::{Write as _, stdout};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use ndarray::{Array2, Array3, Axis};
+use ndarray::{Array2, Array3};
 use serde::Serialize;
 
 use super::Failure;
 use super::args::{Embed, EmbedKind};
 use super::failures::{Failures, Sound};
 use super::npy::Npy;
-use super::output::{look, warn};
-use crate::bundle::{Facts, TaskName};
-use crate::engine::Engine;
+use super::output::warn;
+use super::pictures::{Pictures, look};
+use super::progress::Progress;
+use crate::bundle::{Bundle, Facts, TaskName};
+use crate::engine::{Engine, Sight};
 use crate::error::Error;
 use crate::text::Warning;
 
@@ -39,19 +41,24 @@ pub(super) fn run(command: &Embed) -> Result<(), Failure> {
     if command.kind == EmbedKind::Pair && command.items.len() < 2 {
         return Err(Failure::Usage("`embed pair` needs a picture and at least one text".into()));
     }
+    if command.kind != EmbedKind::Image && command.many.images_from.is_some() {
+        return Err(Failure::Usage("--images-from is for `embed image`".into()));
+    }
     let bundle = command.model.bundle()?;
     bundle.require(TaskName::Embed).map_err(Error::from)?;
     let npy = command.npy.as_deref().map(Npy::create).transpose()?;
-    let rows = if npy.is_some() { command.rows(bundle.facts()) } else { Array3::zeros((0, 0, 0)) };
+    let rows = Rows::new(command, bundle.facts());
+    let pictures = command.pictures(&bundle)?;
+    let batch = command.model.batch(&bundle, command.many.batch)?;
     let engine = command.model.load(bundle)?;
-    let mut embeddings = Embeddings { command, engine, rows, failures: Failures::default() };
-    match command.kind {
-        EmbedKind::Image => embeddings.images()?,
-        EmbedKind::Text => embeddings.texts()?,
-        EmbedKind::Pair => embeddings.pairs()?,
+    let mut embeddings = Embeddings { command, engine, batch, rows, failures: Failures::default() };
+    match (command.kind, pictures) {
+        (_, Some(pictures)) => embeddings.images(pictures)?,
+        (EmbedKind::Pair, None) => embeddings.pairs()?,
+        (_, None) => embeddings.texts()?,
     }
     if let Some(npy) = npy {
-        npy.write(&embeddings.rows, command.has_queries())?;
+        npy.write(&embeddings.rows.finish(), command.has_queries())?;
     }
     embeddings.failures.end()
 }
@@ -61,14 +68,13 @@ impl Embed {
         self.kind == EmbedKind::Pair || (self.kind == EmbedKind::Image && self.per_query)
     }
 
-    /// The whole array, `[items, vectors, width]`, before anything is known.
-    fn rows(&self, facts: &Facts) -> Array3<f32> {
-        let n_vectors = if self.has_queries() { facts.qformer.n_queries } else { 1 };
-        let (n_items, width) = match self.kind {
-            EmbedKind::Pair => (self.items.len() - 1, facts.qformer.hidden),
-            EmbedKind::Image | EmbedKind::Text => (self.items.len(), facts.qformer.joint.unwrap_or(0)),
+    /// Pictures on their way, where they are what is embedded.
+    fn pictures(&self, bundle: &Bundle) -> Result<Option<Pictures>, Failure> {
+        let start = || {
+            let named = self.items.iter().map(PathBuf::from).collect();
+            Pictures::start(named, &self.many, &self.input, (bundle, None))
         };
-        Array3::from_elem((n_items, n_vectors, width), f32::NAN)
+        (self.kind == EmbedKind::Image).then(start).transpose()
     }
 
     /// What is said of an item without vectors.
@@ -83,9 +89,50 @@ impl Embed {
 struct Embeddings<'a> {
     command: &'a Embed,
     engine: Engine,
-    /// For the file.
-    rows: Array3<f32>,
+    batch: usize,
+    rows: Rows,
     failures: Failures,
+}
+
+/// What goes into the file: `[items, vectors, width]`, NaN for items that have none.
+struct Rows {
+    values: Vec<f32>,
+    n_items: usize,
+    n_vectors: usize,
+    width: usize,
+}
+
+impl Rows {
+    fn new(command: &Embed, facts: &Facts) -> Self {
+        let n_vectors = if command.has_queries() { facts.qformer.n_queries } else { 1 };
+        let (n_items, width) = match command.kind {
+            EmbedKind::Pair => (command.items.len() - 1, facts.qformer.hidden),
+            EmbedKind::Image | EmbedKind::Text => (command.items.len(), facts.qformer.joint.unwrap_or(0)),
+        };
+        Self { values: Vec::new(), n_items, n_vectors, width }
+    }
+
+    /// Those of an item behind all before.
+    fn push(&mut self, index: usize, vectors: &Array2<f32>) {
+        self.count(index);
+        self.fill(index);
+        self.values.extend(vectors);
+    }
+
+    /// There is such an item, with vectors or without.
+    fn count(&mut self, index: usize) {
+        self.n_items = self.n_items.max(index + 1);
+    }
+
+    fn fill(&mut self, n_items: usize) {
+        self.values.resize(n_items * self.n_vectors * self.width, f32::NAN);
+    }
+
+    fn finish(&mut self) -> Array3<f32> {
+        self.fill(self.n_items);
+        let shape = (self.n_items, self.n_vectors, self.width);
+        Array3::from_shape_vec(shape, std::mem::take(&mut self.values)).expect("an item has as many values as its shape says")
+    }
 }
 
 /// Whose vectors they are.
@@ -97,20 +144,33 @@ struct Item<'a> {
 }
 
 impl Embeddings<'_> {
-    fn images(&mut self) -> Result<(), Failure> {
-        for (index, image) in self.command.items.iter().enumerate() {
-            let sight = match look(&mut self.engine, Path::new(image), &self.command.input) {
-                Ok((_, sight)) => sight,
-                Err(failure) => {
-                    self.failures.note(self.command.failed(index, failure));
-                    continue;
+    fn images(&mut self, mut pictures: Pictures) -> Result<(), Failure> {
+        let (mut progress, mut index) = (Progress::new(pictures.count), 0);
+        loop {
+            let looked = pictures.look(&mut self.engine, self.batch, true);
+            if looked.is_empty() {
+                return Ok(());
+            }
+            for looked in looked {
+                progress.clear();
+                looked.picture.warn();
+                match looked.sight {
+                    Ok(sight) => self.picture(index, &looked.picture.path, &sight)?,
+                    Err(failure) => {
+                        self.failures.note(self.command.failed(index, failure));
+                        self.rows.count(index);
+                    }
                 }
-            };
-            let embedding = sight.embedding().expect("a bundle that embeds compares pictures");
-            let vectors = if self.command.per_query { embedding.queries.clone() } else { one(embedding.pooled()) };
-            self.show(&Item { index, image: Some(image), text: None, warnings: &[] }, vectors)?;
+                progress.advance();
+                index += 1;
+            }
         }
-        Ok(())
+    }
+
+    fn picture(&mut self, index: usize, path: &Path, sight: &Sight) -> Result<(), Failure> {
+        let embedding = sight.embedding().expect("a bundle that embeds compares pictures");
+        let vectors = if self.command.per_query { embedding.queries.clone() } else { one(embedding.pooled()) };
+        self.show(&Item { index, image: Some(&path.to_string_lossy()), text: None, warnings: &[] }, vectors)
     }
 
     fn texts(&mut self) -> Result<(), Failure> {
@@ -129,7 +189,7 @@ impl Embeddings<'_> {
         if sound.is_empty() {
             return Ok(());
         }
-        let (_, sight) = look(&mut self.engine, Path::new(image), &self.command.input)?;
+        let sight = look(&mut self.engine, Path::new(image), &self.command.input)?;
         let pairs: Vec<_> = sound.iter().map(|sound| (&sight, sound.text)).collect();
         for (sound, pair) in sound.iter().zip(self.engine.seer().embed_pairs(&pairs)?) {
             self.show(&Item::of(sound, Some(image)), pair.states)?;
@@ -150,7 +210,7 @@ impl Embeddings<'_> {
     fn show(&mut self, item: &Item<'_>, vectors: Array2<f32>) -> Result<(), Failure> {
         warn(item.warnings);
         if self.command.npy.is_some() {
-            self.rows.index_axis_mut(Axis(0), item.index).assign(&vectors);
+            self.rows.push(item.index, &vectors);
             return Ok(());
         }
         let has_queries = self.command.has_queries();

@@ -47,43 +47,14 @@ impl Failures {
         }
         sound
     }
-
-    /// Of texts that were worked on together, those of which something came, with it.
-    pub fn keep<'t, T, A>(
-        &mut self,
-        kind: &'static str,
-        texts: Vec<Sound<'t, T>>,
-        found: Vec<Result<A, Error>>,
-    ) -> (Vec<Sound<'t, T>>, Vec<A>) {
-        let kept = texts.into_iter().zip(found).filter_map(|(sound, found)| match found {
-            Ok(found) => Some((sound, found)),
-            Err(source) => {
-                self.note(of_text(kind, sound.index, sound.text, source));
-                None
-            }
-        });
-        kept.unzip()
-    }
 }
 
-fn of_text(kind: &'static str, index: usize, text: &str, source: Error) -> Failure {
+/// What is wrong with a text.
+pub(super) fn of_text(kind: &'static str, index: usize, text: &str, source: Error) -> Failure {
     Failure::Text { kind, place: index + 1, text: plain(&shortened(text)).into_owned(), source: Box::new(source) }
 }
 
 /// The failure as it is.
 pub(super) fn as_it_is(_: usize, failure: Failure) -> Failure {
     failure
-}
-
-/// Goes through a list to its end. Output that cannot be written ends it at once.
-pub(super) fn each<T>(items: &[T], mut work: impl FnMut(&T) -> Result<(), Failure>) -> Result<(), Failure> {
-    let mut failures = Failures::default();
-    for item in items {
-        match work(item) {
-            Ok(()) => {}
-            Err(failure @ Failure::Output(_)) => return Err(failure),
-            Err(failure) => failures.note(failure),
-        }
-    }
-    failures.end()
 }

@@ -4,7 +4,7 @@ use std::io::{Write as _, stdout};
 
 use super::Failure;
 use super::args::Inspect;
-use crate::bundle::{Bundle, Compared, Difference, Facts, GraphFacts, LanguageFacts, LossFacts, StageLoss};
+use crate::bundle::{Bundle, Compared, Difference, Facts, GraphFacts, LanguageFacts, Load, LossFacts, Reckoning, StageLoss};
 use crate::error::Error;
 use crate::pixels::Preprocess;
 
@@ -17,10 +17,32 @@ pub(super) fn run(command: &Inspect) -> Result<(), Failure> {
         let value: serde_json::Value = serde_json::from_str(&text).map_err(std::io::Error::from)?;
         return Ok(writeln!(out, "{value}")?);
     }
+    if command.memory {
+        let load = Load { batch: command.batch as u64, rows: None, new_tokens: None };
+        for (key, value) in memory(&bundle.memory(load).map_err(Error::from)?, command.batch) {
+            writeln!(out, "{key:24} {value}")?;
+        }
+        return Ok(());
+    }
     for (key, value) in rows(bundle.facts()) {
         writeln!(out, "{key:12} {value}")?;
     }
     Ok(())
+}
+
+fn memory(reckoning: &Reckoning, batch: usize) -> Vec<(String, String)> {
+    let mb = |bytes: u64| format!("{:10.1} MB", bytes as f64 / 1e6);
+    let Reckoning { program, weights, loading, activations, texts, row, position, rows, .. } = reckoning;
+    let mut lines = vec![("program".to_owned(), mb(*program))];
+    lines.extend(weights.iter().map(|(graph, bytes)| (format!("weights of {graph}"), mb(*bytes))));
+    lines.push(("preparing weights".into(), format!("{}, until they are loaded", mb(*loading))));
+    lines.extend(activations.iter().map(|(graph, bytes)| (format!("between nodes of {graph}"), mb(*bytes))));
+    if *row > 0 {
+        let of = format!("{} for a row, {:.1} kB for a position of it", mb(*row).trim(), *position as f64 / 1e3);
+        lines.push(("keys, values, logits".into(), format!("{} for {rows} rows: {of}", mb(*texts))));
+    }
+    lines.push(("peak".into(), format!("{} with a batch of {batch}", mb(reckoning.peak()))));
+    lines
 }
 
 fn rows(facts: &Facts) -> Vec<(String, String)> {

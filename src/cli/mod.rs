@@ -2,6 +2,7 @@
 //!
 //! Results go to standard output, everything else to standard error.
 
+mod ahead;
 mod args;
 mod ask;
 mod build;
@@ -13,9 +14,12 @@ mod inspect;
 mod matching;
 mod npy;
 mod output;
+mod pictures;
 mod plain;
+mod progress;
 mod rank;
 mod rerank;
+mod texts;
 mod verify;
 
 use std::path::PathBuf;
@@ -42,6 +46,14 @@ pub enum Failure {
         path: PathBuf,
         /// Why.
         source: PixelsError,
+    },
+    /// What went wrong with one of several pictures.
+    #[error("{}", plain(&.path.to_string_lossy()))]
+    About {
+        /// The picture, as it was named.
+        path: PathBuf,
+        /// Why.
+        source: Box<Failure>,
     },
     /// One of several texts cannot be used.
     #[error("{kind} {place}, `{text}`")]

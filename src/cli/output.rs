@@ -6,14 +6,9 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use super::Failure;
-use super::args::{Input, Model, Show, Write};
+use super::args::Show;
 use super::plain::plain;
-use crate::bundle::TaskName;
-use crate::engine::{Answer, Candidate, Engine, Flow, Generation, Sight, TokenLogProb};
-use crate::error::Error;
-use crate::pixels::Picture;
-use crate::prompt::check_template;
+use crate::engine::{Answer, Candidate, TokenLogProb};
 use crate::text::Warning;
 use crate::timing::{Stage, Timings, milliseconds};
 
@@ -80,23 +75,13 @@ impl<'a> Printer<'a> {
         }
     }
 
-    /// Text in front of a streamed line.
-    pub fn begin(&mut self, label: &str) -> std::io::Result<()> {
-        write!(self.out, "{}", plain(label))?;
-        self.out.flush()
-    }
-
-    fn piece(&mut self, piece: &str) -> std::io::Result<()> {
+    /// Shows a piece of a text as it comes, where it is shown so.
+    pub fn piece(&mut self, piece: &str) -> std::io::Result<()> {
+        if !self.streams || piece.is_empty() {
+            return Ok(());
+        }
         self.out.write_all(plain(piece).as_bytes())?;
         self.out.flush()
-    }
-
-    /// Shows each piece of a text as it comes; gives the text up once nobody reads it.
-    pub fn stream(&mut self, printed: &mut std::io::Result<()>, piece: &str) -> Flow {
-        if self.streams && printed.is_ok() {
-            *printed = self.piece(piece);
-        }
-        if printed.is_ok() { Flow::Continue(()) } else { Flow::Break(()) }
     }
 
     /// A finished text; of a streamed one only the end of the line is missing.
@@ -153,47 +138,4 @@ pub(super) fn warn(warnings: &[Warning]) {
     for warning in warnings {
         eprintln!("blip2: warning: {}", plain(&warning.to_string()));
     }
-}
-
-/// Opens a picture, `-` from standard input, and times it.
-pub(super) fn picture(path: &Path, input: &Input) -> Result<(Picture, Timings), Failure> {
-    let (limits, mut timings) = (&input.into(), Timings::default());
-    let opened = timings.time(Stage::DecodeImage, || {
-        if path == Path::new("-") { Picture::read(std::io::stdin().lock(), limits) } else { Picture::open(path, limits) }
-    });
-    match opened {
-        Ok(picture) => {
-            for warning in picture.warnings() {
-                eprintln!("blip2: {}: {warning}", plain(&path.to_string_lossy()));
-            }
-            Ok((if let Some(alpha) = input.alpha { picture.without_alpha(alpha) } else { picture }, timings))
-        }
-        Err(source) => Err(Failure::Picture { path: path.to_path_buf(), source }),
-    }
-}
-
-/// Opens a picture and looks at it.
-pub(super) fn look(engine: &mut Engine, path: &Path, input: &Input) -> Result<(Picture, Sight), Failure> {
-    let (picture, timings) = picture(path, input)?;
-    let mut sight = match engine.see(&[&picture]) {
-        Err(Error::Picture(source)) => Err(Failure::Picture { path: path.to_path_buf(), source })?,
-        seen => seen?.remove(0),
-    };
-    sight.add_timings(&timings);
-    Ok((picture, sight))
-}
-
-/// Loads what writes; what was typed is checked before graphs are loaded.
-pub(super) fn writer(model: &Model, write: &Write, task: TaskName) -> Result<(Engine, Generation), Failure> {
-    let bundle = model.bundle()?;
-    bundle.require(task).map_err(Error::from)?;
-    let mut generation = write.generation(&bundle, task)?;
-    if let Some(template) = write.prompt.as_deref().filter(|_| task == TaskName::Ask) {
-        check_template(&bundle, template).map_err(Error::from)?;
-    }
-    let engine = model.load(bundle)?;
-    for word in &write.search.bad_word {
-        generation.processors.bad_words.extend(engine.context().spellings(word)?);
-    }
-    Ok((engine, generation))
 }

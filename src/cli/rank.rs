@@ -6,7 +6,8 @@ use super::Failure;
 use super::args::Rank;
 use super::ask::task;
 use super::failures::{Failures, as_it_is};
-use super::output::{Printer, look};
+use super::output::Printer;
+use super::pictures::look;
 use crate::bundle::TaskName;
 use crate::engine::{Engine, Ranked};
 use crate::error::Error;
@@ -43,7 +44,7 @@ pub(super) fn run(command: &Rank) -> Result<(), Failure> {
     if answers.is_empty() {
         return failures.end();
     }
-    let (_, sight) = look(&mut engine, &command.image, &command.input)?;
+    let sight = look(&mut engine, &command.image, &command.input)?;
     let texts: Vec<&str> = answers.iter().map(|answer| answer.text).collect();
     let mut timings = sight.timings().clone();
     let mut ranked = timings.time(Stage::Decode, || engine.rank(&sight, &task, &texts))?;

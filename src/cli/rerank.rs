@@ -5,23 +5,28 @@ use super::args::{Model, Write};
 use crate::bundle::{Bundle, TaskName};
 use crate::engine::{Answer, Engine};
 use crate::error::Error;
-use crate::pixels::Picture;
+use crate::pixels::Pixels;
 
 /// The second bundle.
 pub(super) struct Reranker(Engine);
 
+/// Opens the second bundle's facts, where one is asked for.
+pub(super) fn bundle(write: &Write) -> Result<Option<Bundle>, Failure> {
+    let Some(folder) = &write.itm_model else { return Ok(None) };
+    let bundle = Bundle::open(folder).map_err(Error::from)?;
+    bundle.require(TaskName::Match).map_err(Error::from)?;
+    Ok(Some(bundle))
+}
+
 impl Reranker {
-    /// Opens the bundle, where one is asked for.
-    pub fn open(write: &Write, model: &Model) -> Result<Option<Self>, Failure> {
-        let Some(folder) = &write.itm_model else { return Ok(None) };
-        let bundle = Bundle::open(folder).map_err(Error::from)?;
-        bundle.require(TaskName::Match).map_err(Error::from)?;
-        Ok(Some(Self(model.load(bundle)?)))
+    /// Loads its graphs.
+    pub fn load(bundle: Bundle, model: &Model) -> Result<Self, Error> {
+        model.load(bundle).map(Self)
     }
 
     /// Puts each answer's candidates in order, the best match first.
-    pub fn order(&mut self, picture: &Picture, answers: &mut [Answer]) -> Result<(), Failure> {
-        let sight = self.0.see(&[picture])?.remove(0);
+    pub fn order(&mut self, picture: &Pixels, answers: &mut [Answer]) -> Result<(), Error> {
+        let sight = self.0.seer().see_each(&[picture]).remove(0)?;
         for answer in answers.iter_mut().filter(|answer| !answer.candidates.is_empty()) {
             // A model may write nothing at all, or what the other bundle cannot read; that matches no picture.
             let is_readable = |k: &usize| self.0.context().reading(&answer.candidates[*k].text).is_ok();

@@ -20,19 +20,36 @@ pub struct Match {
     pub itc_similarity: f32,
 }
 
+/// A text that was read once and can be compared with many pictures.
+#[derive(Clone, Debug)]
+pub struct ReadText {
+    text: String,
+    embedding: TextEmbedding,
+}
+
 impl Seer {
     /// How well each text fits its picture. Pairs are read in batches; texts of different lengths give what they give alone.
     pub fn match_texts(&mut self, pairs: &[(&Sight, &str)]) -> Result<Vec<Match>, Error> {
         self.context.bundle.require(TaskName::Match)?;
-        let texts: Vec<&str> = pairs.iter().map(|(_, text)| *text).collect();
-        let embeddings = self.embed_texts(&texts)?;
-        let read = self.embed_pairs(pairs)?;
-        let of = |(((sight, _), text), pair): ((&(&Sight, &str), &TextEmbedding), &PairEmbedding)| Match {
+        let texts = self.read_texts(&pairs.iter().map(|(_, text)| *text).collect::<Vec<_>>())?;
+        self.match_read(&pairs.iter().zip(&texts).map(|((sight, _), text)| (*sight, text)).collect::<Vec<_>>())
+    }
+
+    /// Texts that are to be compared with several pictures.
+    pub fn read_texts(&mut self, texts: &[&str]) -> Result<Vec<ReadText>, Error> {
+        let embeddings = self.embed_texts(texts)?.into_iter();
+        Ok(texts.iter().zip(embeddings).map(|(text, embedding)| ReadText { text: (*text).to_owned(), embedding }).collect())
+    }
+
+    /// As [`match_texts`](Self::match_texts), of texts that were read before.
+    pub fn match_read(&mut self, pairs: &[(&Sight, &ReadText)]) -> Result<Vec<Match>, Error> {
+        let read = self.embed_pairs(&pairs.iter().map(|(sight, text)| (*sight, text.text.as_str())).collect::<Vec<_>>())?;
+        let of = |((sight, text), pair): (&(&Sight, &ReadText), &PairEmbedding)| Match {
             itm_probability: pair.probability(),
             itm_logit: pair.itm_logits[1],
-            itc_similarity: sight.embedding().map_or(f32::NAN, |image| image.similarity(text)),
+            itc_similarity: sight.embedding().map_or(f32::NAN, |image| image.similarity(&text.embedding)),
         };
-        Ok(pairs.iter().zip(&embeddings).zip(&read).map(of).collect())
+        Ok(pairs.iter().zip(&read).map(of).collect())
     }
 
     /// Texts in the space of pictures and texts.

@@ -40,14 +40,26 @@ pub struct Answered {
     pub warnings: Vec<Warning>,
 }
 
-impl Context {
-    pub(super) fn open(bundle: Bundle) -> Result<Self, BundleError> {
+/// The tokenizers of a bundle.
+pub(super) struct Texts {
+    text: Option<Arc<Text>>,
+    qformer_text: Option<Text>,
+}
+
+impl Texts {
+    pub fn open(bundle: &Bundle) -> Result<Self, BundleError> {
         let writes = bundle.facts().language.is_some();
-        let text = writes.then(|| Text::open(&bundle, bundle.tokenizer())).transpose()?.map(Arc::new);
-        let qformer_text = bundle.facts().qformer.text.as_ref().map(|facts| Text::open(&bundle, &facts.tokenizer)).transpose()?;
-        vocabulary::check(&bundle, text.as_deref(), qformer_text.as_ref())?;
-        let fingerprint = fingerprint(&bundle);
-        Ok(Self { bundle, text, qformer_text, fingerprint })
+        let text = writes.then(|| Text::open(bundle, bundle.tokenizer())).transpose()?.map(Arc::new);
+        let qformer_text = bundle.facts().qformer.text.as_ref().map(|facts| Text::open(bundle, &facts.tokenizer)).transpose()?;
+        vocabulary::check(bundle, text.as_deref(), qformer_text.as_ref())?;
+        Ok(Self { text, qformer_text })
+    }
+}
+
+impl Context {
+    pub(super) fn new(bundle: Bundle, texts: Texts) -> Self {
+        let (Texts { text, qformer_text }, fingerprint) = (texts, fingerprint(&bundle));
+        Self { bundle, text, qformer_text, fingerprint }
     }
 
     /// The bundle in use.

@@ -17,7 +17,7 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::bundle::Bundle;
+use crate::bundle::{Bundle, Load};
 use crate::error::Error;
 use crate::language::{LanguageModel, Prefix, Seen};
 use crate::pixels::Picture;
@@ -28,7 +28,8 @@ use crate::vision::Vision;
 
 pub use crate::decode::RequestId;
 pub use answer::{Alternative, Answer, Candidate, Generation, Request, TokenLogProb};
-pub use compare::Match;
+pub use compare::{Match, ReadText};
+use context::Texts;
 pub use context::{Answered, Context, Reading};
 pub use rank::Ranked;
 pub(crate) use see::Reader;
@@ -55,17 +56,19 @@ impl Engine {
         Self::load(bundle, Runtime::load(options)?)
     }
 
-    /// Loads a bundle's graphs side by side: most of the time goes into preparing weights, one thread a graph.
+    /// Loads a bundle's graphs and tokenizers side by side: most of the time goes into preparing weights, one thread a graph.
     pub fn load(bundle: Bundle, runtime: Runtime) -> Result<Self, Error> {
         runtime.require(&bundle.facts().requires.onnxruntime)?;
+        runtime.require_memory(bundle.folder(), &bundle.memory(Load::LEAST)?)?;
         let writes = bundle.facts().language.is_some();
-        let (vision, reader, language) = std::thread::scope(|threads| {
+        let (vision, reader, language, texts) = std::thread::scope(|threads| {
             let language = writes.then(|| threads.spawn(|| LanguageModel::open(&runtime, &bundle)));
             let reader = threads.spawn(|| Reader::open(&runtime, &bundle));
-            (Vision::open(&runtime, &bundle), finished(reader), language.map(finished))
+            let texts = threads.spawn(|| Texts::open(&bundle));
+            (Vision::open(&runtime, &bundle), finished(reader), language.map(finished), finished(texts))
         });
         let (vision, reader, language) = (vision?, reader?, language.transpose()?);
-        let context = Arc::new(Context::open(bundle)?);
+        let context = Arc::new(Context::new(bundle, texts?));
         let writer = language.map(|language| Writer::new(context.clone(), language));
         Ok(Self { seer: Seer { context: context.clone(), vision, reader }, writer, context, runtime, held: Vec::new() })
     }
@@ -126,30 +129,32 @@ impl Engine {
     /// Writes the texts of all requests together: each gets its answer, or why there is none. `on_text` gets each piece of text as soon as
     /// it is settled, with the request's index, and may give the request up; of several texts for one request it gets the first.
     pub fn ask(&mut self, requests: &[Request<'_>], on_text: impl FnMut(usize, &str) -> Flow) -> Vec<Result<Answer, Error>> {
-        let prompts: Vec<_> = requests.iter().map(|request| self.prompt(request)).collect();
-        let sound = || requests.iter().zip(&prompts).filter_map(|(request, prompt)| Some((request.sight, prompt.as_ref().ok()?)));
-        let mut timings = Timings::default();
-        let seen = timings.time(Stage::Qformer, || self.seer.seen_together(&sound().collect::<Vec<_>>()));
-        let mut seen = match seen {
-            Ok(seen) => seen.into_iter(),
-            Err(error) => return prompts.into_iter().map(|prompt| prompt.and(Err(error.clone().into()))).collect(),
-        };
-        let timings = self.seer.reads_questions().then_some(&timings);
-        let orders = requests.iter().zip(prompts).map(|(request, prompt)| {
-            let prompt = prompt?;
-            Ok(self.order(request, prompt, seen.next().expect("every prompt was read"), timings))
-        });
-        let orders = orders.collect();
+        let orders = self.orders(requests);
         self.finish(orders, on_text)
     }
 
     /// Puts a request in line; the events of later steps tell what comes of it.
     pub fn join(&mut self, request: &Request<'_>) -> Result<RequestId, Error> {
-        let prompt = self.prompt(request)?;
-        let mut timings = Timings::default();
-        let seen = timings.time(Stage::Qformer, || self.seer.seen(&[(request.sight, &prompt)]))?.remove(0);
-        let order = self.order(request, prompt, seen, self.seer.reads_questions().then_some(&timings));
-        self.writer()?.join(order)
+        self.join_all(std::slice::from_ref(request)).remove(0)
+    }
+
+    /// Puts requests in line; questions that the Q-Former reads are read together.
+    pub fn join_all(&mut self, requests: &[Request<'_>]) -> Vec<Result<RequestId, Error>> {
+        let orders = self.orders(requests);
+        orders.into_iter().map(|order| self.writer()?.join(order?)).collect()
+    }
+
+    fn orders(&mut self, requests: &[Request<'_>]) -> Vec<Result<Order, Error>> {
+        let prompts: Vec<_> = requests.iter().map(|request| self.prompt(request)).collect();
+        let sound = requests.iter().zip(&prompts).filter_map(|(request, prompt)| Some((request.sight, prompt.as_ref().ok()?)));
+        let (sound, mut timings): (Vec<_>, _) = (sound.collect(), Timings::default());
+        let mut seen = timings.time(Stage::Qformer, || self.seer.seen_each(&sound)).into_iter();
+        let timings = self.seer.reads_questions().then_some(&timings);
+        let orders = requests.iter().zip(prompts).map(|(request, prompt)| {
+            let prompt = prompt?;
+            Ok(self.order(request, prompt, seen.next().expect("every prompt was read")?, timings))
+        });
+        orders.collect()
     }
 
     /// As [`Writer::step`].

@@ -73,6 +73,26 @@ impl Seer {
         }
         let mut timings = Timings::default();
         let pixels = timings.time(Stage::Preprocess, || Pixels::from_pictures(pictures, &self.context.bundle.facts().image))?;
+        let mut sights = self.see_pixels(pixels)?;
+        sights.iter_mut().for_each(|sight| sight.add_timings(&timings));
+        Ok(sights)
+    }
+
+    /// Looks at pictures that another thread made ready, in one batch if that goes well; if not, each gets a run of its own, so that none
+    /// fails for another.
+    pub fn see_each(&mut self, pictures: &[&Pixels]) -> Vec<Result<Sight, Error>> {
+        if pictures.is_empty() {
+            return Vec::new();
+        }
+        match self.see_pixels(Pixels::stack(pictures)) {
+            Ok(sights) => sights.into_iter().map(Ok).collect(),
+            Err(error) if pictures.len() == 1 => vec![Err(error)],
+            Err(_) => pictures.iter().map(|picture| Ok(self.see_pixels((*picture).clone())?.remove(0))).collect(),
+        }
+    }
+
+    fn see_pixels(&mut self, pixels: Pixels) -> Result<Vec<Sight>, Error> {
+        let mut timings = Timings::default();
         let features = timings.time(Stage::Vision, || self.vision.encode(pixels))?;
         let read = timings.time(Stage::Qformer, || self.reader.read(&features))?;
         let seen_by = self.context.fingerprint();
@@ -85,8 +105,16 @@ impl Seer {
         Ok(self.seen_together(asked)?)
     }
 
-    /// As [`seen`](Self::seen), of pictures that this bundle saw.
-    pub(super) fn seen_together(&mut self, asked: &[(&Sight, &Prompt)]) -> Result<Vec<Seen>, RuntimeError> {
+    /// As [`seen`](Self::seen), of pictures that this bundle saw; where they fail together, each has a run of its own.
+    pub(super) fn seen_each(&mut self, asked: &[(&Sight, &Prompt)]) -> Vec<Result<Seen, RuntimeError>> {
+        match self.seen_together(asked) {
+            Ok(seen) => seen.into_iter().map(Ok).collect(),
+            Err(error) if asked.len() == 1 => vec![Err(error)],
+            Err(_) => asked.iter().map(|one| Ok(self.seen_together(&[*one])?.remove(0))).collect(),
+        }
+    }
+
+    fn seen_together(&mut self, asked: &[(&Sight, &Prompt)]) -> Result<Vec<Seen>, RuntimeError> {
         let text = &self.context.bundle.facts().qformer.text;
         let (Reader::Queries(qformer), Some(facts)) = (&mut self.reader, text) else {
             return Ok(asked.iter().filter_map(|(sight, _)| sight.seen()).collect());

@@ -86,7 +86,7 @@ impl LanguageModel {
             family,
             token_ids,
             vocab_size,
-            budget: runtime.budget(),
+            budget: runtime.budget(bundle)?,
             least: Room::default(),
             start,
         })

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use ndarray::Array4;
+use ndarray::{Array4, Axis};
 use serde::Deserialize;
 
 use super::resize::{Rgb, Target, resize_part};
@@ -86,6 +86,17 @@ impl Pixels {
             }
         }
         Ok(Self(pixels))
+    }
+}
+
+impl Pixels {
+    /// Batches of pictures as one.
+    ///
+    /// # Panics
+    /// If there are none, or their sizes differ.
+    pub fn stack(batches: &[&Self]) -> Self {
+        let views: Vec<_> = batches.iter().map(|batch| batch.0.view()).collect();
+        Self(ndarray::concatenate(Axis(0), &views).expect("pictures of one size"))
     }
 }
 
