@@ -1,7 +1,7 @@
 """Graphs that ONNX Runtime's CUDA provider runs whole: every node has a kernel of its type there.
 
-Patches of pixels are cut out by Reshape and Transpose: convolution has no bfloat16 in this operator set. No number that the processor
-holds is computed with, so nothing is copied between the nodes.
+Patches of pixels are cut out by Reshape and Transpose: convolution has no bfloat16 in this operator set. No number that the
+processor holds is computed with, so nothing is copied between the nodes.
 """
 
 from __future__ import annotations
