@@ -96,7 +96,7 @@ impl Engine {
     /// What users should know of where the bundle runs, a sentence each: what runs elsewhere than they asked for, and what is slow.
     pub fn notices(&self) -> Vec<String> {
         let on_processor = self.runtime.provider() == Provider::Cpu;
-        let slow = on_processor.then(|| Processor::detect().notices(self.bundle())).unwrap_or_default();
+        let slow = if on_processor { Processor::detect().notices(self.bundle()) } else { Vec::new() };
         [self.runtime.notices(), slow].concat()
     }
 
