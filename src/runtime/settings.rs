@@ -126,7 +126,7 @@ impl ComputeType {
         #[cfg(target_arch = "x86_64")]
         match self {
             Self::Float32 => true,
-            Self::Bfloat16 => std::arch::is_x86_feature_detected!("avx512bf16"),
+            Self::Bfloat16 => super::Processor::detect().has_bfloat16(),
             Self::Float16 => std::arch::is_x86_feature_detected!("avx512fp16"),
         }
         #[cfg(not(target_arch = "x86_64"))]

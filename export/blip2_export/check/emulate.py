@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"skipped: {emulation.MISSING}")
         return 0
     failed = 0
-    for bundle in args.bundles or [*_shipped(), *_recipes(args.work)]:
+    for bundle in args.bundles or chain(_shipped(), _recipes(args.work)):
         start = time.monotonic()
         typed = [*command, str(args.engine or engine), "verify", str(bundle), "--provider", "cpu", "--threads", "1"]
         done = subprocess.run(typed, capture_output=True, encoding="utf-8", check=False)

@@ -145,7 +145,19 @@ def _measured(args: argparse.Namespace) -> dict[str, float]:
     """Medians of the engine's own times, of every sample picture but the first, which warms up."""
     pictures = [str(path) for path in sorted(SAMPLES.glob("*.png"))]
     n = str(args.tokens)
-    typed = ("--json", "--model", str(args.bundle), "--provider", "cpu", "--threads", str(args.threads), "--beams", "1")
+    typed = (
+        "--json",
+        "--model",
+        str(args.bundle),
+        "--provider",
+        "cpu",
+        "--threads",
+        str(args.threads),
+        "--beams",
+        "1",
+        "--batch",
+        "1",
+    )
     _, *lines = run_engine(args.engine, "caption", *typed, "--max-new-tokens", n, "--min-new-tokens", n, *pictures)
     found = {stage: [line["timings_ms"][stage] for line in lines] for stage in ("vision", "qformer", "prefill")}
     found["step"] = [gap for line in lines for gap in line["token_gaps_ms"]]
