@@ -67,7 +67,7 @@ def test_the_engine_matches_embeds_and_captions_as_the_reference(tmp_path: Path,
 def test_a_demo_tells_the_truth(
     name: str, least: dict[str, float], least_unseen: dict[str, float], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    choices = {"tasks": None, "count": 40, "seed": "test", "side": 256, "group": 40, "wrong": None}
+    choices = {"tasks": None, "count": 40, "seed": "test", "side": 256, "group": 40, "wrong": None, "against": None}
     evaluate.run(argparse.Namespace(model=ROOT / "models" / name, engine=ENGINE, **choices))
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     for found, wanted in zip(lines, (least, least_unseen), strict=True):

@@ -135,7 +135,9 @@ class _Models:
             _keep_or_make(self.bundle(name), built, functools.partial(self._convert, recipe=RECIPES[name]))
 
     def _convert(self, path: Path, recipe: Recipe) -> None:
-        choices = bundle.Choices(self.shape, golden=False, precisions=recipe.precisions, weight_bits=weight_bits())
+        choices = bundle.Choices(
+            self.shape, golden=False, loss=False, precisions=recipe.precisions, weight_bits=weight_bits()
+        )
         bundle.convert(self.checkpoint, path, choices)
 
 
