@@ -74,7 +74,7 @@ class Engine:
 
     def _captions(self, work: Work, images: tuple[Path, ...] | list[Path], prompt: str, n_beams: int) -> list[_Line]:
         """One process; its first text does not count."""
-        options = ("--prompt", prompt, "--beams", str(n_beams))
+        options = ("--prompt", prompt, "--beams", str(n_beams), "--batch", "1")
         _, *lines = self._run(work, "caption", *options, str(images[0]), *map(str, images))
         if not prompt:
             self.written |= {f"{line['image']}, {n_beams} beams": line["tokens"] for line in lines}
