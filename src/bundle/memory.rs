@@ -10,7 +10,7 @@ const PROGRAM: u64 = 48 << 20;
 /// Heaps keep what many small weights were computed from.
 const KEPT: u64 = 16 << 20;
 /// Float32 values of a position that live at once beside the widest of a layer's: before and behind its activation, and what goes in and
-/// out. Measured on ViT-B, ViT-L and OPT.
+/// out. Fitted to random models of ViT-B's size and to the demos.
 const LIVE: u64 = 7;
 /// Prompts are read in runs of so many positions; see `decode::StepLoop`.
 const READ_AT_ONCE: u64 = 256;

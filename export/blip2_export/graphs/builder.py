@@ -94,7 +94,7 @@ class Graph(ABC):
 
     def __init__(self, out: Output, name: str, data: Data | None = None, n_positions: int = 0) -> None:
         """`n_positions`: the most that a text of the model may have, where the graph counts them."""
-        self.name, self.folder, self.precision, self.weight_bits = name, out.folder, out.precision, out.weight_bits
+        self.name, self.folder, self.precision = name, out.folder, out.precision
         self.dtype = self.activations(out)
         self._n_positions = padded(n_positions, CAPACITY_STEP)
         self.data = data or out.data(name)
