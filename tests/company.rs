@@ -1,6 +1,7 @@
 //! The same texts alone and in company: requests of every kind join and leave at random, on real graphs of every family.
 //!
-//! `COMPANY_SCHEDULES` says how many schedules each bundle gets, `COMPANY_BUNDLES` names more bundles for the ignored test.
+//! `COMPANY_SCHEDULES` says how many schedules each bundle gets, `COMPANY_BUNDLES` names more bundles for the ignored test, which
+//! `COMPANY_PROVIDER` runs.
 
 #![allow(clippy::unwrap_used)]
 
@@ -12,7 +13,7 @@ use blip2::decode::{EarlyStopping, Processors, Random, Room, Strategy, Warpers};
 use blip2::engine::{Order, Work};
 use blip2::language::Prefix;
 use blip2::pixels::{Limits, Picture};
-use blip2::runtime::RuntimeOptions;
+use blip2::runtime::{ProviderChoice, RuntimeOptions};
 use blip2::{Answer, Engine, Error, Generation, RequestId, Sight, Task};
 
 fn root() -> PathBuf {
@@ -158,8 +159,12 @@ fn alone(engine: &mut Engine, order: &Order) -> Answer {
 }
 
 fn same_alone_and_in_company(bundle: &str) {
+    same_on(bundle, &RuntimeOptions::default());
+}
+
+fn same_on(bundle: &str, options: &RuntimeOptions) {
     let n_schedules: u64 = std::env::var("COMPANY_SCHEDULES").ok().and_then(|n| n.parse().ok()).unwrap_or(120);
-    let mut engine = Engine::open(&root().join(bundle), &RuntimeOptions::default()).unwrap();
+    let mut engine = Engine::open(&root().join(bundle), options).unwrap();
     let mut random = Random::new(7);
     let orders = orders(&mut engine, &mut random);
     let wanted: Vec<Answer> = orders.iter().map(|order| alone(&mut engine, order)).collect();
@@ -167,7 +172,7 @@ fn same_alone_and_in_company(bundle: &str) {
     assert!(texts.len() > orders.len() / 3, "the texts differ too little to tell");
     // Room for six rows: some wait.
     let six = engine.writer().unwrap().bytes(Room { rows: 6, positions: 128, read: 64 });
-    let narrow = RuntimeOptions { max_cache_bytes: Some(six), ..RuntimeOptions::default() };
+    let narrow = RuntimeOptions { max_cache_bytes: Some(six), ..options.clone() };
     let mut narrow = Engine::open(&root().join(bundle), &narrow).unwrap();
     let mut most = [0, 0];
     for seed in 0..n_schedules {
@@ -216,5 +221,7 @@ fn in_8_and_4_bits() {
 #[ignore = "for bundles that are not in git: COMPANY_BUNDLES=DIR,DIR"]
 fn in_any_bundle() {
     let named = std::env::var("COMPANY_BUNDLES").expect("COMPANY_BUNDLES names bundles");
-    named.split(',').for_each(same_alone_and_in_company);
+    let provider = std::env::var("COMPANY_PROVIDER").map_or_else(|_| ProviderChoice::Auto, |name| name.parse().unwrap());
+    let options = RuntimeOptions { provider, ..RuntimeOptions::default() };
+    named.split(',').for_each(|bundle| same_on(bundle, &options));
 }

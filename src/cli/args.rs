@@ -395,6 +395,9 @@ pub(super) struct Model {
     #[arg(long, value_name = "operators|graphs", num_args = 0..=1, require_equals = true, hide_short_help = true)]
     #[arg(default_missing_value = "operators", default_value_t = Fallback::Nothing, hide_default_value = true)]
     pub allow_fallback: Fallback,
+    /// Start every kernel of a decode step on its own, where the GPU could record a step and repeat it whole (CUDA graphs)
+    #[arg(long, hide_short_help = true)]
+    pub no_graph_capture: bool,
     /// Where `build` keeps TensorRT's engines [default: blip2/tensorrt in the user's cache folder]
     #[arg(long, value_name = "DIR", hide_short_help = true)]
     pub cache: Option<PathBuf>,
@@ -500,6 +503,7 @@ impl From<&Model> for RuntimeOptions {
             ep_options: model.ep_option.clone(),
             precision: model.precision,
             fallback: model.allow_fallback,
+            no_graph_capture: model.no_graph_capture,
             cache: model.cache.clone(),
             memory_limit: model.memory_limit,
             max_cache_bytes: model.max_cache_bytes,

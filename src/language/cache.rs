@@ -27,6 +27,15 @@ pub struct Cache {
     layers: Vec<Layer>,
 }
 
+/// What the decoder of all live rows looks at.
+#[derive(Debug)]
+pub struct Caches {
+    /// Keys and values of what was read and written.
+    pub past: Cache,
+    /// Keys and values of what the encoder made.
+    pub encoded: Option<Cache>,
+}
+
 #[derive(Debug)]
 struct Layer {
     names: Names,
@@ -51,6 +60,14 @@ impl Layout {
     /// Bytes of one position of a slot, over all layers.
     pub fn bytes_per_position(&self) -> u64 {
         (self.tensors.len() * self.n_heads * self.head_dim * self.dtype.size()) as u64
+    }
+}
+
+impl Caches {
+    /// As [`Cache::bind`].
+    pub fn bind(&mut self, binding: &mut Binding) -> Result<(), RuntimeError> {
+        self.past.bind(binding)?;
+        self.encoded.as_mut().map_or(Ok(()), |encoded| encoded.bind(binding))
     }
 }
 

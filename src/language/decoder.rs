@@ -52,7 +52,7 @@ impl Opening<'_> {
 impl Decoder {
     /// Loads the graph.
     pub fn open(runtime: &Runtime, bundle: &Bundle) -> Result<Self, BundleError> {
-        let (graph, facts) = (Graph::open(runtime, bundle, "decoder")?, bundle.language().clone());
+        let (graph, facts) = (Graph::open_for_steps(runtime, bundle, "decoder")?, bundle.language().clone());
         let layouts = Layouts::of(&facts);
         let mover = Mover::new(runtime);
         Ok(Self { graph, mover, facts, layouts, rows: Rows::default(), lanes: None, aside: None, opened: None })
@@ -73,6 +73,11 @@ impl Decoder {
         self.lanes.as_ref().map(Lanes::room).unwrap_or_default()
     }
 
+    /// Whether steps are recorded, for as long as the room stays.
+    pub fn records(&self) -> bool {
+        self.graph.records()
+    }
+
     /// Whether any row is live.
     pub fn is_idle(&self) -> bool {
         self.rows.live().is_empty()
@@ -91,8 +96,8 @@ impl Decoder {
                 let step = |(to, row): (usize, &Row)| Move { from: row.slot, to, start: 0, end: end(row) };
                 self.rows.live().iter().enumerate().map(step).collect::<Vec<Move>>()
             };
-            lanes.cache.copy_from(&mut self.mover, &old.cache, &moves(|row| row.length))?;
-            if let (Some(into), Some(from)) = (&mut lanes.encoded, &old.encoded) {
+            lanes.caches.past.copy_from(&mut self.mover, &old.caches.past, &moves(|row| row.length))?;
+            if let (Some(into), Some(from)) = (&mut lanes.caches.encoded, &old.caches.encoded) {
                 into.copy_from(&mut self.mover, from, &moves(|row| row.n_encoded))?;
             }
         }
@@ -135,8 +140,8 @@ impl Decoder {
             let step = |(from, to): (&Row, &Row)| Move { from: from.slot, to: to.slot, start: 0, end: end(from) };
             read.iter().zip(&rows).map(step).collect::<Vec<Move>>()
         };
-        lanes.cache.copy_from(&mut self.mover, cache, &moves(|row| row.length))?;
-        match (&mut lanes.encoded, encoded) {
+        lanes.caches.past.copy_from(&mut self.mover, cache, &moves(|row| row.length))?;
+        match (&mut lanes.caches.encoded, encoded) {
             (Some(into), Some(encoded)) => into.copy_from(&mut self.mover, encoded, &moves(|row| row.n_encoded)),
             _ => Ok(()),
         }
@@ -149,7 +154,7 @@ impl Decoder {
         lanes.take(&mut self.mover, &self.rows.fork(&parents))?;
         self.rows.advance();
         self.opened = None;
-        lanes.step(&mut self.graph, &self.facts, self.rows.live(), picks)
+        lanes.step(&mut self.graph, &mut self.mover, &self.facts, (self.rows.live(), picks))
     }
 
     /// Logits of consecutive rows of the last run.

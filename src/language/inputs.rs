@@ -16,6 +16,8 @@ pub struct Inputs {
     positions: Tensor,
     lengths: Tensor,
     total: Tensor,
+    /// What `total` is in every run, where it must not change.
+    reach: Option<usize>,
     slot_rows: Tensor,
     row_slots: Tensor,
     logits_at: Tensor,
@@ -58,11 +60,18 @@ impl Inputs {
             positions: host(Dtype::Int64, &[rows, n_queries + tokens])?,
             lengths: host(Dtype::Int32, &[slots])?,
             total: host(Dtype::Int32, &[])?,
+            reach: None,
             slot_rows: host(Dtype::Int64, &[slots])?,
             row_slots: host(Dtype::Int64, &[rows])?,
             logits_at: host(Dtype::Int64, &[rows, logits])?,
             encoder_lengths: encoder_lengths.transpose()?,
         })
+    }
+
+    /// Lets every run look as far as the slots reach instead of as far as the longest row does.
+    pub fn reach(&mut self, capacity: usize) -> Result<(), GraphError> {
+        self.reach = Some(capacity);
+        self.write_slots(&[])
     }
 
     /// Rows that read their tokens for the first time, each padded on the right: what is computed there is never read.
@@ -94,7 +103,7 @@ impl Inputs {
     /// `seqlens_k` counts from the last position, hence one less than the length; slots without a row get a harmless position.
     fn write_slots(&mut self, rows: &[Row]) -> Result<(), GraphError> {
         let longest = rows.iter().map(|row| row.length).max().unwrap_or(0);
-        self.total.i32_mut()?.fill(longest as i32);
+        self.total.i32_mut()?.fill(self.reach.unwrap_or(longest) as i32);
         self.lengths.i32_mut()?.fill(0);
         self.slot_rows.i64_mut()?.fill(0);
         if let Some(lengths) = &mut self.encoder_lengths {
@@ -113,18 +122,26 @@ impl Inputs {
 
     /// Ties what was written to the graph: a device gets its copy now.
     pub fn bind(&self, binding: &mut Binding) -> Result<(), RuntimeError> {
+        self.lasting().chain(self.changing()).try_for_each(|(name, tensor)| binding.input(name, tensor))
+    }
+
+    /// What is other in every step.
+    pub fn changing(&self) -> impl Iterator<Item = (&'static str, &Tensor)> {
         let known = [
             ("input_ids", &self.ids),
             ("position_ids", &self.positions),
             ("seqlens_k", &self.lengths),
-            ("total_sequence_length", &self.total),
             ("slot_rows", &self.slot_rows),
             ("row_slots", &self.row_slots),
             ("logits_at", &self.logits_at),
         ];
-        let some = [("queries", self.queries.as_deref()), ("encoder_lengths", self.encoder_lengths.as_ref())];
-        let some = some.into_iter().filter_map(|(name, tensor)| Some((name, tensor?)));
-        known.into_iter().chain(some).try_for_each(|(name, tensor)| binding.input(name, tensor))
+        known.into_iter().chain(self.encoder_lengths.iter().map(|tensor| ("encoder_lengths", tensor)))
+    }
+
+    /// What may stay from step to step; see [`reach`](Self::reach).
+    pub fn lasting(&self) -> impl Iterator<Item = (&'static str, &Tensor)> {
+        let queries = self.queries.as_deref().map(|tensor| ("queries", tensor));
+        queries.into_iter().chain([("total_sequence_length", &self.total)])
     }
 }
 

@@ -1,14 +1,12 @@
-//! The buffers of live rows: a slot each for keys and values, and what a step reads and writes. A step allocates nothing while the number
+//! The buffers of live rows: a slot each for keys and values, and what their steps read and write. A step allocates nothing while the number
 //! of rows stays.
 
-use std::sync::Arc;
-
-use super::cache::{Cache, Layout};
-use super::inputs::{Inputs, Size};
+use super::cache::{Cache, Caches, Layout};
 use super::rows::{Moves, Row};
-use crate::bundle::{Dtype, LanguageFacts};
+use super::step::Step;
+use crate::bundle::LanguageFacts;
 use crate::decode::{Pick, Room};
-use crate::runtime::{Binding, Graph, Mover, Place, RuntimeError, Tensor};
+use crate::runtime::{Graph, Mover, RuntimeError, Tensor};
 
 /// Capacities are multiples of this, so that requests of nearly equal length share buffers.
 const CAPACITY_STEP: usize = 64;
@@ -16,20 +14,10 @@ const CAPACITY_STEP: usize = 64;
 /// Slots of one capacity.
 #[derive(Debug)]
 pub struct Lanes {
-    /// Keys and values of what was read and written.
-    pub cache: Cache,
-    /// Keys and values of what the encoder made.
-    pub encoded: Option<Cache>,
-    binding: Binding,
-    step: Option<Step>,
-}
-
-/// Buffers for a number of rows.
-#[derive(Debug)]
-struct Step {
-    n_rows: usize,
-    inputs: Inputs,
-    logits: Tensor,
+    /// Their keys and values.
+    pub caches: Caches,
+    /// Of several numbers of rows; the last is in use.
+    steps: Vec<Step>,
 }
 
 /// Names and shapes of the tensors that hold keys and values.
@@ -56,60 +44,50 @@ pub fn capacity(n_positions: usize) -> usize {
 impl Lanes {
     /// Allocates slots where the graph runs.
     pub fn new(graph: &Graph, mover: &mut Mover, layouts: &Layouts, room: Room) -> Result<Self, RuntimeError> {
-        let mut binding = graph.binding()?;
-        let mut cache = Cache::new(graph, mover, &layouts.past, [room.rows, capacity(room.positions)])?;
-        cache.bind(&mut binding)?;
+        let past = Cache::new(graph, mover, &layouts.past, [room.rows, capacity(room.positions)])?;
         let encoded = layouts.encoded.as_ref().map(|layout| Cache::new(graph, mover, layout, [room.rows, room.read.max(1)]));
-        let mut encoded = encoded.transpose()?;
-        if let Some(encoded) = &mut encoded {
-            encoded.bind(&mut binding)?;
-        }
-        Ok(Self { cache, encoded, binding, step: None })
+        Ok(Self { caches: Caches { past, encoded: encoded.transpose()? }, steps: Vec::new() })
     }
 
     /// What fits.
     pub fn room(&self) -> Room {
-        let read = self.encoded.as_ref().map_or(usize::MAX, Cache::capacity);
-        Room { rows: self.cache.n_slots(), positions: self.cache.capacity(), read }
+        let read = self.caches.encoded.as_ref().map_or(usize::MAX, Cache::capacity);
+        Room { rows: self.caches.past.n_slots(), positions: self.caches.past.capacity(), read }
     }
 
     /// Copies within the slots.
     pub fn take(&mut self, mover: &mut Mover, moves: &Moves) -> Result<(), RuntimeError> {
-        self.cache.copy_within(mover, &moves.past)?;
-        match &mut self.encoded {
+        self.caches.past.copy_within(mover, &moves.past)?;
+        match &mut self.caches.encoded {
             Some(encoded) => encoded.copy_within(mover, &moves.encoded),
             None => Ok(()),
         }
     }
 
     /// One token more for every row; the logits are those of [`logits`](Self::logits).
-    pub fn step(&mut self, graph: &mut Graph, facts: &LanguageFacts, rows: &[Row], picks: &[Pick]) -> Result<(), RuntimeError> {
-        let mut step = self.step.take().filter(|step| step.n_rows == rows.len());
-        if step.is_none() {
-            step = Some(self.resized(graph, facts, rows.len())?);
+    pub fn step(
+        &mut self,
+        graph: &mut Graph,
+        mover: &mut Mover,
+        facts: &LanguageFacts,
+        rows: (&[Row], &[Pick]),
+    ) -> Result<(), RuntimeError> {
+        let size = Step::size(graph, rows.0.len(), self.caches.past.n_slots());
+        let at = self.steps.iter().position(|step| step.is(size));
+        let mut step = match at.map(|at| self.steps.remove(at)) {
+            Some(step) => step,
+            None => Step::new(graph, mover, facts, size, &mut self.caches)?,
+        };
+        if !graph.records() {
+            self.steps.clear();
         }
-        let step = self.step.insert(step.expect("it was made just now"));
-        let written = step.inputs.write_step(rows, picks.iter().map(|pick| pick.token));
-        written.map_err(|source| graph.failed("writing inputs", source))?;
-        step.inputs.bind(&mut self.binding)?;
-        if graph.copies_when_bound() {
-            let caches = [Some(&mut self.cache), self.encoded.as_mut()];
-            caches.into_iter().flatten().try_for_each(|cache| cache.bind(&mut self.binding))?;
-        }
-        graph.run_bound(&self.binding)
+        let done = step.run(graph, mover, rows, &mut self.caches);
+        self.steps.push(step);
+        done
     }
 
     /// `[rows, 1, vocabulary]` of the last step, and perhaps what filled it up.
     pub fn logits(&self) -> Option<&Tensor> {
-        self.step.as_ref().map(|step| &step.logits)
-    }
-
-    fn resized(&mut self, graph: &Graph, facts: &LanguageFacts, n_rows: usize) -> Result<Step, RuntimeError> {
-        let size = Size::of(graph, n_rows, self.cache.n_slots(), 0, 1);
-        let none = graph.takes("queries").then(|| graph.allocate(Dtype::Float32, &[size.rows, 0, facts.hidden], Place::Host));
-        let inputs = Inputs::new(graph, facts, size, none.transpose()?.map(Arc::new))?;
-        let mut logits = graph.allocate(Dtype::Float32, &[size.rows, size.logits, facts.vocab_size], Place::Host)?;
-        self.binding.output("logits", &mut logits)?;
-        Ok(Step { n_rows, inputs, logits })
+        self.steps.last().map(Step::logits)
     }
 }

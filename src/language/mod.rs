@@ -6,6 +6,7 @@ mod encoder;
 mod inputs;
 mod lanes;
 pub mod rows;
+mod step;
 
 use crate::bundle::{Bundle, BundleError, Family, TokenIds};
 use std::ops::Range;
@@ -180,8 +181,8 @@ impl Model for LanguageModel {
         let (now, least) = (self.decoder.room(), wanted.or(self.least));
         let is_idle = self.decoder.is_idle();
         let has = now.rows >= wanted.rows && now.positions >= wanted.positions && now.read >= wanted.read;
-        // Slots without a row cost little, but they cost.
-        let is_wasteful = is_idle && now.rows / 4 >= least.rows;
+        // Slots without a row cost little, but they cost. What was recorded is lost with its slots.
+        let is_wasteful = is_idle && !self.decoder.records() && now.rows / 4 >= least.rows;
         if has && !is_wasteful {
             return Ok(true);
         }

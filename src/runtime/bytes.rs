@@ -10,7 +10,7 @@ use ort::value::Tensor;
 use super::Provider;
 use super::library::Loaded;
 use super::model::byte_product;
-use super::provider::register;
+use super::provider::{Work, register};
 use super::settings::Settings;
 
 /// Operators that multiply bytes as they are; `MatMulNBits` has kernels of its own, which do not saturate.
@@ -25,7 +25,7 @@ pub(super) fn guard(builder: SessionBuilder) -> Result<SessionBuilder, ort::Erro
 
 /// Whether the processor's sums of the largest products are what they should be.
 pub(super) fn multiply(loaded: &Loaded) -> Result<bool, ort::Error> {
-    let builder = register(guard(Session::builder(&loaded.environment)?)?, loaded, Provider::Cpu, &Settings::default(), None)?;
+    let builder = register(guard(Session::builder(&loaded.environment)?)?, loaded, Provider::Cpu, &Settings::default(), Work::Plain)?;
     sums_are_right({ builder }.commit_from_memory(&byte_product(i8::MAX, SHAPE))?)
 }
 

@@ -10,6 +10,8 @@ use ort::value::{Outlet, ValueType};
 
 use super::engines::Engine;
 use super::placement::Placement;
+use super::provider::Work;
+use super::recording::{Number, Recording};
 use super::tensor::element_type;
 use super::{Cancel, Fallback, Mover, Processor, Provider, Runtime, RuntimeError, Tensor, bytes};
 use crate::bundle::{Bundle, BundleError, Dimension, Dtype, GraphFacts, TensorFacts, brief};
@@ -31,6 +33,16 @@ pub struct Graph {
     session: Session,
     runtime: Runtime,
     cancel: Cancel,
+    recordings: Recordings,
+}
+
+/// Which runs of a graph are recorded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Recordings {
+    /// None can be.
+    Never,
+    /// So many have been so far.
+    Made(Number),
 }
 
 /// Inputs and outputs tied to a graph for many runs.
@@ -56,19 +68,37 @@ impl Graph {
         refuse_attention(runtime, bundle, name)?;
         refuse_wrong_sums(runtime, bundle, name)?;
         let engine = engine(runtime, bundle, name)?;
-        Self::with_engine(runtime, bundle, name, engine)
+        Self::at_work(runtime, bundle, name, engine.as_ref().map_or(Work::Plain, Work::Built))
+    }
+
+    /// As [`open`](Self::open), for runs over the same tensors: they are recorded where the provider can.
+    pub fn open_for_steps(runtime: &Runtime, bundle: &Bundle, name: &'static str) -> Result<Self, BundleError> {
+        let plain = || Self::open(runtime, bundle, name);
+        if !runtime.provider().records() || !bundle.graph(name).profile.is_empty() || runtime.0.options.no_graph_capture {
+            return plain();
+        }
+        refuse_attention(runtime, bundle, name)?;
+        refuse_wrong_sums(runtime, bundle, name)?;
+        let recorded = Self::at_work(runtime, bundle, name, Work::Recorded);
+        let why = match recorded {
+            Ok(graph) => return Ok(Self { recordings: Recordings::Made(0), ..graph }),
+            Err(why) => why,
+        };
+        let graph = plain()?;
+        runtime.notice(format!("every kernel of a decode step is started on its own, for {} cannot record it: {why}", runtime.provider()));
+        Ok(graph)
     }
 
     /// Builds the graph's engine in a folder; nothing where it needs none. It takes minutes.
     pub fn build(runtime: &Runtime, bundle: &Bundle, name: &'static str, folder: &Path) -> Result<(), BundleError> {
         let facts = bundle.graph(name);
-        Self::with_engine(runtime, bundle, name, Some(Engine::new(folder.to_path_buf(), name, facts))).map(drop)
+        Self::at_work(runtime, bundle, name, Work::Built(&Engine::new(folder.to_path_buf(), name, facts))).map(drop)
     }
 
-    fn with_engine(runtime: &Runtime, bundle: &Bundle, name: &'static str, engine: Option<Engine>) -> Result<Self, BundleError> {
+    fn at_work(runtime: &Runtime, bundle: &Bundle, name: &'static str, work: Work<'_>) -> Result<Self, BundleError> {
         let (placement, _turn) = (Placement::default(), runtime.turn());
         let unloadable = |error: ort::Error| unloadable(bundle, name, &error);
-        let mut session = session(runtime, bundle, name, engine.as_ref(), &placement).map_err(unloadable)?;
+        let mut session = session(runtime, bundle, name, work, &placement).map_err(unloadable)?;
         let (strangers, provider) = (placement.strangers(), runtime.provider());
         match runtime.fallback() {
             _ if strangers.is_empty() => {}
@@ -82,10 +112,11 @@ impl Graph {
         check(bundle, name, "input", session.inputs(), &bundle.graph(name).inputs)?;
         check(bundle, name, "output", session.outputs(), &bundle.graph(name).outputs)?;
         let mut facts = Box::new(bundle.graph(name).clone());
-        if engine.is_none() {
+        if !matches!(work, Work::Built(_)) {
             facts.profile.clear();
         }
-        Ok(Self { name, facts, session, runtime: runtime.clone(), cancel: Cancel::new() })
+        let (cancel, recordings) = (Cancel::new(), Recordings::Never);
+        Ok(Self { name, facts, session, runtime: runtime.clone(), cancel, recordings })
     }
 
     /// Lets `cancel` stop every later run.
@@ -213,6 +244,30 @@ impl Graph {
         Ok(())
     }
 
+    /// Whether runs over the same tensors are recorded.
+    pub fn records(&self) -> bool {
+        self.recordings != Recordings::Never
+    }
+
+    /// A number for a run that shall be recorded; none where there are too many already.
+    pub fn new_recording(&mut self) -> Option<Recording> {
+        let Recordings::Made(n) = self.recordings else { return None };
+        let recording = Recording::new(n)?;
+        self.recordings = Recordings::Made(n + 1);
+        Some(recording)
+    }
+
+    /// One run over what is bound, all of it on the device: the first of a recording is recorded, those behind it are repetitions. What a
+    /// tensor in the processor's memory held in the first is what it holds in all.
+    pub fn run_recorded(&mut self, bound: &Binding, recording: &mut Recording) -> Result<(), RuntimeError> {
+        let _turn = if recording.is_to_be_made() { self.runtime.provider().turn_to_record() } else { self.runtime.turn() };
+        let options = self.cancel.options_of(Some(recording.number));
+        let done = options.and_then(|options| self.session.run_binding_with_options(&bound.binding, &options).map(drop));
+        done.map_err(|source| self.not_run(source))?;
+        recording.made();
+        Ok(())
+    }
+
     /// A tensor of zeros (on a device: of whatever lay there) that can be bound as input and output alike.
     pub fn allocate(&self, dtype: Dtype, shape: &[usize], place: Place) -> Result<Tensor, RuntimeError> {
         let _turn = self.runtime.turn();
@@ -323,10 +378,10 @@ fn session(
     runtime: &Runtime,
     bundle: &Bundle,
     name: &str,
-    engine: Option<&Engine>,
+    work: Work<'_>,
     placement: &Placement,
 ) -> Result<Session, ort::Error> {
-    let mut builder = runtime.builder(runtime.provider(), engine)?;
+    let mut builder = runtime.builder(runtime.provider(), work)?;
     if runtime.fallback().is_some() {
         builder = placement.listen(builder)?;
     }
@@ -334,7 +389,7 @@ fn session(
 }
 
 fn on_processor(runtime: &Runtime, bundle: &Bundle, name: &str) -> Result<Session, ort::Error> {
-    runtime.builder(Provider::Cpu, None)?.commit_from_file(bundle.path(&bundle.graph(name).file))
+    runtime.builder(Provider::Cpu, Work::Plain)?.commit_from_file(bundle.path(&bundle.graph(name).file))
 }
 
 fn unloadable(bundle: &Bundle, graph: &str, error: &ort::Error) -> BundleError {
@@ -505,7 +560,7 @@ mod tests {
         let bundle = Bundle::open(&std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("models/demo-opt")).unwrap();
         let cpu = crate::runtime::ProviderChoice::Only(Provider::Cpu);
         let runtime = Runtime::load(&crate::runtime::RuntimeOptions { provider: cpu, ..Default::default() }).unwrap();
-        let mut graph = Graph::with_engine(&runtime, &bundle, "vision", Some(Engine::default())).unwrap();
+        let mut graph = Graph::at_work(&runtime, &bundle, "vision", Work::Built(&Engine::default())).unwrap();
         graph.facts.profile.insert("batch".into(), [1, 1, 2]);
         let side = bundle.facts().image.size as usize;
         let mut run = |n: usize| {

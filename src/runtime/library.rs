@@ -160,12 +160,26 @@ fn in_folder(folder: &Path) -> Option<PathBuf> {
     std::path::absolute(found.pop()?).ok()
 }
 
-/// The wheel's file name carries the full version; otherwise the build information of the library does, if anything does.
+/// The wheel's file name carries the full version; otherwise the library's build information or its symbols do, if anything does.
 fn loaded_version(path: &Path) -> String {
     let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-    let tagged = name.split_once(".so.").map(|(_, version)| version).filter(|version| version.contains('.'));
-    let branch = || ort::info().split("git-branch=rel-").nth(1).and_then(|rest| rest.split(',').next());
-    tagged.or_else(branch).unwrap_or("unknown").to_owned()
+    let named = || name.find(|char: char| char.is_ascii_digit()).and_then(|at| leading_version(&name.as_bytes()[at..]));
+    let branch = || leading_version(ort::info().split("git-branch=rel-").nth(1)?.as_bytes());
+    named().or_else(branch).or_else(|| symbol_version(path)).unwrap_or_else(|| "unknown".into())
+}
+
+/// What stands behind `VERS_` in the version of every symbol that a library for Linux exports.
+fn symbol_version(path: &Path) -> Option<String> {
+    const MARK: &[u8] = b"VERS_";
+    let content = std::fs::read(path).ok()?;
+    content.windows(MARK.len()).enumerate().filter(|(_, found)| *found == MARK).find_map(|(at, _)| leading_version(&content[at + MARK.len()..]))
+}
+
+/// A version such as `1.31.1` at the beginning of what may go on otherwise.
+fn leading_version(text: &[u8]) -> Option<String> {
+    let end = text.iter().position(|byte| !byte.is_ascii_digit() && *byte != b'.').unwrap_or(text.len());
+    let version = std::str::from_utf8(&text[..end]).ok()?.trim_end_matches('.');
+    version.contains('.').then(|| version.to_owned())
 }
 
 impl std::fmt::Display for Source {
@@ -177,5 +191,25 @@ impl std::fmt::Display for Source {
             Self::ActiveVirtualEnvironment => "the active virtual environment",
             Self::ProjectVirtualEnvironment => "the project's .venv",
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_library_of_any_name_tells_its_version() {
+        let folder = std::env::temp_dir().join(format!("blip2-library-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let (plain, symbols) = (folder.join("libonnxruntime.so"), b"VERS_ GLIBC_2.17\0VERS_1.31.1\0".as_slice());
+        std::fs::write(&plain, symbols).unwrap();
+        assert_eq!(symbol_version(&plain).as_deref(), Some("1.31.1"));
+        std::fs::write(&plain, &symbols[..20]).unwrap();
+        assert_eq!(symbol_version(&plain), None);
+        for name in ["libonnxruntime.so.1.32.0", "libonnxruntime.1.32.0.dylib"] {
+            assert_eq!(loaded_version(&folder.join(name)), "1.32.0");
+        }
+        std::fs::remove_dir_all(folder).unwrap();
     }
 }

@@ -12,30 +12,34 @@ mod placement;
 mod plugin;
 mod processor;
 mod provider;
+mod recording;
 mod rows;
 mod settings;
 mod tensor;
 mod threads;
+mod turn;
 
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use ort::memory::MemoryInfo;
 use ort::session::Session;
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 
 use copies::Counters;
-use engines::Engine;
 use library::Loaded;
 use placement::Placement;
+use provider::Work;
 use threads::Threads;
+use turn::Turn;
 
 use crate::bundle::{Bundle, BundleError, Load, Reckoning};
 pub use cancel::Cancel;
 pub use copies::Copies;
 pub use engines::Purpose;
 pub use graph::{Binding, Graph, Outputs, Place};
+pub use recording::Recording;
 pub use library::{Library, LibraryError, Source};
 pub use memory::Budget;
 pub use plugin::{Known, Offer, PLUGINS, Plugin};
@@ -66,6 +70,8 @@ pub struct RuntimeOptions {
     pub precision: Option<ComputeType>,
     /// What a provider that was asked for may leave to the processor.
     pub fallback: Fallback,
+    /// Starts every kernel of a decode step on its own, where the GPU could record a step and repeat it whole.
+    pub no_graph_capture: bool,
     /// Where TensorRT keeps built engines, in a folder for each bundle; under the user's cache folder when absent.
     pub cache: Option<PathBuf>,
     /// Bytes of the processor's memory that may be taken in all. A bundle that needs more is refused before it is loaded, and what it
@@ -321,12 +327,12 @@ impl Runtime {
     }
 
     /// A session to be, on `provider` and as the user wants it.
-    fn builder(&self, provider: Provider, engine: Option<&Engine>) -> Result<SessionBuilder, ort::Error> {
+    fn builder(&self, provider: Provider, work: Work<'_>) -> Result<SessionBuilder, ort::Error> {
         let builder = Session::builder(&self.0.loaded.environment)?.with_optimization_level(GraphOptimizationLevel::All)?;
         let is_parallel = self.0.options.pool().count.get() > GRAPHS_AT_ONCE && self.0.options.memory_limit.is_none();
         let builder = builder.with_config_entry(PARALLEL_PREPACKING, if is_parallel { "1" } else { "0" })?;
         let builder = self.0.options.pool().apply(self.0.loaded.threads, bytes::guard(builder)?)?;
-        provider::register(builder, &self.0.loaded, provider, &self.0.choice.settings, engine)
+        provider::register(builder, &self.0.loaded, provider, &self.0.choice.settings, work)
     }
 
     /// What a bundle's engines are for here.
@@ -343,9 +349,9 @@ impl Runtime {
     }
 
     /// A session of a model made here. It runs on the provider or not at all: what it moves must not make a detour.
-    fn small_session(&self, model: &[u8]) -> Result<Session, ort::Error> {
+    fn small_session(&self, model: &[u8], work: Work<'_>) -> Result<Session, ort::Error> {
         let placement = Placement::default();
-        let session = placement.listen(self.builder(self.provider(), None)?)?.commit_from_memory(model)?;
+        let session = placement.listen(self.builder(self.provider(), work)?)?.commit_from_memory(model)?;
         let strangers = placement.strangers();
         match self.has_device() && !strangers.is_empty() {
             true => Err(ort::Error::new(format!("provider {} does not run {strangers}", self.provider()))),
@@ -369,7 +375,7 @@ impl Runtime {
     }
 
     /// To be held while the provider is used.
-    fn turn(&self) -> Option<MutexGuard<'static, ()>> {
+    fn turn(&self) -> Turn {
         self.provider().turn()
     }
 

@@ -18,14 +18,29 @@ const INT32: u8 = 6;
 
 /// `x` → `y`, unchanged.
 pub(super) fn identity(dtype: Dtype) -> Vec<u8> {
-    model(&[("Identity", &["x"], "y")], &[("x", dtype)], ("y", dtype))
+    model(&[("Identity", &["x"], "y")], &[("x", dtype)], &[("y", dtype)])
+}
+
+/// Names of what [`copies`] copies, and where to.
+pub(super) const FROM: [&str; 10] = ["x0", "x1", "x2", "x3", "x4", "x5", "x6", "x7", "x8", "x9"];
+pub(super) const INTO: [&str; 10] = ["y0", "y1", "y2", "y3", "y4", "y5", "y6", "y7", "y8", "y9"];
+
+/// As [`identity`], of several tensors; each has an axis. WebGPU has `Concat` for int64, and no `Identity`.
+pub(super) fn copies(dtypes: &[Dtype]) -> Vec<u8> {
+    let axis = message(5, &[message(1, b"axis"), number(3, 0), vec![20 << 3 & 127 | 128, 20 >> 4, 2]].concat());
+    let ports = |field, names: &[&str]| names.iter().zip(dtypes).flat_map(|(name, dtype)| port(field, name, code(*dtype))).collect();
+    let copy = |(from, into): (&&str, &&str)| {
+        let named = [message(1, from.as_bytes()), message(2, into.as_bytes()), message(4, b"Concat")].concat();
+        message(1, &[named, axis.clone()].concat())
+    };
+    let nodes = FROM.iter().zip(&INTO).take(dtypes.len()).flat_map(copy).collect();
+    whole(&[nodes, ports(11, &FROM), ports(12, &INTO)])
 }
 
 /// A model of these nodes, in order.
-pub(super) fn model(nodes: &[Node<'_>], inputs: &[Port<'_>], output: Port<'_>) -> Vec<u8> {
-    let nodes: Vec<u8> = nodes.iter().flat_map(node).collect();
-    let inputs: Vec<u8> = inputs.iter().flat_map(|(name, dtype)| port(11, name, code(*dtype))).collect();
-    whole(&[nodes, inputs, port(12, output.0, code(output.1))])
+pub(super) fn model(nodes: &[Node<'_>], inputs: &[Port<'_>], outputs: &[Port<'_>]) -> Vec<u8> {
+    let ports = |field, ports: &[Port<'_>]| ports.iter().flat_map(|(name, dtype)| port(field, name, code(*dtype))).collect();
+    whole(&[nodes.iter().flat_map(node).collect(), ports(11, inputs), ports(12, outputs)])
 }
 
 /// `x` (unsigned bytes, [rows, `shape[0]`]) → `y` (int32): its products with a matrix of stored bytes that are all `weight`.

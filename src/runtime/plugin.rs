@@ -43,6 +43,8 @@ pub struct Known {
     companions: &'static [&'static str],
     /// Whether its sessions must take turns: the library fails where two threads use it at once.
     takes_turns: bool,
+    /// The option that lets it record runs and repeat them whole.
+    capture: Option<&'static str>,
 }
 
 /// What a plugin's library brings.
@@ -74,6 +76,7 @@ static OPENVINO: Known = Known {
     library: "onnxruntime_providers_openvino_plugin",
     companions: &[],
     takes_turns: false,
+    capture: None,
 };
 
 static WEBGPU: Known = Known {
@@ -97,6 +100,7 @@ static WEBGPU: Known = Known {
     library: "onnxruntime_providers_webgpu",
     companions: &[],
     takes_turns: true,
+    capture: Some("enableGraphCapture"),
 };
 
 static TENSORRT_RTX: Known = Known {
@@ -121,6 +125,7 @@ static TENSORRT_RTX: Known = Known {
     library: "onnxruntime_providers_nv_tensorrt_rtx",
     companions: &["libcudart.so.", "libtensorrt_rtx.so.", "libtensorrt_onnxparser_rtx.so."],
     takes_turns: true,
+    capture: None,
 };
 
 static TURN: Mutex<()> = Mutex::new(());
@@ -154,6 +159,11 @@ impl Plugin {
     /// Whether it can be told what to compute in.
     pub fn has_precisions(self) -> bool {
         self.known.is_some_and(|known| known.has_precisions)
+    }
+
+    /// The option that lets it record runs, by its whole name.
+    pub(super) fn capture(self) -> Option<String> {
+        self.known.and_then(|known| Some(format!("{}.{}", known.provider, known.capture?)))
     }
 
     /// Waits until nobody else uses the library, where that is needed or not known.

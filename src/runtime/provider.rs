@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 use std::str::FromStr;
-use std::sync::MutexGuard;
 
 use ort::ep::{self, ExecutionProviderDispatch};
 use ort::memory::{AllocationDevice, AllocatorType, MemoryInfo, MemoryType};
@@ -16,6 +15,7 @@ use super::library::Loaded;
 use super::model::identity;
 use super::plugin::{PLUGINS, Plugin};
 use super::settings::{ComputeType, Settings};
+use super::turn::Turn;
 use crate::bundle::{Dtype, Precision};
 
 /// A place where graphs run.
@@ -199,7 +199,7 @@ pub(super) fn probe(loaded: &Loaded, provider: Provider, options: &RuntimeOption
     let _turn = provider.turn();
     let open = || -> Result<Session, ort::Error> {
         let builder = Session::builder(&loaded.environment)?;
-        register(builder, loaded, provider, &settings, Some(&Engine::default()))?.commit_from_memory(&identity(Dtype::Float32))
+        register(builder, loaded, provider, &settings, Work::Built(&Engine::default()))?.commit_from_memory(&identity(Dtype::Float32))
     };
     open().map_err(|error| ProviderError::Unusable { provider, source: in_a_sentence(&error) })?;
     Ok(settings)
@@ -210,24 +210,41 @@ pub(super) fn in_a_sentence(error: &ort::Error) -> ort::Error {
     ort::Error::new(sentence(&error.to_string()).trim_end_matches('.'))
 }
 
+/// What a session does, as far as its provider must know.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Work<'a> {
+    /// Runs its graph node by node.
+    Plain,
+    /// Runs the engine that TensorRT built of its graph.
+    Built(&'a Engine),
+    /// Runs its graph node by node, or as it was recorded in a run on the same tensors.
+    Recorded,
+}
+
 /// Adds the provider to a session. TensorRT takes part where there is an engine of its graph.
 pub(super) fn register(
     builder: SessionBuilder,
     loaded: &Loaded,
     provider: Provider,
     settings: &Settings,
-    engine: Option<&Engine>,
+    work: Work<'_>,
 ) -> Result<SessionBuilder, ort::Error> {
     let id = i32::try_from(settings.device).unwrap_or(i32::MAX);
     // TF32 keeps 10 bits of a float32; tokens must be the reference's.
-    let cuda = || ep::CUDA::default().with_device_id(id).with_tf32(false).build().error_on_failure();
+    let cuda = ep::CUDA::default().with_device_id(id).with_tf32(false).with_cuda_graph(matches!(work, Work::Recorded));
+    let cuda = cuda.build().error_on_failure();
     let providers: Vec<ExecutionProviderDispatch> = match provider {
         Provider::Cpu => return on_processor(builder, loaded),
-        Provider::Cuda => vec![cuda()],
-        Provider::TensorRt => engine.map(|engine| tensorrt(id, engine)).into_iter().chain([cuda()]).collect(),
+        Provider::Cuda => vec![cuda],
+        Provider::TensorRt => match work {
+            Work::Built(engine) => vec![tensorrt(id, engine), cuda],
+            Work::Plain | Work::Recorded => vec![cuda],
+        },
         Provider::Plugin(plugin) => {
             let device = plugin.devices(&loaded.environment).nth(settings.device as usize);
-            return Ok(builder.with_devices(device, Some(&settings.options))?);
+            let capture = plugin.capture().filter(|_| matches!(work, Work::Recorded)).map(|option| (option, "1".into()));
+            let options: Vec<(String, String)> = settings.options.iter().cloned().chain(capture).collect();
+            return Ok(builder.with_devices(device, Some(&options))?);
         }
     };
     Ok(builder.with_execution_providers(providers)?)
@@ -271,9 +288,27 @@ pub(super) fn memory(loaded: &Loaded, provider: Provider, device: u32) -> Result
 }
 
 impl Provider {
+    /// Whether it can record runs.
+    pub(super) fn records(self) -> bool {
+        match self {
+            Self::Cpu => false,
+            Self::Cuda | Self::TensorRt => true,
+            Self::Plugin(plugin) => plugin.capture().is_some(),
+        }
+    }
+
+    /// To be held while it records.
+    pub(super) fn turn_to_record(self) -> Turn {
+        if matches!(self, Self::Cuda | Self::TensorRt) { Turn::recording() } else { self.turn() }
+    }
+
     /// To be held while it is used.
-    pub(super) fn turn(self) -> Option<MutexGuard<'static, ()>> {
-        if let Self::Plugin(plugin) = self { plugin.turn() } else { None }
+    pub(super) fn turn(self) -> Turn {
+        match self {
+            Self::Cpu => Turn::Free,
+            Self::Cuda | Self::TensorRt => Turn::shared(),
+            Self::Plugin(plugin) => plugin.turn().map_or(Turn::Free, Turn::Only),
+        }
     }
 
     /// What [`ProviderChoice::Auto`] tries, in this order, before it takes the processor. TensorRT needs engines that somebody built.

@@ -10,7 +10,8 @@ use ndarray::{ArrayD, Axis};
 use ort::memory::Allocator;
 use ort::session::{IoBinding, Session};
 
-use super::model::{identity, model};
+use super::model::{FROM, INTO, copies, identity, model};
+use super::provider::Work;
 use super::{Cancel, Place, Runtime, RuntimeError, Tensor};
 use crate::bundle::Dtype;
 
@@ -42,6 +43,8 @@ pub struct Mover {
     cancel: Cancel,
     graphs: Vec<MoveGraph>,
     identities: Vec<(Dtype, Session)>,
+    /// Each copies tensors of these types in one run.
+    carriers: Vec<(Vec<Dtype>, Session)>,
 }
 
 /// The graph on a device. Tensors of all layers move alike, so the last moves stay bound.
@@ -92,7 +95,7 @@ impl Row {
 impl Mover {
     /// Loads nothing yet: the processor needs no graph.
     pub fn new(runtime: &Runtime) -> Self {
-        Self { runtime: runtime.clone(), cancel: Cancel::new(), graphs: Vec::new(), identities: Vec::new() }
+        Self { runtime: runtime.clone(), cancel: Cancel::new(), graphs: Vec::new(), identities: Vec::new(), carriers: Vec::new() }
     }
 
     /// Copies positions of `from` to the same positions of `into`.
@@ -144,6 +147,22 @@ impl Mover {
             alone = Arc::new(self.to_host(&alone)?);
         }
         Ok(alone.to_f32().map_err(failed)?.index_axis_move(Axis(0), 0))
+    }
+
+    /// Copies whole tensors into others of their type and shape, wherever these lie, in one run. None is a single number.
+    ///
+    /// # Panics
+    /// If there are more than 10.
+    pub fn carry(&mut self, from: &[&Tensor], into: &mut [&mut Tensor]) -> Result<(), RuntimeError> {
+        self.carried(from, Some(into)).map(drop).map_err(failed)
+    }
+
+    /// Copies where graphs run, made in one run. None of the tensors is a single number.
+    ///
+    /// # Panics
+    /// If there are more than 10.
+    pub fn all_to_device(&mut self, tensors: &[&Tensor]) -> Result<Vec<Tensor>, RuntimeError> {
+        self.carried(tensors, None).map_err(failed)
     }
 
     /// A copy on the host.
@@ -208,7 +227,7 @@ impl Mover {
         }
         let inputs = [("from", dtype), ("into", dtype), ("read", Dtype::Int64), ("write", Dtype::Int64)];
         let nodes = [("GatherND", &["from", "read"][..], "moved"), ("ScatterND", &["into", "write", "moved"], "out")];
-        let session = self.runtime.small_session(&model(&nodes, &inputs, ("out", dtype)))?;
+        let session = self.runtime.small_session(&model(&nodes, &inputs, &[("out", dtype)]), Work::Plain)?;
         let binding = session.create_binding()?;
         self.graphs.push(MoveGraph { dtype, session, binding, bound: None });
         Ok(self.graphs.last_mut().expect("it was just put there"))
@@ -224,10 +243,37 @@ impl Mover {
         Tensor::allocate(&Allocator::new(session, memory)?, dtype, shape, session)
     }
 
+    /// Gives the copies that have no place yet.
+    fn carried(&mut self, from: &[&Tensor], into: Option<&mut [&mut Tensor]>) -> Result<Vec<Tensor>, ort::Error> {
+        let dtypes: Vec<Dtype> = from.iter().map(|tensor| tensor.dtype()).collect();
+        let (options, _turn) = (self.cancel.options()?, self.runtime.turn());
+        if self.carriers.iter().all(|(of, _)| *of != dtypes) {
+            // WebGPU has int64 where it records.
+            let session = self.runtime.small_session(&copies(&dtypes), Work::Recorded)?;
+            self.carriers.push((dtypes.clone(), session));
+        }
+        let (_, session) = self.carriers.iter_mut().find(|(of, _)| *of == dtypes).expect("it was just put there");
+        let (mut binding, owner) = (session.create_binding()?, session.inner());
+        let to_host = into.as_ref().is_some_and(|into| into.iter().all(|tensor| tensor.is_on_host()));
+        for (from, x) in from.iter().zip(FROM) {
+            self.runtime.count(from, if to_host { Place::Host } else { Place::Device });
+            binding.bind_input(x, &from.0)?;
+        }
+        let names = INTO.into_iter().take(from.len());
+        let Some(into) = into else {
+            names.clone().try_for_each(|y| binding.bind_output_to_device(y, &self.runtime.memory(Place::Device)))?;
+            let mut outputs = session.run_binding_with_options(&binding, &options)?;
+            return names.filter_map(|y| outputs.remove(y)).map(|copy| Tensor::from_value(copy, owner.clone())).collect();
+        };
+        into.iter_mut().zip(names).try_for_each(|(into, y)| binding.bind_output(y, &mut into.0))?;
+        session.run_binding_with_options(&binding, &options)?;
+        Ok(Vec::new())
+    }
+
     fn bring(&mut self, tensor: &Tensor, place: Place) -> Result<Tensor, ort::Error> {
         let (dtype, options, _turn) = (tensor.dtype(), self.cancel.options()?, self.runtime.turn());
         if self.identities.iter().all(|(of, _)| *of != dtype) {
-            let session = self.runtime.small_session(&identity(dtype))?;
+            let session = self.runtime.small_session(&identity(dtype), Work::Plain)?;
             self.identities.push((dtype, session));
         }
         let (_, session) = self.identities.iter_mut().find(|(of, _)| *of == dtype).expect("it was just put there");
