@@ -198,6 +198,18 @@ def test_the_engine_knows_the_flags_of_a_recipe(name: str) -> None:
     assert done.returncode == 0 or (done.returncode == 5 and not RECIPES[name].is_on_processor), done.stderr
 
 
+def test_every_process_gets_the_threads_and_flags_of_its_recipe(benched: Path, tmp_path: Path) -> None:
+    models = bench._Models(benched, "tiny")
+    models.prepare(["exact"], 4)
+    engine = tmp_path / "engine"
+    engine.write_text(f'#!/bin/sh\necho "$@" >> "$0.log"\nexec "{ENGINE}" "$@"\n')
+    engine.chmod(0o755)
+    side = binary.Engine(engine, models.bundle("exact"), 1, RECIPES["exact"].flags)
+    side.measure(work.Work((Path(PICTURES[0]),), ("which?",), 4, 2, 2), 0)
+    typed = (tmp_path / "engine.log").read_text().splitlines()
+    assert len(typed) == 7 and all("--threads 1 --provider cpu" in line for line in typed), typed
+
+
 def test_a_recipe_that_cannot_run_here_is_refused_before_anything_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
