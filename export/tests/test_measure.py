@@ -161,6 +161,30 @@ def test_a_stopped_bench_keeps_and_prints_what_it_has(
         assert (other == "–") == (faster == "–") == (n_rounds == 0)
 
 
+def test_a_stopped_baseline_keeps_and_prints_what_it_has(
+    checkpoint: Path,
+    sigterm: Callable[..., None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    usual = Peer.measure
+
+    def measure(self: Peer, wanted: work.Work, i: int) -> samples.Samples:
+        if i == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return usual(self, wanted, i)
+
+    monkeypatch.setattr(Peer, "measure", measure)
+    args = parsed(baseline, str(checkpoint), "--dtype", "float32,bfloat16", "--json", str(tmp_path / "all.json"))
+    assert baseline.run(args) == stop.STOPPED and signal.getsignal(signal.SIGTERM) == sigterm
+    found, [rows] = json.loads((tmp_path / "all.json").read_text()), tables(capsys.readouterr().out)
+    assert list(found["samples"]) == ["float32"] and len(found["samples"]["float32"]["beams"]) == 1
+    assert [median for _, median, _ in rows[:-1]] == [
+        samples.median(found["samples"]["float32"][name]) for name in found["rows"]
+    ]
+
+
 def test_an_engine_that_is_stopped_is_not_left_behind(tmp_path: Path) -> None:
     engine = tmp_path / "engine"
     engine.write_text('#!/bin/sh\necho $$ > "$0.pid"\nexec sleep 60\n')
