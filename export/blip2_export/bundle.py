@@ -67,10 +67,28 @@ class Choices:
         for task, n_tokens in (("caption", self.caption_tokens), ("answer", self.ask_tokens)):
             if n_tokens < 1:
                 raise CheckpointError(f"a most of {n_tokens} new tokens leaves no {task}; 1 is the least")
-        if self.calibration is not None and self.precisions.is_exact:
+        if self.calibration is not None:
+            self._check_calibration()
+
+    def _check_calibration(self) -> None:
+        if self._chosen == {Precision.FLOAT32}:
             raise CheckpointError(
                 "--calibration is for fewer bits, but all parts are float32; choose a precision besides"
             )
+        if not (self.is_calibrated or self.loss):
+            raise CheckpointError(
+                f"--calibration: graphs for {self.target} are fitted to no pictures in these precisions, and no loss is "
+                "measured on them; leave out --calibration or --no-loss"
+            )
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether a part is made with what calibration saw."""
+        return not self._chosen.isdisjoint(TARGETS[self.target].calibrated)
+
+    @property
+    def _chosen(self) -> set[Precision]:
+        return self.precisions.chosen(TARGETS[self.target].natural)
 
     def _texts(self) -> list[str]:
         return [self.name, self.caption_prompt or "", self.ask_prompt or ""]
@@ -85,7 +103,7 @@ def convert(source: Path, out: Path, choices: Choices) -> None:
     checkpoint = open_checkpoint(source, choices.parts, choices.adapters)
     with _aside(out, choices.force) as aside, beside(aside) as other:
         exact = yardstick(checkpoint, other, choices)
-        facts, _ = _build(checkpoint, aside, choices, exact.statistics() if choices.precisions.is_calibrated else None)
+        facts, _ = _build(checkpoint, aside, choices, exact.statistics() if choices.is_calibrated else None)
         leftovers.check(checkpoint, choices.ignored_tensors)
         if choices.golden:
             print("golden: recording the reference", file=sys.stderr)

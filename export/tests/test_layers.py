@@ -12,16 +12,17 @@ ROOT = Path(blip2_export.__file__).parent
 MAY_IMPORT = {
     "vocabulary": set(),
     "engine": set(),
+    "processors": set(),
     "read": set(),
     "graphs": {"read"},
     "reference": {"read", "graphs"},
     "run": set(),
-    "loss": {"read", "graphs", "reference", "run", "scenes"},
+    "loss": {"read", "graphs", "reference", "run", "scenes", "processors"},
     "bundle": {"read", "graphs", "reference", "loss"},
     "convert": {"read", "graphs", "bundle"},
     "scenes": {"engine"},
     "check": {"read", "graphs", "reference", "bundle", "scenes", "engine", "vocabulary"},
-    "measure": {"read", "graphs", "reference", "bundle", "engine", "check"},
+    "measure": {"read", "graphs", "reference", "bundle", "engine", "check", "processors"},
     "train": {"graphs", "scenes", "vocabulary"},
 }
 
@@ -73,3 +74,9 @@ def test_converting_draws_scenes_and_asks_nothing_about_them() -> None:
         waiting += found[module] - seen
     above = {module for module in seen if module.startswith(("scenes", "train", "check", "engine"))}
     assert "bundle" in seen and above <= {"scenes.drawing", "scenes"}, above
+
+
+def test_processors_are_counted_in_one_place() -> None:
+    counted = ("sched_getaffinity", "cpu_count")
+    found = [path.stem for path in ROOT.rglob("*.py") if any(name in path.read_text() for name in counted)]
+    assert found == ["processors"]

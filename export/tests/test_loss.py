@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from test_engine import ENGINE
 
 from blip2_export.bundle import Choices, convert, open_checkpoint, yardstick
 from blip2_export.check import random_checkpoint, random_retrieval
-from blip2_export.graphs.precision import Precision, Precisions
+from blip2_export.graphs.precision import EXACT, FLOATS, Precision, Precisions
 from blip2_export.graphs.statistics import Statistics
+from blip2_export.graphs.targets import TARGETS
 from blip2_export.loss import measure
 from blip2_export.loss.inputs import inputs
 from blip2_export.loss.samples import N_DRAWN, samples
+from blip2_export.loss.yardstick import Yardstick
 from blip2_export.read.checkpoint import CheckpointError
 from blip2_export.read.lavis import Parts
 from blip2_export.reference import pictures
@@ -33,6 +36,7 @@ from blip2_export.run.retrieval import Stage1Graphs
 from blip2_export.run.sessions import Place
 
 INT8 = Precisions(*[Precision.INT8] * 3)
+BLOCKS = Precisions(*[Precision.INT8_BLOCKS] * 3)
 Made = Callable[..., tuple[Path, Path]]
 
 
@@ -145,9 +149,36 @@ def test_a_folder_that_is_no_use_is_refused(what: str, said: str, tmp_path: Path
         samples(folder, held_out=False)
 
 
-def test_calibration_without_fewer_bits_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="all parts are float32"):
-        convert(tmp_path, tmp_path / "b", Choices("x", calibration=tmp_path))
+@pytest.mark.parametrize(
+    ("choices", "said"),
+    [
+        (Choices("x"), "all parts are float32"),
+        (Choices("x", target="cuda", precisions=EXACT), "all parts are float32"),
+        (Choices("x", target="cuda", loss=False), "graphs for cuda are fitted to no pictures in these precisions"),
+        (
+            Choices("x", target="tensorrt", precisions=BLOCKS, loss=False),
+            "graphs for tensorrt are fitted to no pictures",
+        ),
+    ],
+)
+def test_pictures_that_nothing_would_read_are_refused(choices: Choices, said: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=said):
+        convert(tmp_path, tmp_path / "b", replace(choices, calibration=tmp_path))
+
+
+@pytest.mark.parametrize("target", sorted(TARGETS))
+def test_calibration_runs_where_graphs_are_made_with_what_it_sees(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = []
+    monkeypatch.setattr(Yardstick, "statistics", lambda _: ran.append(target))
+    wide = {"hidden_size": 128, "word_embed_proj_dim": 128, "ffn_dim": 128}
+    random_checkpoint.write(tmp_path / "c", {"text_config": wide}, seed=0)
+    for precision in TARGETS[target].precisions:
+        choices = Choices("x", golden=False, loss=False, target=target, precisions=replace(EXACT, language=precision))
+        convert(tmp_path / "c", tmp_path / precision, choices)
+        assert len(ran) == (target == "cpu" and precision not in FLOATS), precision
+        ran.clear()
 
 
 # Loss

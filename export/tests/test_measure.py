@@ -6,20 +6,30 @@ import argparse
 import itertools
 import json
 import os
+import re
 import shutil
+import signal
 import statistics
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from test_engine import ENGINE
 
+from blip2_export import processors
 from blip2_export.bundle import Choices, convert
-from blip2_export.check import random_checkpoint
+from blip2_export.check import emulation, random_checkpoint
+from blip2_export.engine import run_engine
 from blip2_export.graphs.precision import Precision, Precisions
-from blip2_export.measure import baseline, bench, binary, floor, machine, prefill, samples, work
+from blip2_export.measure import baseline, bench, binary, floor, machine, prefill, samples, stop, work
 from blip2_export.measure.peer import Peer
+from blip2_export.measure.recipes import RECIPES
 
 PICTURES = [str(path) for path in sorted(work.SAMPLES.glob("*.png"))[:2]]
 FEW = ("--rounds", "2", "--tokens", "4", "--requests", "3", "--threads", "1", "--images", *PICTURES)
@@ -96,6 +106,170 @@ def test_a_bench_prints_ratios_of_what_it_prints(benched: Path, capsys: pytest.C
         assert ratio == f"{float(over) / float(under):.3f}", label
 
 
+def test_the_report_names_the_instructions_that_each_side_has(
+    benched: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_bench(benched, "--recipes", "exact")
+    said = dict(line.split(": ", 1) for line in capsys.readouterr().out.split("\n\n")[0].splitlines())
+    names = [f"instruction set{side}" for side in ("", ", engine", ", transformers")]
+    widest = machine.instruction_set().split()[-1]
+    assert all(widest in said[name].lower() for name in names), said
+    assert said["threads"] == f"1 of {processors.count()} processors" and said["whole rounds"] == "2"
+
+
+@pytest.fixture
+def sigterm() -> Iterator[Callable[..., None]]:
+    """What SIGTERM does before and after a bench."""
+
+    def unexpected(*_: object) -> None:
+        raise AssertionError("SIGTERM would have killed it")
+
+    usual = signal.signal(signal.SIGTERM, unexpected)
+    yield unexpected
+    signal.signal(signal.SIGTERM, usual)
+
+
+@pytest.mark.parametrize(("at", "n_rounds"), [("Peer", 0), ("Peer", 1), ("Engine", 1)])
+def test_a_stopped_bench_keeps_and_prints_what_it_has(
+    at: str,
+    n_rounds: int,
+    sigterm: Callable[..., None],
+    benched: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    side, written = getattr(bench, at), benched / "stopped.json"
+    usual = side.measure
+
+    def measure(self: Any, wanted: work.Work, i: int) -> samples.Samples:
+        if i == n_rounds and len(wanted.images) > 1:  # the warm-up sees one picture
+            assert written.is_file()
+            signal.raise_signal(signal.SIGTERM)
+        return usual(self, wanted, i)
+
+    monkeypatch.setattr(side, "measure", measure)
+    written.unlink(missing_ok=True)
+    typed = ("--shape", "tiny", "--work", str(benched), "--engine", str(ENGINE), "--json", str(written))
+    assert bench.run(parsed(bench, *typed, "--recipes", "exact")) == stop.STOPPED
+    assert signal.getsignal(signal.SIGTERM) == sigterm
+    found, [sides, _] = json.loads(written.read_text()), tables(capsys.readouterr().out)
+    ours, theirs = found["engine"]["exact"], found["transformers"]
+    assert found["machine"]["whole rounds"] == str(n_rounds)
+    assert [len(ours["beams"]), len(theirs.get("beams", []))] == [n_rounds + (at == "Peer"), n_rounds]
+    for (_, other, _, own, _, faster), name in zip(sides, found["rows"], strict=True):
+        assert [other, own] == [samples.median(side.get(name, [])) for side in (theirs, ours)]
+        assert (other == "–") == (faster == "–") == (n_rounds == 0)
+
+
+def test_a_stopped_baseline_keeps_and_prints_what_it_has(
+    checkpoint: Path,
+    sigterm: Callable[..., None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    usual = Peer.measure
+
+    def measure(self: Peer, wanted: work.Work, i: int) -> samples.Samples:
+        if i == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return usual(self, wanted, i)
+
+    monkeypatch.setattr(Peer, "measure", measure)
+    args = parsed(baseline, str(checkpoint), "--dtype", "float32,bfloat16", "--json", str(tmp_path / "all.json"))
+    assert baseline.run(args) == stop.STOPPED and signal.getsignal(signal.SIGTERM) == sigterm
+    found, [rows] = json.loads((tmp_path / "all.json").read_text()), tables(capsys.readouterr().out)
+    assert list(found["samples"]) == ["float32"] and len(found["samples"]["float32"]["beams"]) == 1
+    assert [median for _, median, _ in rows[:-1]] == [
+        samples.median(found["samples"]["float32"][name]) for name in found["rows"]
+    ]
+
+
+def test_an_engine_that_is_stopped_is_not_left_behind(tmp_path: Path) -> None:
+    engine = tmp_path / "engine"
+    engine.write_text('#!/bin/sh\necho $$ > "$0.pid"\nexec sleep 60\n')
+    engine.chmod(0o755)
+    wanted = work.Work((Path(PICTURES[0]),), ("which?",), 4, 2, 2)
+    timer = threading.Timer(1, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        binary.Engine(engine, tmp_path, 1)._batch(wanted)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "engine.pid").read_text()), 0)
+
+
+def test_threads_hold_for_transformers(checkpoint: Path) -> None:
+    for n_threads in (2, 1):
+        Peer(checkpoint, "float32", n_threads)
+        assert torch.get_num_threads() == n_threads
+
+
+def test_recipes_of_one_bundle_share_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    models = bench._Models(tmp_path, "tiny")
+    names = {name: models.bundle(name).name.removeprefix("tiny-float32-") for name in RECIPES}
+    assert names == {name: "exact" if name == "faithful" else name for name in RECIPES}
+    models.prepare(["faithful", "exact", "faithful-plain"], 4)
+    said = capsys.readouterr().err
+    for name, target in (("exact", "cpu"), ("faithful-plain", "webgpu")):
+        assert said.count(f"{models.bundle(name)} is ") == 1
+        assert json.loads((models.bundle(name) / "bundle.json").read_text())["target"] == target
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_engine_knows_the_flags_of_a_recipe(name: str) -> None:
+    """It follows them, or says why its provider is of no use here."""
+    done = subprocess.run([str(ENGINE), "doctor", *RECIPES[name].flags], capture_output=True, check=False)
+    assert done.returncode == 0 or (done.returncode == 5 and not RECIPES[name].is_on_processor), done.stderr
+
+
+def test_every_process_gets_the_threads_and_flags_of_its_recipe(benched: Path, tmp_path: Path) -> None:
+    models = bench._Models(benched, "tiny")
+    models.prepare(["exact"], 4)
+    engine = tmp_path / "engine"
+    engine.write_text(f'#!/bin/sh\necho "$@" >> "$0.log"\nexec "{ENGINE}" "$@"\n')
+    engine.chmod(0o755)
+    side = binary.Engine(engine, models.bundle("exact"), 1, RECIPES["exact"].flags)
+    side.measure(work.Work((Path(PICTURES[0]),), ("which?",), 4, 2, 2), 0)
+    typed = (tmp_path / "engine.log").read_text().splitlines()
+    assert len(typed) == 7 and all("--threads 1 --provider cpu" in line for line in typed), typed
+
+
+def test_a_recipe_that_cannot_run_here_is_refused_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(RECIPES, "exact", replace(RECIPES["exact"], flags=("--provider", "plugin:absent")))
+    with pytest.raises(SystemExit, match=r"plugin:absent *not usable: .* its library must be named"):
+        run_bench(tmp_path / "new", "--recipes", "exact")
+    assert not (tmp_path / "new").exists()
+
+
+def on_intel() -> list[str]:
+    """What stands before a command there: OpenVINO offers no device on other processors."""
+    if re.search(r"^vendor_id\s*: GenuineIntel", machine._cpu(), re.MULTILINE):
+        return []
+    return emulation.avx2() or pytest.skip(emulation.MISSING)
+
+
+@pytest.mark.parametrize("name", ["faithful", "faithful-plain"])
+def test_a_faithful_recipe_writes_what_the_exact_one_does(name: str, benched: Path) -> None:
+    """In float32: emulated processors have no bfloat16, and random weights tie in it."""
+    there = [*on_intel(), str(ENGINE)]
+    doctor = subprocess.run([*there, "doctor"], capture_output=True, encoding="utf-8", check=True).stdout
+    if "`openvino` needs a plugin" in doctor:
+        pytest.skip("the OpenVINO plugin is not there; `make setup-openvino` installs it")
+    models = bench._Models(benched, "tiny")
+    models.prepare(["exact", name], 4)
+    search = ("--beams", "1", "--max-new-tokens", "8", "--min-new-tokens", "8")
+
+    def written(command: list[str], recipe: str, *flags: str) -> list[int]:
+        bundle = ("--model", str(models.bundle(recipe)))
+        [line] = run_engine(Path(command[0]), *command[1:], "caption", PICTURES[0], "--json", *search, *bundle, *flags)
+        return line["tokens"]
+
+    flags = (flag.replace("bfloat16", "float32") for flag in RECIPES[name].flags)
+    assert written(there, name, *flags) == written([str(ENGINE)], "exact")
+
+
 def test_requests_at_once_count_until_the_last_one_ends() -> None:
     times = ({"waiting": 0.5, "prefill": 9.5, "decode": 30.0}, {"waiting": 20.0, "prefill": 10.0, "decode": 20.0})
     lines = [{"tokens": [7] * 10, "timings_ms": one} for one in times]
@@ -150,7 +324,7 @@ def test_a_bench_without_room_makes_nothing(short: str, tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize(
     ("typed", "said"),
-    [("--images", "no such picture"), ("--json", "a folder that exists"), ("--recipes", "is none of exact, fast")],
+    [("--images", "no such picture"), ("--json", "a folder that exists"), ("--recipes", "is none of exact, faithful")],
 )
 def test_what_would_fail_in_the_end_is_told_before(
     typed: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +149,41 @@ def test_what_a_bundle_cannot_say_is_refused(folder: Path, settings: dict[str, A
     settle(folder, settings)
     with pytest.raises(CheckpointError, match=said):
         processor.image_facts(folder, SIDE)
+
+
+def _fails(*_: Any) -> Any:
+    raise RuntimeError("other arguments")
+
+
+@pytest.mark.parametrize(
+    ("kind", "spoil", "said"),
+    [
+        ("ConvNextImageProcessor", lambda patch: None, "other pixels"),
+        ("NoSuchProcessor", lambda patch: None, "makes no image processor"),
+        (
+            "BlipImageProcessor",
+            lambda patch: patch.setitem(sys.modules, "transformers.image_processing_backends", None),
+            "makes no image processor",
+        ),
+        ("BlipImageProcessor", lambda patch: patch.setattr(processor, "pixels", _fails), "fails on a picture"),
+    ],
+)
+def test_another_version_of_the_reference_is_named_where_it_may_be_to_blame(
+    folder: Path, kind: str, spoil: Callable[..., None], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settle(folder, {"image_processor_type": kind, "size": {"shortest_edge": SIDE} if "Conv" in kind else SQUARE})
+    spoil(monkeypatch)
+    for version, is_named in ((f"{processor._TRANSFORMERS}.9", False), ("4.57.1", True), ("5.2.3", True)):
+        monkeypatch.setattr(processor, "version", lambda _, version=version: version)
+        with pytest.raises(CheckpointError, match=said) as refused:
+            processor.image_facts(folder, SIDE)
+        blame = f"; transformers {version} is installed, export/requirements.txt pins {processor._TRANSFORMERS}"
+        assert (blame in str(refused.value)) == is_named, refused.value
+
+
+def test_the_pinned_version_is_that_of_the_requirements() -> None:
+    wanted = (Path(__file__).parents[1] / "requirements.txt").read_text()
+    assert f"\ntransformers=={processor._TRANSFORMERS}." in wanted
 
 
 def test_another_image_size_goes_with_processors_that_make_squares(folder: Path) -> None:

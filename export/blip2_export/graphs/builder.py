@@ -91,6 +91,7 @@ class Graph(ABC):
     target: ClassVar[str]
     precisions: ClassVar[tuple[Precision, ...]] = (Precision.FLOAT32,)
     natural: ClassVar[Precision] = Precision.FLOAT32  # where nobody chose
+    calibrated: ClassVar[tuple[Precision, ...]] = ()  # made with what calibration saw
 
     def __init__(self, out: Output, name: str, data: Data | None = None, n_positions: int = 0) -> None:
         """`n_positions`: the most that a text of the model may have, where the graph counts them."""

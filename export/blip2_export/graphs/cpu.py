@@ -19,7 +19,8 @@ _BLOCKS = {Precision.INT8_BLOCKS: (8, 128), Precision.INT4_BLOCKS: (4, 32)}
 class CpuGraph(Graph):
     target = "cpu"
     blocks: ClassVar[dict[Precision, tuple[int, int]]] = _BLOCKS  # bits, weights of a block
-    precisions = (Precision.FLOAT32, Precision.INT8, *_BLOCKS)
+    calibrated = (Precision.INT8, *_BLOCKS)
+    precisions = (Precision.FLOAT32, *calibrated)
 
     def __init__(self, out: Output, name: str, data: Data | None = None, n_positions: int = 0) -> None:
         super().__init__(out, name, data, n_positions)

@@ -15,7 +15,6 @@ from blip2_export.graphs.cpu import CpuGraph
 from blip2_export.graphs.heads import Heads
 from blip2_export.graphs.plain import PlainGraph
 from blip2_export.graphs.precision import FLOATS, Precision
-from blip2_export.graphs.statistics import Channels
 
 # Blocks of 32 are what its kernels take that multiply without unpacking first.
 _BLOCKS = {Precision.INT8_BLOCKS: (8, 32), Precision.INT4_BLOCKS: (4, 32)}
@@ -26,14 +25,11 @@ class CudaGraph(CpuGraph, PlainGraph):
     blocks = _BLOCKS
     precisions = (*FLOATS, *_BLOCKS)
     natural: ClassVar[Precision] = Precision.FLOAT16
+    calibrated = ()  # only weights are whole numbers, so nothing is smoothed for what they meet
 
     @classmethod
     def activations(cls, out: Output) -> np.dtype:
         return out.narrow if out.precision in _BLOCKS else super().activations(out)
-
-    def narrow_product(self, x: str, weight: np.ndarray, channels: Channels | None) -> str:
-        """Only weights are whole numbers, so nothing is smoothed for what they meet."""
-        return super().narrow_product(x, weight, None)
 
     def patches(self, pixels: str, weights: list[np.ndarray], n: int) -> str:
         width, n_colours, side, _ = weights[0].shape

@@ -28,17 +28,9 @@ class Precisions:
     qformer: Precision | None = None
     language: Precision | None = None
 
-    @property
-    def is_exact(self) -> bool:
-        return set(self._each()) <= {Precision.FLOAT32, None}
-
-    @property
-    def is_calibrated(self) -> bool:
-        """Whether a part is made with what calibration saw."""
-        return any(precision not in (*FLOATS, None) for precision in self._each())
-
-    def _each(self) -> tuple[Precision | None, ...]:
-        return self.vision, self.qformer, self.language
+    def chosen(self, natural: Precision) -> set[Precision]:
+        """Those of the parts, on a target whose natural one this is."""
+        return {precision or natural for precision in (self.vision, self.qformer, self.language)}
 
 
 EXACT = Precisions(*[Precision.FLOAT32] * 3)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from blip2_export import processors
 from blip2_export.graphs.builder import Graph
 from blip2_export.graphs.statistics import Statistics
 from blip2_export.loss import calibration, measure
@@ -67,7 +67,7 @@ class Yardstick:
 
 def place() -> Place:
     """All processors that this process may use."""
-    return Place(len(os.sched_getaffinity(0)))
+    return Place(processors.count())
 
 
 @contextmanager

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from blip2_export.measure import machine, samples, work
+from blip2_export.measure import machine, samples, stop, work
 from blip2_export.measure.peer import Peer
 from blip2_export.measure.samples import Samples
 from blip2_export.measure.work import Work
@@ -35,45 +36,52 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Progress to standard error, the table to standard output."""
+    described = machine.describe(args.threads, "torch", "transformers")
     found: dict[str, Samples] = {}
+    wanted, status = None, 0
     try:
-        for dtype in args.dtype:
-            wanted, more = _in_dtype(args, dtype)
-            found |= more
+        with stop.like_ctrl_c():
+            for wanted in _turns(args, found):
+                if args.json:
+                    content = {"machine": described, "rows": wanted.rows, "samples": found}
+                    args.json.write_text(json.dumps(content, indent=1) + "\n")
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        status = stop.STOPPED
     except CheckpointError as error:
         raise SystemExit(f"error: {error}") from error
-    described = machine.describe(args.threads, "torch", "transformers")
-    print("\n".join(f"{name}: {value}" for name, value in described.items()))
-    print(f"\n{_table(wanted, found)}")
-    if args.json:
-        args.json.write_text(json.dumps({"machine": described, "rows": wanted.rows, "samples": found}, indent=1) + "\n")
-    return 0
+    if wanted is not None:
+        print("\n".join(f"{name}: {value}" for name, value in described.items()))
+        print(f"\n{_table(wanted, found)}")
+    return status
 
 
-def _in_dtype(args: argparse.Namespace, dtype: str) -> tuple[Work, dict[str, Samples]]:
-    """Eager and perhaps compiled; the model is let go before that of the next precision is loaded."""
-    peer = Peer(args.checkpoint, dtype, args.threads, args.device)
-    wanted = work.of(args, peer.n_prompt_tokens)
-    found = {dtype: _measured(peer, wanted, args.rounds, dtype)}
-    if args.compile:
-        peer.compile()
-        compiled = f"{dtype}, compiled"
-        found[compiled] = _measured(peer, wanted, args.rounds, compiled)
-    return wanted, found
+def _turns(args: argparse.Namespace, found: dict[str, Samples]) -> Iterator[Work]:
+    """Comes back after every round, eager and perhaps compiled; a model is let go before that of the next precision is loaded."""
+    for dtype in args.dtype:
+        peer = Peer(args.checkpoint, dtype, args.threads, args.device)
+        wanted = work.of(args, peer.n_prompt_tokens)
+        yield from _rounds(peer, wanted, args.rounds, dtype, found)
+        if args.compile:
+            peer.compile()
+            yield from _rounds(peer, wanted, args.rounds, f"{dtype}, compiled", found)
+        del peer
 
 
-def _measured(peer: Peer, wanted: Work, n_rounds: int, label: str) -> Samples:
+def _rounds(peer: Peer, wanted: Work, n_rounds: int, label: str, found: dict[str, Samples]) -> Iterator[Work]:
     print(f"{label}: warming up", file=sys.stderr)
-    found: Samples = {"first": [peer.warm_up(wanted)]}
+    found[label] = {"first": [peer.warm_up(wanted)]}
     for i in range(n_rounds):
         print(f"{label}: round {i + 1} of {n_rounds}", file=sys.stderr)
-        samples.add(found, peer.measure(wanted, i))
-    return found
+        samples.add(found[label], peer.measure(wanted, i))
+        yield wanted
 
 
 def _table(wanted: Work, found: dict[str, Samples]) -> str:
     rows = {**wanted.rows, "first": "everything once at first, compiling included, s"}
-    cells = [[label, *(cell for one in found.values() for cell in _cells(one[name]))] for name, label in rows.items()]
+    cells = [
+        [label, *(cell for one in found.values() for cell in _cells(one.get(name, [])))] for name, label in rows.items()
+    ]
     return samples.table(["", *(head for name in found for head in (name, "quartiles"))], cells)
 
 

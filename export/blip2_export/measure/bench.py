@@ -8,7 +8,7 @@ import json
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -17,11 +17,11 @@ import torch
 
 from blip2_export import bundle, graphs, read
 from blip2_export.check import random_checkpoint
-from blip2_export.measure import machine, prefill, samples, work
+from blip2_export.measure import machine, prefill, samples, stop, work
 from blip2_export.measure.baseline import DTYPE_BYTES, DTYPES
 from blip2_export.measure.binary import Engine
 from blip2_export.measure.peer import Peer
-from blip2_export.measure.recipes import RECIPES, Recipe, weight_bits
+from blip2_export.measure.recipes import RECIPES, Recipe, bundle_of, weight_bits
 from blip2_export.measure.samples import Samples, median, ratio, spread
 from blip2_export.measure.work import Work
 
@@ -44,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_recipes,
         default=["exact", "fast"],
         metavar="A,B",
-        help=f"precisions of the engine: {', '.join(RECIPES)} (default: exact,fast)",
+        help=f"how the engine computes: {', '.join(RECIPES)}; the faithful ones need an Intel processor with bfloat16 and the "
+        "OpenVINO plugin (default: exact,fast)",
     )
     parser.add_argument(
         "--weights",
@@ -65,35 +66,79 @@ def run(args: argparse.Namespace) -> int:
     if not args.engine.is_file():
         raise SystemExit(f"{args.engine}: the engine is not there; `make build` makes it")
     models = _Models(args.work, args.shape, args.weights)
-    models.prepare(args.recipes, DTYPE_BYTES[args.dtype])
+    engines = {
+        name: Engine(args.engine, models.bundle(name), args.threads, RECIPES[name].flags) for name in args.recipes
+    }
+    for engine in engines.values():
+        engine.doctor()
+    models.prepare(args.recipes, DTYPE_BYTES[args.dtype])  # on all processors: --threads holds from `Peer` on
     peer = Peer(models.checkpoint, args.dtype, args.threads)
     wanted = work.of(args, peer.n_prompt_tokens)
     if args.compile:
         peer.compile()
-    engines = {name: Engine(args.engine, models.bundle(name), args.threads) for name in args.recipes}
+    sides = _Sides(engines, peer, _described(args, engines, peer))
     found = _Found(wanted, {name: {} for name in engines})
-    _say("transformers: warming up")
-    peer.warm_up(wanted)
-    for i in range(args.rounds):
-        for name, engine in engines.items():
-            _say(f"round {i + 1} of {args.rounds}: engine, {name}")
-            samples.add(found.engines[name], engine.measure(wanted, i))
-            alone = prefill.times(engine.bundle, peer.n_prompt_tokens(""), wanted.n_tokens, args.threads, _PREFILLS)
-            samples.add(found.engines[name], {"prefill of the graphs alone": alone})
-        _say(f"round {i + 1} of {args.rounds}: transformers")
-        samples.add(found.peer, peer.measure(wanted, i))
-    described = {
+    status = 0
+    try:
+        with stop.like_ctrl_c():
+            for _ in sides.turns(found, args.rounds):
+                if args.json:
+                    found.write(args.json, sides.described(found))
+    except KeyboardInterrupt:
+        _say("stopped")
+        status = stop.STOPPED
+    print(found.report(sides.described(found)))
+    return status
+
+
+def _described(args: argparse.Namespace, engines: dict[str, Engine], peer: Peer) -> dict[str, str]:
+    return {
         "command": shlex.join(["python", "-m", "blip2_export", *sys.argv[1:]]),
         "model": f"{args.shape}, transformers in {args.dtype}{', compiled' * args.compile}",
-        "engine": next(iter(engines.values())).version(),
+        **next(iter(engines.values())).describe(),
+        **peer.describe(),
         **machine.describe(args.threads, "onnxruntime", "torch", "transformers"),
-        "rounds": str(args.rounds),
-        **{f"same tokens, {name}": _agreement(engine.written, peer.written) for name, engine in engines.items()},
     }
-    print(found.report(described))
-    if args.json:
-        found.write(args.json, described)
-    return 0
+
+
+@dataclass
+class _Sides:
+    """What is measured in turns. `about`: what holds for all rounds."""
+
+    engines: dict[str, Engine]
+    peer: Peer
+    about: dict[str, str]
+
+    def turns(self, found: _Found, n: int) -> Iterator[None]:
+        """`n` rounds; comes back after every side's turn."""
+        _say("transformers: warming up")
+        self.peer.warm_up(found.work)
+        for i in range(n):
+            for name in self.engines:
+                _say(f"round {i + 1} of {n}: engine, {name}")
+                samples.add(found.engines[name], self._engine(name, found.work, i))
+                yield
+            _say(f"round {i + 1} of {n}: transformers")
+            samples.add(found.peer, self.peer.measure(found.work, i))
+            found.n_rounds += 1
+            yield
+
+    def described(self, found: _Found) -> dict[str, str]:
+        agreements = {name: _agreement(engine.written, self.peer.written) for name, engine in self.engines.items()}
+        return {
+            **self.about,
+            "whole rounds": str(found.n_rounds),
+            **{f"same tokens, {name}": agreement for name, agreement in agreements.items()},
+        }
+
+    def _engine(self, name: str, work: Work, i: int) -> Samples:
+        engine = self.engines[name]
+        measured = engine.measure(work, i)
+        if RECIPES[name].is_on_processor:
+            n_prompt = self.peer.n_prompt_tokens("")
+            alone = prefill.times(engine.bundle, n_prompt, work.n_tokens, engine.n_threads, _PREFILLS)
+            measured["prefill of the graphs alone"] = alone
+        return measured
 
 
 @dataclass
@@ -109,7 +154,7 @@ class _Models:
         return self.folder / f"{self.shape}-{self.dtype}"
 
     def bundle(self, recipe: str) -> Path:
-        return self.folder / f"{self.shape}-{self.dtype}-{recipe}"
+        return self.folder / f"{self.shape}-{self.dtype}-{bundle_of(recipe)}"
 
     def prepare(self, recipes: Sequence[str], peer_bytes: int) -> None:
         """Makes what is missing, or older than the code that makes it; refuses before that where there is no room.
@@ -129,14 +174,19 @@ class _Models:
         self.folder.mkdir(parents=True, exist_ok=True)
         write = functools.partial(random_checkpoint.write, shape=self.shape, seed=0, dtype=getattr(torch, self.dtype))
         _keep_or_make(self.checkpoint, drawn, write)
-        for name in recipes:
+        for name in dict.fromkeys(map(bundle_of, recipes)):
             facts = self.bundle(name) / "bundle.json"
             built = drawn and _is_current(facts, [config, *_code(bundle), *_code(graphs), *_code(read)])
             _keep_or_make(self.bundle(name), built, functools.partial(self._convert, recipe=RECIPES[name]))
 
     def _convert(self, path: Path, recipe: Recipe) -> None:
         choices = bundle.Choices(
-            self.shape, golden=False, loss=False, precisions=recipe.precisions, weight_bits=weight_bits()
+            self.shape,
+            golden=False,
+            loss=False,
+            target=recipe.target,
+            precisions=recipe.precisions,
+            weight_bits=weight_bits(),
         )
         bundle.convert(self.checkpoint, path, choices)
 
@@ -148,6 +198,7 @@ class _Found:
     work: Work
     engines: dict[str, Samples]  # of each recipe
     peer: Samples = field(default_factory=dict)
+    n_rounds: int = 0  # that are whole
 
     def report(self, described: dict[str, str]) -> str:
         lines = [f"{name}: {value}" for name, value in described.items()]
@@ -165,9 +216,9 @@ class _Found:
 
     def _sides(self) -> Iterable[list[str]]:
         for name, label in self.work.rows.items():
-            other = self.peer[name]
+            other = self.peer.get(name, [])
             theirs, cells = median(other), []
-            for one in (engine[name] for engine in self.engines.values()):
+            for one in (engine.get(name, []) for engine in self.engines.values()):
                 ours = median(one)
                 cells += [ours, spread(one), ratio(ours, theirs) if name in self.work.rates else ratio(theirs, ours)]
             yield [label, theirs, spread(other), *cells]
@@ -179,8 +230,9 @@ class _Found:
             ("prefill / its graphs alone, ms", "prefill", "prefill of the graphs alone"),
             (f"{n} requests at once / one after another, tokens/s", "together", "alone"),
         ):
-            a, b = median(engine[over]), median(engine[under])
-            yield [label, a, b, ratio(a, b)]
+            if over in engine and under in engine:
+                a, b = median(engine[over]), median(engine[under])
+                yield [label, a, b, ratio(a, b)]
 
 
 def _recipes(text: str) -> list[str]:
@@ -192,8 +244,8 @@ def _recipes(text: str) -> list[str]:
 
 def _agreement(engine: dict[str, list[int]], peer: dict[str, list[int]]) -> str:
     """Captions of both sides; with random weights scores tie more often than with trained ones, so that a few may differ."""
-    same = sum(engine[name] == tokens for name, tokens in peer.items())
-    return f"{same} of {len(peer)} captions"
+    both = engine.keys() & peer.keys()
+    return f"{sum(engine[name] == peer[name] for name in both)} of {len(both)} captions"
 
 
 def _code(module: ModuleType) -> list[Path]:

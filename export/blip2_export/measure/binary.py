@@ -23,18 +23,31 @@ _BATCHES = 3  # of a run; the first warms up
 
 @dataclass
 class Engine:
-    """One bundle. `written`: the tokens of every caption, by picture and search."""
+    """One bundle, and the flags that it is run with. `written`: the tokens of every caption, by picture and search."""
 
     binary: Path
     bundle: Path
     n_threads: int
+    flags: tuple[str, ...] = ()
     written: dict[str, list[int]] = field(default_factory=dict)
 
-    def version(self) -> str:
-        """Its own and that of the ONNX Runtime that it finds, as `doctor` says."""
-        said = subprocess.run([str(self.binary), "doctor"], capture_output=True, encoding="utf-8", check=False).stdout
-        found = re.search(r"^blip2 +(\S+)[\s\S]*^ONNX Runtime +([^\s,]+)", said, re.MULTILINE)
-        return f"blip2 {found[1]}, ONNX Runtime {found[2]}" if found else "unknown"
+    def describe(self) -> dict[str, str]:
+        """Its version, that of the ONNX Runtime that it finds, and the processor's instructions."""
+        said = self.doctor()
+        own, instructions, runtime = (
+            found[1] if (found := re.search(pattern, said, re.MULTILINE)) else "unknown"
+            for pattern in (r"^blip2 +(\S+)", r"^processor +[^,]+, (.+)", r"^ONNX Runtime +([^\s,]+)")
+        )
+        return {"engine": f"blip2 {own}, ONNX Runtime {runtime}", "instruction set, engine": instructions}
+
+    def doctor(self) -> str:
+        """What `doctor` says, which refuses flags that cannot be followed here."""
+        command = [str(self.binary), "doctor", *self.flags]
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
+        if done.returncode:
+            lines = (line for line in done.stdout.splitlines() if line.startswith(self.flags[1:2]))
+            raise SystemExit(f"{' '.join(command)}: {next(lines, done.stderr.strip())}")
+        return done.stdout
 
     def measure(self, work: Work, i: int) -> Samples:
         """The i-th round: every caption greedily, and of the i-th picture what takes longer."""
@@ -63,11 +76,14 @@ class Engine:
         """Milliseconds between batches of captions: from the last line of the first one to that of the last."""
         n = str(work.n_tokens)
         search = ("--beams", "1", "--max-new-tokens", n, "--min-new-tokens", n, "--prompt", "")
-        machine = ("--json", "--model", str(self.bundle), "--threads", str(self.n_threads))
         pictures = map(str, work.batch * _BATCHES)
-        command = [str(self.binary), "caption", *machine, *search, "--batch", str(work.n_pictures), *pictures]
+        command = [str(self.binary), "caption", *self._machine, *search, "--batch", str(work.n_pictures), *pictures]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-            ends = [time.perf_counter() for line in process.stdout or () if line.startswith(b"{")]
+            try:
+                ends = [time.perf_counter() for line in process.stdout or () if line.startswith(b"{")]
+            except KeyboardInterrupt:
+                process.kill()
+                raise
         if process.returncode or len(ends) != work.n_pictures * _BATCHES:
             raise SystemExit(f"{self.binary}: wrote {len(ends)} of {work.n_pictures * _BATCHES} captions")
         return (ends[-1] - ends[work.n_pictures - 1]) * 1e3 / (_BATCHES - 1)
@@ -85,10 +101,13 @@ class Engine:
         asked = [work.questions[k % len(work.questions)] for k in range(n)]
         return self._run(work, "ask", "--prompt", TEMPLATE, "--beams", str(n_beams), str(image), *asked)
 
+    @property
+    def _machine(self) -> tuple[str, ...]:
+        return ("--json", "--model", str(self.bundle), "--threads", str(self.n_threads), *self.flags)
+
     def _run(self, work: Work, command: str, *more: str) -> list[_Line]:
         n = str(work.n_tokens)
-        machine = ("--json", "--model", str(self.bundle), "--threads", str(self.n_threads))
-        lines = run_engine(self.binary, command, *machine, "--max-new-tokens", n, "--min-new-tokens", n, *more)
+        lines = run_engine(self.binary, command, *self._machine, "--max-new-tokens", n, "--min-new-tokens", n, *more)
         if wrong := next((line for line in lines if len(line["tokens"]) != work.n_tokens), None):
             raise SystemExit(f"{self.binary}: wrote {len(wrong['tokens'])} tokens where {n} were asked for")
         return lines

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from blip2_export import processors
 from blip2_export.engine import run_engine
 from blip2_export.measure import kernels, machine, samples
 from blip2_export.measure.prefill import filled
@@ -45,7 +46,9 @@ class Node:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, nargs="?", help="without one: the machine's limits and every precision")
     parser.add_argument("--engine", type=Path, default=Path("target/release/blip2"), help="default: %(default)s")
-    parser.add_argument("--threads", type=count(1), default=machine.n_cores(), metavar="N", help="default: one a core")
+    parser.add_argument(
+        "--threads", type=count(1), default=processors.count(), metavar="N", help="default: one a processor"
+    )
     parser.add_argument("--tokens", type=count(2), default=20, metavar="N", help="to write (default: %(default)s)")
 
 

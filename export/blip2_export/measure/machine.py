@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 import shutil
 from importlib.metadata import version
 from pathlib import Path
+
+from blip2_export import processors
 
 _SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni", "amx_int8", "amx_bf16")  # as Linux
 _ARM_SETS = ("asimddp", "i8mm", "bf16", "sve", "sve2", "sme")
@@ -20,7 +21,7 @@ def describe(n_threads: int, *packages: str) -> dict[str, str]:
     return {
         "processor": said[1].strip() if said else platform.machine(),
         "instruction set": instruction_set(),
-        "threads": f"{n_threads} of {n_cores()} cores",
+        "threads": f"{n_threads} of {processors.count()} processors",
         **{package: version(package) for package in packages},
     }
 
@@ -35,11 +36,6 @@ def instruction_set(cpuinfo: str | None = None) -> str:
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
     there = [name for name in (*_SETS, *_ARM_SETS) if flags and name in flags[1].split()]
     return " ".join(reversed(there)) or platform.machine()
-
-
-def n_cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def free_memory() -> int | None:

@@ -26,6 +26,8 @@ from blip2_export.read import configuration, processor, tokenizers
 from blip2_export.read.checkpoint import Checkpoint, CheckpointError
 from blip2_export.reference import pictures
 
+_SETS = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx512_f", "avx2")
+
 
 @dataclass(frozen=True)
 class Written:
@@ -66,6 +68,12 @@ class Peer:
         for module in (self._model.vision_model, self._model.language_projection, self._model.language_model):
             module.register_forward_hook(lambda *_: self._returned.append(self._now()))
         self.written: dict[str, list[int]] = {}
+
+    def describe(self) -> dict[str, str]:
+        """What torch's own kernels are chosen for, and what it sees that oneDNN may use."""
+        seen = torch.cpu.get_capabilities()
+        sets = " ".join(name for name in _SETS if seen.get(name))
+        return {"instruction set, transformers": f"{torch.backends.cpu.get_cpu_capability()}{sets and f' ({sets})'}"}
 
     def _now(self) -> float:
         """When the device is through with what it was given."""

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 
 Samples = dict[str, list[float]]  # what was measured → its values, in the order in which they were taken
+_NONE = "–"
 
 
 def add(samples: Samples, more: Samples) -> None:
@@ -21,19 +22,21 @@ def number(value: float) -> str:
 
 
 def median(values: Sequence[float]) -> str:
-    return number(statistics.median(values))
+    return number(statistics.median(values)) if values else _NONE
 
 
 def spread(values: Sequence[float]) -> str:
     """The quartiles: half of the values lie between them."""
     if len(values) < 2:
-        return "–"
+        return _NONE
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
     return f"{number(low)}–{number(high)}"
 
 
 def ratio(over: str, under: str) -> str:
     """Of two numbers as they are printed."""
+    if _NONE in (over, under):
+        return _NONE
     return f"{float(over) / float(under):.3f}"
 
 

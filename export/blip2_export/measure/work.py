@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from blip2_export.measure import machine
+from blip2_export import processors
 
 SAMPLES = Path(__file__).parents[3] / "models" / "samples"
 TEMPLATE = "Question: {} Answer:"
@@ -91,7 +91,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--requests", type=count(2), default=16, metavar="N", help="questions at once (default: %(default)s)"
     )
     parser.add_argument(
-        "--threads", type=count(1), default=machine.n_cores(), metavar="N", help="on both sides (default: one a core)"
+        "--threads",
+        type=count(1),
+        default=processors.count(),
+        metavar="N",
+        help="on both sides (default: one a processor)",
     )
     parser.add_argument("--json", type=_report, metavar="FILE", help="every single value, with machine and versions")
 

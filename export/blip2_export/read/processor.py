@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from blip2_export.read.guarded import in_one_sentence
 _FILTERS = ("bicubic", "bilinear", "lanczos")
 _FILES = ("processor_config.json", "preprocessor_config.json")
 _LARGEST = 4096  # the engine's
+_TRANSFORMERS = "5.23"  # as requirements.txt has it: others may make other pixels
 _LAVIS = {  # of its `BlipImageEvalProcessor`
     "alpha": "drop",
     "mean": [0.48145466, 0.4578275, 0.40821073],
@@ -36,15 +38,23 @@ def image_facts(folder: Path | None, image_size: int, resized: bool = False) -> 
         return {"size": image_size, **_LAVIS}
     made = load(folder, image_size if resized else None)
     facts = _Settings(folder, made, image_size).facts()
-    with in_one_sentence(f"{folder}: the reference's image processor fails on a picture"):
+    with in_one_sentence(f"{folder}: the reference's image processor fails on a picture{_unpinned()}"):
         same = all(_equal(pixels(made, picture), _told(picture, facts)) for picture in _probes(made, facts))
     if not same:
         kind = type(made).__name__
         raise CheckpointError(
             f"{folder}: its image processor ({kind}) makes other pixels than resizing, cropping and normalising would; "
-            "it is not supported"
+            f"it is not supported{_unpinned()}"
         )
     return facts
+
+
+def _unpinned() -> str:
+    """What may be to blame instead of the checkpoint."""
+    found = version("transformers")
+    if found.split(".")[:2] == _TRANSFORMERS.split("."):
+        return ""
+    return f"; transformers {found} is installed, export/requirements.txt pins {_TRANSFORMERS}"
 
 
 def check_queries(folder: Path | None, n_queries: int) -> None:
@@ -57,16 +67,16 @@ def check_queries(folder: Path | None, n_queries: int) -> None:
 
 def load(folder: Path, side: int | None = None) -> Any:
     """The image processor as the reference loads it, on Pillow. `side`: it makes squares of that size instead of its own."""
-    from transformers import AutoImageProcessor
-    from transformers.image_processing_backends import PilBackend
-    from transformers.image_utils import SizeDict
-
     there = [name for name in _FILES if (folder / name).is_file()]
     if not any(name == _FILES[1] or read_json(folder / name).get("image_processor") for name in there):
         raise CheckpointError(f"{folder}: no preprocessor_config.json, nor image_processor in processor_config.json")
     for name in there:
         read_json(folder / name)
-    with in_one_sentence(f"{folder}: the reference makes no image processor of {' and '.join(there)}"):
+    with in_one_sentence(f"{folder}: the reference makes no image processor of {' and '.join(there)}{_unpinned()}"):
+        from transformers import AutoImageProcessor
+        from transformers.image_processing_backends import PilBackend
+        from transformers.image_utils import SizeDict
+
         made = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False, local_files_only=True)
     if not isinstance(made, PilBackend):
         raise CheckpointError(f"{folder}: {type(made).__name__} is no image processor that runs on Pillow")
