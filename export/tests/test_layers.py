@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "read": set(),
     "graphs": {"read"},
     "reference": {"read", "graphs"},
-    "run": set(),
+    "run": {"processors"},
     "loss": {"read", "graphs", "reference", "run", "scenes", "processors"},
     "bundle": {"read", "graphs", "reference", "loss"},
     "convert": {"read", "graphs", "bundle"},

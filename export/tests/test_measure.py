@@ -112,7 +112,7 @@ def test_the_report_names_the_instructions_that_each_side_has(
     run_bench(benched, "--recipes", "exact")
     said = dict(line.split(": ", 1) for line in capsys.readouterr().out.split("\n\n")[0].splitlines())
     names = [f"instruction set{side}" for side in ("", ", engine", ", transformers")]
-    widest = machine.instruction_set().split()[-1]
+    widest = processors.instruction_set().split()[-1]
     assert all(widest in said[name].lower() for name in names), said
     assert said["threads"] == f"1 of {processors.count()} processors" and said["whole rounds"] == "2"
 
@@ -245,7 +245,7 @@ def test_a_recipe_that_cannot_run_here_is_refused_before_anything_is_made(
 
 def on_intel() -> list[str]:
     """What stands before a command there: OpenVINO offers no device on other processors."""
-    if re.search(r"^vendor_id\s*: GenuineIntel", machine._cpu(), re.MULTILINE):
+    if re.search(r"^vendor_id\s*: GenuineIntel", processors.told(), re.MULTILINE):
         return []
     return emulation.avx2() or pytest.skip(emulation.MISSING)
 
@@ -386,7 +386,7 @@ def test_four_digits_count(value: float, written: str) -> None:
     ],
 )
 def test_the_widest_instruction_set_comes_first(cpuinfo: str, wanted: str) -> None:
-    assert machine.instruction_set(cpuinfo) == wanted
+    assert processors.instruction_set(cpuinfo) == wanted
 
 
 @pytest.mark.parametrize(("shape", "millions"), [("medium", 761), ("medium-t5", 1189)])

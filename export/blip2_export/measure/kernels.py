@@ -17,6 +17,7 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
+from blip2_export import processors
 from blip2_export.graphs.builder import Output
 from blip2_export.graphs.cpu import CpuGraph
 from blip2_export.graphs.precision import Precision
@@ -80,7 +81,8 @@ def session(model: str | bytes, n_threads: int, profile: str = "") -> ort.Infere
     """As the engine opens it. With a profile, whose name begins so, weights are not prepacked: it does not tell of such."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = n_threads
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    if processors.saturates():
+        options.add_session_config_entry("session.x64quantprecision", "1")
     if profile:
         options.enable_profiling, options.profile_file_prefix = True, profile
         options.add_session_config_entry("session.disable_prepacking", "1")

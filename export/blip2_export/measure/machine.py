@@ -10,32 +10,16 @@ from pathlib import Path
 
 from blip2_export import processors
 
-_SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni", "amx_int8", "amx_bf16")  # as Linux
-_ARM_SETS = ("asimddp", "i8mm", "bf16", "sve", "sve2", "sme")
-
 
 def describe(n_threads: int, *packages: str) -> dict[str, str]:
     """What the numbers depend on, beside the model."""
-    cpu = _cpu()
-    said = re.search(r"^model name\s*:\s*(.+)$", cpu, re.MULTILINE)
+    said = re.search(r"^model name\s*:\s*(.+)$", processors.told(), re.MULTILINE)
     return {
         "processor": said[1].strip() if said else platform.machine(),
-        "instruction set": instruction_set(),
+        "instruction set": processors.instruction_set(),
         "threads": f"{n_threads} of {processors.count()} processors",
         **{package: version(package) for package in packages},
     }
-
-
-def is_x86() -> bool:
-    return platform.machine().lower() in ("x86_64", "amd64")
-
-
-def instruction_set(cpuinfo: str | None = None) -> str:
-    """The widest of `/proc/cpuinfo` first, and what belongs to it."""
-    cpuinfo = _cpu() if cpuinfo is None else cpuinfo
-    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
-    there = [name for name in (*_SETS, *_ARM_SETS) if flags and name in flags[1].split()]
-    return " ".join(reversed(there)) or platform.machine()
 
 
 def free_memory() -> int | None:
@@ -63,10 +47,6 @@ def require_disk(folder: Path, needed: int, what: str) -> None:
             f"{what} needs {_gigabytes(needed)} under {folder}, {_gigabytes(free)} are free; choose another folder (--work), "
             "or measure a smaller shape"
         )
-
-
-def _cpu() -> str:
-    return _read("/proc/cpuinfo")
 
 
 def _read(path: str) -> str:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from blip2_export import processors
 from blip2_export.graphs.cpu import CpuGraph
 from blip2_export.graphs.precision import EXACT, Precision, Precisions
 from blip2_export.graphs.webgpu import WebGpuGraph
-from blip2_export.measure import machine
 
 _INT8 = Precision.INT8
 _ON_PROCESSOR = ("--provider", "cpu")
@@ -50,5 +50,4 @@ def bundle_of(name: str) -> str:
 
 def weight_bits() -> int:
     """Of int8 weights, as this processor multiplies them fastest: without VNNI two products of 8 bits overflow 16 bits."""
-    has_vnni = any(name in machine.instruction_set().split() for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
-    return 7 if machine.is_x86() and not has_vnni else 8
+    return 7 if processors.saturates() else 8

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from blip2_export import processors
+
 _NUMBERS = {"float32": np.float32, "float16": np.float16}
 
 
@@ -33,7 +35,8 @@ class Place:
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.n_threads
         options.log_severity_level = 3
-        options.add_session_config_entry("session.x64quantprecision", "1")
+        if processors.saturates():
+            options.add_session_config_entry("session.x64quantprecision", "1")
         return options
 
 
