@@ -89,6 +89,11 @@ impl Queries {
         Ok(Self(Row::all(Arc::new(tensor)).next().expect("a tensor of one row has a row")))
     }
 
+    /// Whether both are the same, not merely equal.
+    pub fn is(&self, other: &Self) -> bool {
+        self.0.is(&other.0)
+    }
+
     /// Query tokens.
     pub fn n_queries(&self) -> usize {
         self.0.shape()[0]

@@ -184,6 +184,9 @@ impl<M: Model> StepLoop<M> {
     fn take_in(&mut self, events: &mut Vec<Event<M::Error>>) -> (Vec<M::Prompt>, Vec<Request>) {
         let (mut prompts, mut requests) = (Vec::new(), Vec::new());
         let mut room = self.live.iter().fold(Room::default(), |room, request| room.beside(request.room));
+        let all = self.waiting.iter().fold(room, |room, (_, request)| room.beside(request.room));
+        // Slots made for all at once are filled with zeros once; those for one more again and again.
+        let has_all = !self.waiting.is_empty() && matches!(self.model.reserve(all), Ok(true));
         let mut n_read = 0;
         while let Some((prompt, request)) = self.waiting.pop_front() {
             let wanted = room.beside(request.room);
@@ -192,7 +195,7 @@ impl<M: Model> StepLoop<M> {
                 self.waiting.push_front((prompt, request));
                 break;
             }
-            match self.model.reserve(wanted) {
+            match if has_all { Ok(true) } else { self.model.reserve(wanted) } {
                 Ok(true) => {
                     room = wanted;
                     prompts.push(prompt);

@@ -4,9 +4,10 @@ use std::ops::Range;
 
 use super::cache::Cache;
 use super::encoder::Encoded;
-use super::inputs::{Inputs, Size, batch};
+use super::inputs::{Inputs, Size, batch, no_queries};
 use super::lanes::{Lanes, Layouts, capacity};
 use super::rows::{Row, Rows};
+use super::shared::{Shared, beginnings, distinct};
 use crate::bundle::{Bundle, BundleError, Dtype, LanguageFacts};
 use crate::decode::{Pick, Room, Scores, TokenId};
 use crate::qformer::{Queries, QueryCache};
@@ -23,8 +24,10 @@ pub struct Decoder {
     lanes: Option<Lanes>,
     /// Where prompts are read, beside the slots of live rows.
     aside: Option<Cache>,
-    /// Of rows that were opened in the last run: the first of them, and their logits.
-    opened: Option<(usize, Tensor)>,
+    /// The query tokens that were last read for several prompts.
+    shared: Option<Shared>,
+    /// Of rows that were opened since the last step: the first of those that were read together, and their logits.
+    opened: Vec<(usize, Tensor)>,
 }
 
 /// What the decoder reads before it writes the first token of a row.
@@ -55,7 +58,7 @@ impl Decoder {
         let (graph, facts) = (Graph::open_for_steps(runtime, bundle, "decoder")?, bundle.language().clone());
         let layouts = Layouts::of(&facts);
         let mover = Mover::new(runtime);
-        Ok(Self { graph, mover, facts, layouts, rows: Rows::default(), lanes: None, aside: None, opened: None })
+        Ok(Self { graph, mover, facts, layouts, rows: Rows::default(), lanes: None, aside: None, shared: None, opened: Vec::new() })
     }
 
     /// Lets `cancel` stop every later run.
@@ -108,6 +111,21 @@ impl Decoder {
 
     /// Adds one row an opening behind the live rows. `encoded` has a slot an opening. There must be room.
     pub fn open_rows(&mut self, openings: &[Opening<'_>], encoded: Option<Encoded>) -> Result<(), RuntimeError> {
+        let first = self.rows.live().len();
+        self.opened.clear();
+        let opened = match self.share(openings)? {
+            0 => self.open_together(openings, encoded, 0),
+            // Attention takes one row at a time behind what was read before.
+            start => openings.chunks(1).try_for_each(|one| self.open_together(one, None, start)),
+        };
+        if opened.is_err() {
+            self.rows.keep(&(0..first).collect::<Vec<_>>());
+        }
+        opened
+    }
+
+    /// As [`open_rows`](Self::open_rows), in one run; the positions before `start` are copied from the query tokens that were read before.
+    fn open_together(&mut self, openings: &[Opening<'_>], encoded: Option<Encoded>, start: usize) -> Result<(), RuntimeError> {
         let n_encoded = |row: usize| encoded.as_ref().map_or(1, |encoded| encoded.lengths[row]);
         let row = |(slot, opening): (usize, &Opening<'_>)| Row {
             slot,
@@ -121,14 +139,18 @@ impl Decoder {
             Some(cache) if cache.n_slots() == openings.len() && cache.capacity() >= longest => cache,
             _ => Cache::new(&self.graph, &mut self.mover, &self.layouts.past, [openings.len(), capacity(longest)])?,
         };
-        let logits = self.read(&mut cache, encoded.as_mut().map(|encoded| &mut encoded.cache), openings, &read)?;
-        let first = self.rows.live().len();
-        if let Err(error) = self.settle(&read, &cache, encoded.as_ref().map(|encoded| &encoded.cache)) {
-            self.rows.keep(&(0..first).collect::<Vec<_>>());
-            return Err(error);
+        if let Some(shared) = self.shared.as_ref().filter(|_| start > 0) {
+            let step = |(to, opening): (usize, &Opening<'_>)| {
+                Some(Move { from: shared.slot(opening.queries?)?, to, start: 0, end: start })
+            };
+            let moves: Vec<Move> = openings.iter().enumerate().filter_map(step).collect();
+            cache.copy_from(&mut self.mover, shared.cache(), &moves)?;
         }
+        let logits = self.read(&mut cache, encoded.as_mut().map(|encoded| &mut encoded.cache), (openings, &read), start)?;
+        let first = self.rows.live().len();
+        self.settle(&read, &cache, encoded.as_ref().map(|encoded| &encoded.cache))?;
         self.aside = Some(cache);
-        self.opened = Some((first, logits));
+        self.opened.push((first, logits));
         Ok(())
     }
 
@@ -153,15 +175,15 @@ impl Decoder {
         let lanes = self.lanes.as_mut().expect("rows that are live have lanes");
         lanes.take(&mut self.mover, &self.rows.fork(&parents))?;
         self.rows.advance();
-        self.opened = None;
+        self.opened.clear();
         lanes.step(&mut self.graph, &mut self.mover, &self.facts, (self.rows.live(), picks))
     }
 
     /// Logits of consecutive rows of the last run.
     pub fn scores(&self, rows: Range<usize>) -> Result<Scores<'_>, RuntimeError> {
         let step = || Some((0, self.lanes.as_ref()?.logits()?));
-        let (first, logits) =
-            self.opened.as_ref().map(|(first, logits)| (*first, logits)).or_else(step).expect("rows were computed");
+        let opened = self.opened.iter().rev().find(|(first, _)| *first <= rows.start).map(|(first, logits)| (*first, logits));
+        let (first, logits) = opened.or_else(step).expect("rows were computed");
         let (values, size) = (logits.f32().map_err(|source| self.graph.failed("reading logits", source))?, self.facts.vocab_size);
         let values = &values[(rows.start - first) * size..(rows.end - first) * size];
         if values.chunks(1024).any(|some| some.iter().fold(false, |found, value| found | value.is_nan())) {
@@ -175,13 +197,42 @@ impl Decoder {
         self.rows.keep(rows);
     }
 
-    /// Runs openings through `cache`, slot by slot; gives the logits behind each.
+    /// Reads the query tokens that openings share, unless they were read before; gives how many positions that saves each opening. A device
+    /// reads all of them at once as fast as few, and prompts that are long are faster together.
+    fn share(&mut self, openings: &[Opening<'_>]) -> Result<usize, RuntimeError> {
+        let Some(queries) = beginnings(openings).filter(|_| !self.graph.has_device()) else { return Ok(0) };
+        let (n_queries, each) = (queries.first().map_or(0, |queries| queries.n_queries()), distinct(&queries));
+        if openings.iter().any(|opening| opening.tokens.len() > n_queries) {
+            return Ok(0);
+        }
+        if self.shared.as_ref().is_none_or(|shared| !shared.has(&each)) {
+            if each.len() == queries.len() {
+                return Ok(0);
+            }
+            self.shared = Some(self.read_alone(&each)?);
+        }
+        Ok(n_queries)
+    }
+
+    /// Reads query tokens without a prompt.
+    fn read_alone(&mut self, each: &[&Queries]) -> Result<Shared, RuntimeError> {
+        let openings: Vec<Opening<'_>> =
+            each.iter().map(|queries| Opening { cached: None, queries: Some(queries), tokens: &[] }).collect();
+        let row = |(slot, opening): (usize, &Opening<'_>)| Row { slot, length: opening.n_positions(), offset: 0, n_encoded: 1 };
+        let rows: Vec<Row> = openings.iter().enumerate().map(row).collect();
+        let size = [each.len(), capacity(rows[0].length)];
+        let mut cache = Cache::new(&self.graph, &mut self.mover, &self.layouts.past, size)?;
+        self.read(&mut cache, None, (&openings, &rows), 0)?;
+        Ok(Shared::new(each, cache))
+    }
+
+    /// Runs openings through `cache`, slot by slot, behind the positions before `start`, which stand there; gives the logits behind each.
     fn read(
         &mut self,
         cache: &mut Cache,
         encoded: Option<&mut Cache>,
-        openings: &[Opening<'_>],
-        rows: &[Row],
+        (openings, rows): (&[Opening<'_>], &[Row]),
+        start: usize,
     ) -> Result<Tensor, RuntimeError> {
         for (to, opening) in openings.iter().enumerate() {
             if let Some(cached) = opening.cached {
@@ -189,14 +240,15 @@ impl Decoder {
                 cache.copy_tensors(&mut self.mover, cached.tensors(), &[step])?;
             }
         }
-        let queries: Vec<&Queries> = openings.iter().filter_map(|opening| opening.queries).collect();
-        let queries = self.graph.takes("queries").then(|| batch(&mut self.mover, &queries)).transpose()?;
+        let queries: Vec<&Queries> = openings.iter().filter_map(|opening| opening.queries).filter(|_| start == 0).collect();
+        let queries = if queries.is_empty() { None } else { Some(batch(&mut self.mover, &queries)?) };
         let tokens: Vec<&[TokenId]> = openings.iter().map(|opening| opening.tokens).collect();
         let longest = tokens.iter().map(|tokens| tokens.len()).max().unwrap_or(0);
         let n_queries = queries.as_ref().map_or(0, |queries| queries.shape()[1]);
         let size = Size::of(&self.graph, rows.len(), rows.len(), n_queries, longest);
+        let queries = if queries.is_none() { no_queries(&self.graph, &self.facts, size.rows)? } else { queries };
         let mut inputs = Inputs::new(&self.graph, &self.facts, size, queries)?;
-        inputs.write_openings(rows, &tokens).map_err(|source| self.graph.failed("writing inputs", source))?;
+        inputs.write_openings(rows, &tokens, start).map_err(|source| self.graph.failed("writing inputs", source))?;
         let mut logits = self.graph.allocate(Dtype::Float32, &[size.rows, size.logits, self.facts.vocab_size], Place::Host)?;
         let mut binding = self.graph.binding()?;
         inputs.bind(&mut binding)?;

@@ -74,15 +74,15 @@ impl Inputs {
         self.write_slots(&[])
     }
 
-    /// Rows that read their tokens for the first time, each padded on the right: what is computed there is never read.
-    pub fn write_openings(&mut self, rows: &[Row], tokens: &[&[TokenId]]) -> Result<(), GraphError> {
+    /// Rows that read their tokens for the first time, from a position on; each padded on the right: what is computed there is never read.
+    pub fn write_openings(&mut self, rows: &[Row], tokens: &[&[TokenId]], start: usize) -> Result<(), GraphError> {
         let n_queries = self.queries.as_ref().map_or(0, |queries| queries.shape()[1]);
         let (n_tokens, n_positions) = (self.ids.shape()[1], self.positions.shape()[1]);
-        for (into, tokens) in self.ids.i64_mut()?.chunks_exact_mut(n_tokens).zip(tokens) {
+        for (into, tokens) in self.ids.i64_mut()?.chunks_exact_mut(n_tokens.max(1)).zip(tokens) {
             into.iter_mut().zip(*tokens).for_each(|(into, token)| *into = i64::from(*token));
         }
         for (at, position) in self.positions.i64_mut()?.iter_mut().enumerate() {
-            *position = (at % n_positions) as i64;
+            *position = (start + at % n_positions) as i64;
         }
         let n_logits = self.logits_at.shape()[1];
         for (at, tokens) in self.logits_at.i64_mut()?.chunks_exact_mut(n_logits).zip(tokens) {
@@ -151,4 +151,10 @@ impl Inputs {
 /// If there are none.
 pub fn batch(mover: &mut Mover, queries: &[&Queries]) -> Result<Arc<Tensor>, RuntimeError> {
     mover.stack(&queries.iter().map(|queries| &queries.0).collect::<Vec<_>>())
+}
+
+/// What rows that read no queries give a graph that takes some.
+pub fn no_queries(graph: &Graph, facts: &LanguageFacts, n_rows: usize) -> Result<Option<Arc<Tensor>>, RuntimeError> {
+    let none = graph.takes("queries").then(|| graph.allocate(Dtype::Float32, &[n_rows, 0, facts.hidden], Place::Host));
+    Ok(none.transpose()?.map(Arc::new))
 }

@@ -6,6 +6,7 @@ mod encoder;
 mod inputs;
 mod lanes;
 pub mod rows;
+mod shared;
 mod step;
 
 use crate::bundle::{Bundle, BundleError, Family, TokenIds};

@@ -1,9 +1,7 @@
 //! One token more for every row: what a step reads and writes, at places that stay while the number of rows does.
 
-use std::sync::Arc;
-
 use super::cache::Caches;
-use super::inputs::{Inputs, Size};
+use super::inputs::{Inputs, Size, no_queries};
 use super::rows::Row;
 use crate::bundle::{Dtype, LanguageFacts};
 use crate::decode::Pick;
@@ -48,8 +46,7 @@ impl Step {
     ) -> Result<Self, RuntimeError> {
         let mut binding = graph.binding()?;
         caches.bind(&mut binding)?;
-        let none = graph.takes("queries").then(|| graph.allocate(Dtype::Float32, &[size.rows, 0, facts.hidden], Place::Host));
-        let mut inputs = Inputs::new(graph, facts, size, none.transpose()?.map(Arc::new))?;
+        let mut inputs = Inputs::new(graph, facts, size, no_queries(graph, facts, size.rows)?)?;
         let mut logits = graph.allocate(Dtype::Float32, &[size.rows, size.logits, facts.vocab_size], Place::Host)?;
         let mut repeated = None;
         if graph.records() {

@@ -7,11 +7,11 @@ use ort::session::Session;
 use ort::session::builder::SessionBuilder;
 use ort::value::Tensor;
 
-use super::{Processor, Provider};
 use super::library::Loaded;
 use super::model::byte_product;
 use super::provider::{Work, register};
 use super::settings::Settings;
+use super::{Processor, Provider};
 
 /// Operators that multiply bytes as they are; `MatMulNBits` has kernels of its own, which do not saturate.
 pub(super) const OPERATORS: [&str; 7] =
@@ -26,7 +26,8 @@ pub(super) fn guard(builder: SessionBuilder) -> Result<SessionBuilder, ort::Erro
 
 /// Whether the processor's sums of the largest products are what they should be.
 pub(super) fn multiply(loaded: &Loaded) -> Result<bool, ort::Error> {
-    let builder = register(guard(Session::builder(&loaded.environment)?)?, loaded, Provider::Cpu, &Settings::default(), Work::Plain)?;
+    let builder =
+        register(guard(Session::builder(&loaded.environment)?)?, loaded, Provider::Cpu, &Settings::default(), Work::Plain)?;
     sums_are_right({ builder }.commit_from_memory(&byte_product(i8::MAX, SHAPE))?)
 }
 

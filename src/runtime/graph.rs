@@ -85,7 +85,10 @@ impl Graph {
             Err(why) => why,
         };
         let graph = plain()?;
-        runtime.notice(format!("every kernel of a decode step is started on its own, for {} cannot record it: {why}", runtime.provider()));
+        runtime.notice(format!(
+            "every kernel of a decode step is started on its own, for {} cannot record it: {why}",
+            runtime.provider()
+        ));
         Ok(graph)
     }
 
@@ -227,6 +230,11 @@ impl Graph {
     /// As [`Precision::least_rows`](crate::bundle::Precision::least_rows).
     pub fn least_rows(&self) -> usize {
         self.facts.precision.least_rows()
+    }
+
+    /// Whether it works on memory of a device.
+    pub fn has_device(&self) -> bool {
+        self.runtime.has_device()
     }
 
     /// Whether a tensor in the processor's memory is copied when it is bound, and its later content not seen.
@@ -374,13 +382,7 @@ impl Binding {
     }
 }
 
-fn session(
-    runtime: &Runtime,
-    bundle: &Bundle,
-    name: &str,
-    work: Work<'_>,
-    placement: &Placement,
-) -> Result<Session, ort::Error> {
+fn session(runtime: &Runtime, bundle: &Bundle, name: &str, work: Work<'_>, placement: &Placement) -> Result<Session, ort::Error> {
     let mut builder = runtime.builder(runtime.provider(), work)?;
     if runtime.fallback().is_some() {
         builder = placement.listen(builder)?;

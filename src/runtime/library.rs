@@ -172,7 +172,11 @@ fn loaded_version(path: &Path) -> String {
 fn symbol_version(path: &Path) -> Option<String> {
     const MARK: &[u8] = b"VERS_";
     let content = std::fs::read(path).ok()?;
-    content.windows(MARK.len()).enumerate().filter(|(_, found)| *found == MARK).find_map(|(at, _)| leading_version(&content[at + MARK.len()..]))
+    content
+        .windows(MARK.len())
+        .enumerate()
+        .filter(|(_, found)| *found == MARK)
+        .find_map(|(at, _)| leading_version(&content[at + MARK.len()..]))
 }
 
 /// A version such as `1.31.1` at the beginning of what may go on otherwise.

@@ -28,7 +28,8 @@ pub(super) const INTO: [&str; 10] = ["y0", "y1", "y2", "y3", "y4", "y5", "y6", "
 /// As [`identity`], of several tensors; each has an axis. WebGPU has `Concat` for int64, and no `Identity`.
 pub(super) fn copies(dtypes: &[Dtype]) -> Vec<u8> {
     let axis = message(5, &[message(1, b"axis"), number(3, 0), vec![20 << 3 & 127 | 128, 20 >> 4, 2]].concat());
-    let ports = |field, names: &[&str]| names.iter().zip(dtypes).flat_map(|(name, dtype)| port(field, name, code(*dtype))).collect();
+    let ports =
+        |field, names: &[&str]| names.iter().zip(dtypes).flat_map(|(name, dtype)| port(field, name, code(*dtype))).collect();
     let copy = |(from, into): (&&str, &&str)| {
         let named = [message(1, from.as_bytes()), message(2, into.as_bytes()), message(4, b"Concat")].concat();
         message(1, &[named, axis.clone()].concat())

@@ -199,7 +199,8 @@ pub(super) fn probe(loaded: &Loaded, provider: Provider, options: &RuntimeOption
     let _turn = provider.turn();
     let open = || -> Result<Session, ort::Error> {
         let builder = Session::builder(&loaded.environment)?;
-        register(builder, loaded, provider, &settings, Work::Built(&Engine::default()))?.commit_from_memory(&identity(Dtype::Float32))
+        register(builder, loaded, provider, &settings, Work::Built(&Engine::default()))?
+            .commit_from_memory(&identity(Dtype::Float32))
     };
     open().map_err(|error| ProviderError::Unusable { provider, source: in_a_sentence(&error) })?;
     Ok(settings)

@@ -80,6 +80,11 @@ impl Row {
         self.index
     }
 
+    /// Whether both are the same row of one tensor.
+    pub fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.tensor, &other.tensor) && self.index == other.index
+    }
+
     /// Its own sizes.
     pub fn shape(&self) -> Vec<usize> {
         self.tensor.shape().split_off(1)
