@@ -289,7 +289,7 @@ def test_graphs_that_do_not_run_here_are_not_measured(
     assert "loss: not measured" in said and "tolerances are not measured" in said
     assert "loss" not in facts_of(tmp_path / "b")
     assert (
-        golden["tolerance"]["features"] == 0.05 and golden["tolerance"]["pixels"] == 1e-6 and golden["agreement"] == 0.9
+        golden["tolerance"]["features"] == 0.15 and golden["tolerance"]["pixels"] == 1e-6 and golden["agreement"] == 0.8
     )
 
 

@@ -66,7 +66,7 @@ impl Seer {
         }
     }
 
-    /// Looks at pictures, all in one batch.
+    /// Looks at pictures, in as few runs as are fast.
     pub fn see(&mut self, pictures: &[&Picture]) -> Result<Vec<Sight>, Error> {
         if pictures.is_empty() {
             return Ok(Vec::new());
@@ -78,7 +78,7 @@ impl Seer {
         Ok(sights)
     }
 
-    /// Looks at pictures that another thread made ready, in one batch if that goes well; if not, each gets a run of its own, so that none
+    /// Looks at pictures that another thread made ready, together if that goes well; if not, each gets a run of its own, so that none
     /// fails for another.
     pub fn see_each(&mut self, pictures: &[&Pixels]) -> Vec<Result<Sight, Error>> {
         if pictures.is_empty() {
@@ -92,6 +92,14 @@ impl Seer {
     }
 
     fn see_pixels(&mut self, pixels: Pixels) -> Result<Vec<Sight>, Error> {
+        let mut sights = Vec::new();
+        for pixels in pixels.chunks(self.vision.at_once()) {
+            sights.extend(self.see_at_once(pixels)?);
+        }
+        Ok(sights)
+    }
+
+    fn see_at_once(&mut self, pixels: Pixels) -> Result<Vec<Sight>, Error> {
         let mut timings = Timings::default();
         let features = timings.time(Stage::Vision, || self.vision.encode(pixels))?;
         let read = timings.time(Stage::Qformer, || self.reader.read(&features))?;

@@ -98,6 +98,12 @@ impl Pixels {
         let views: Vec<_> = batches.iter().map(|batch| batch.0.view()).collect();
         Self(ndarray::concatenate(Axis(0), &views).expect("pictures of one size"))
     }
+
+    /// Batches of at most `n` of these pictures.
+    pub fn chunks(&self, n: usize) -> impl Iterator<Item = Self> {
+        let n = n.clamp(1, self.0.len_of(Axis(0)).max(1));
+        self.0.axis_chunks_iter(Axis(0), n).map(|pictures| Self(pictures.to_owned()))
+    }
 }
 
 /// Callers may put pictures together themselves.

@@ -232,6 +232,11 @@ impl Graph {
         self.facts.precision.least_rows()
     }
 
+    /// Whether ONNX Runtime's own kernels for processors run it.
+    pub fn is_on_processor(&self) -> bool {
+        self.runtime.provider() == Provider::Cpu
+    }
+
     /// Whether it works on memory of a device.
     pub fn has_device(&self) -> bool {
         self.runtime.has_device()

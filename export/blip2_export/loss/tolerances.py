@@ -2,7 +2,8 @@
 
 What is measured here, with the recorded inputs themselves, is allowed twice over: products by rows are of whole numbers, which
 every processor multiplies alike, and only the roundings before them differ; a kernel that overflows is many times further away. In
-16 bits every device adds up in its own way, and by blocks rounds activations in its own way: there it is four times as much.
+16 bits every device adds up in its own way, and by blocks rounds activations in its own way: there it is eight times as much. An
+H200 came to seven times with random weights, and in bfloat16 to half of what is allowed where nothing can be measured.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from blip2_export.run.generation import Graphs
 from blip2_export.run.retrieval import Stage1Graphs
 from blip2_export.run.sessions import Bundle, Place, UnrunnableError, alone
 
-_FACTOR, _FACTORS = 4, {Precision.FLOAT32: 2, Precision.INT8: 2}
+_FACTOR, _FACTORS = 8, {Precision.FLOAT32: 2, Precision.INT8: 2}
 _EXACT = 1e-4  # the tolerance of float32
 _MOST = 0.5  # what differs by more has nothing in common
-_LEAST_ANGLE = 1e-6  # from a cosine of 1; float32 has no finer ones
+_LEAST_ANGLE = 4e-6  # from a cosine of 1; float32 has hardly finer ones
 _NO_DIRECTION = ("itm_logits", "itc")  # stages of two numbers
 _SLACK = 0.05  # of the share of tokens: near ties fall either way
-_UNMEASURED = {"error": 0.05, "cosine": 0.999, "agreement": 0.9}  # of graphs that cannot run where they are made
+_UNMEASURED = {"error": 0.15, "cosine": 0.996, "agreement": 0.8}  # of graphs that cannot run where they are made
 
 
 def loosen(folder: Path, place: Place) -> None:
