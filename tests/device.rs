@@ -93,8 +93,15 @@ fn rows_move(runtime: &Runtime) {
     assert_eq!(mover.to_host(&target).unwrap().to_f32().unwrap(), moved(&from, into.clone()).into_dyn());
 
     let mut alone = bring(&mut mover, &into);
-    mover.copy_within(&mut alone, &MOVES).unwrap();
+    mover.copy_within(&mut [&mut alone], &MOVES).unwrap();
     assert_eq!(mover.to_host(&alone).unwrap().to_f32().unwrap(), moved(&into, into.clone()).into_dyn());
+
+    let (sources, mut targets) =
+        ([0.5, 2.0].map(|by| bring(&mut mover, &(&from * by))), [1.0, 3.0].map(|by| bring(&mut mover, &(&into * by))));
+    mover.copy_all(&sources.each_ref(), &mut targets.each_mut(), &MOVES).unwrap();
+    for (target, [a, b]) in targets.iter().zip([[0.5, 1.0], [2.0, 3.0]]) {
+        assert_eq!(mover.to_host(target).unwrap().to_f32().unwrap(), moved(&(&from * a), &into * b).into_dyn());
+    }
 
     // Where to: 3 heads of 3 and of 7 positions, 3 numbers of 8 bytes, once for reading and once for writing, and once for both calls.
     let lists = if source.is_on_host() { 0 } else { 2 };

@@ -127,7 +127,8 @@ impl Cache {
         tensors: impl Iterator<Item = &'a Tensor>,
         moves: &[Move],
     ) -> Result<(), RuntimeError> {
-        self.layers.iter_mut().zip(tensors).try_for_each(|(layer, other)| mover.copy(other, &mut layer.buffer, moves))
+        let from: Vec<&Tensor> = tensors.collect();
+        mover.copy_all(&from, &mut self.buffers(), moves)
     }
 
     /// Copies rows within this cache. No slot is both read and written.
@@ -135,6 +136,10 @@ impl Cache {
         if moves.is_empty() {
             return Ok(());
         }
-        self.layers.iter_mut().try_for_each(|layer| mover.copy_within(&mut layer.buffer, moves))
+        mover.copy_within(&mut self.buffers(), moves)
+    }
+
+    fn buffers(&mut self) -> Vec<&mut Tensor> {
+        self.layers.iter_mut().map(|layer| &mut layer.buffer).collect()
     }
 }

@@ -20,7 +20,8 @@ pub struct Step {
     repeated: Option<Repeated>,
 }
 
-/// What a step that is recorded reads and writes on the device, and its recording once there is one.
+/// What a step that is recorded reads and writes on the device, and its recording once there is one. A step that cannot be recorded goes on
+/// without.
 #[derive(Debug)]
 struct Repeated {
     inputs: Vec<Tensor>,
@@ -112,9 +113,16 @@ impl Repeated {
             self.recording = graph.new_recording();
         }
         self.n_runs += 1;
-        match &mut self.recording {
-            Some(recording) => graph.run_recorded(binding, recording)?,
-            None => graph.run_bound(binding)?,
+        if let Some(recording) = &mut self.recording
+            && let Err(error) = graph.run_recorded(binding, recording)
+        {
+            if recording.is_made() {
+                return Err(error);
+            }
+            self.recording = None;
+        }
+        if self.recording.is_none() {
+            graph.run_bound(binding)?;
         }
         mover.carry(&[&self.logits], &mut [logits])
     }

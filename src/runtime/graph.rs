@@ -273,7 +273,7 @@ impl Graph {
     /// One run over what is bound, all of it on the device: the first of a recording is recorded, those behind it are repetitions. What a
     /// tensor in the processor's memory held in the first is what it holds in all.
     pub fn run_recorded(&mut self, bound: &Binding, recording: &mut Recording) -> Result<(), RuntimeError> {
-        let _turn = if recording.is_to_be_made() { self.runtime.provider().turn_to_record() } else { self.runtime.turn() };
+        let _turn = if recording.is_made() { self.runtime.turn() } else { self.runtime.provider().turn_to_record() };
         let options = self.cancel.options_of(Some(recording.number));
         let done = options.and_then(|options| self.session.run_binding_with_options(&bound.binding, &options).map(drop));
         done.map_err(|source| self.not_run(source))?;

@@ -80,9 +80,13 @@ fn number(field: u8, value: u8) -> Vec<u8> {
     vec![field << 3, value]
 }
 
-/// Lengths are varints of at most two bytes here.
 fn message(field: u8, content: &[u8]) -> Vec<u8> {
-    let (low, high) = ((content.len() & 127) as u8, (content.len() >> 7) as u8);
-    let length = if high == 0 { vec![low] } else { vec![low | 128, high] };
-    [vec![field << 3 | 2], length, content.to_vec()].concat()
+    let (mut found, mut length) = (vec![field << 3 | 2], content.len());
+    while length > 127 {
+        found.push(length as u8 | 128);
+        length >>= 7;
+    }
+    found.push(length as u8);
+    found.extend_from_slice(content);
+    found
 }

@@ -31,9 +31,9 @@ impl Recording {
         (n < MOST).then_some(Self { number: n, made_on: None })
     }
 
-    /// Whether its next run is the one that is recorded.
-    pub(super) fn is_to_be_made(&self) -> bool {
-        self.made_on != Some(std::thread::current().id())
+    /// Whether its next run repeats what was recorded.
+    pub fn is_made(&self) -> bool {
+        self.made_on == Some(std::thread::current().id())
     }
 
     /// Its next runs are repetitions.

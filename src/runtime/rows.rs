@@ -10,7 +10,7 @@ use ndarray::{ArrayD, Axis};
 use ort::memory::Allocator;
 use ort::session::{IoBinding, Session};
 
-use super::model::{FROM, INTO, copies, identity, model};
+use super::model::{FROM, INTO, Node, Port, copies, identity, model};
 use super::provider::Work;
 use super::{Cancel, Place, Runtime, RuntimeError, Tensor};
 use crate::bundle::Dtype;
@@ -47,13 +47,23 @@ pub struct Mover {
     carriers: Vec<(Vec<Dtype>, Session)>,
 }
 
-/// The graph on a device. Tensors of all layers move alike, so the last moves stay bound.
+/// The graph on a device, for some tensors that move alike, as those of all layers do. The last moves stay bound.
 #[derive(Debug)]
 struct MoveGraph {
     dtype: Dtype,
+    ports: Vec<Ports>,
     session: Session,
     binding: IoBinding,
     bound: Option<(Vec<Move>, Vec<usize>)>,
+}
+
+/// What the graph calls the parts of one tensor's move.
+#[derive(Debug)]
+struct Ports {
+    from: String,
+    into: String,
+    moved: String,
+    out: String,
 }
 
 /// Sizes of `[rows, heads, positions, width]`.
@@ -108,15 +118,24 @@ impl Mover {
     /// # Panics
     /// If the tensors differ in element type, heads or width, or a move lies outside of them.
     pub fn copy(&mut self, from: &Tensor, into: &mut Tensor, moves: &[Move]) -> Result<(), RuntimeError> {
-        self.run(Some(from), into, moves).map_err(failed)
+        self.copy_all(&[from], &mut [into], moves)
     }
 
-    /// Copies positions within a tensor. No row is both read and written.
+    /// Copies positions of every tensor of `from` to the same positions of that of `into`; on a device in one run. Those of each side have
+    /// one shape.
     ///
     /// # Panics
     /// As [`copy`](Self::copy).
-    pub fn copy_within(&mut self, tensor: &mut Tensor, moves: &[Move]) -> Result<(), RuntimeError> {
-        self.run(None, tensor, moves).map_err(failed)
+    pub fn copy_all(&mut self, from: &[&Tensor], into: &mut [&mut Tensor], moves: &[Move]) -> Result<(), RuntimeError> {
+        self.run(Some(from), into, moves).map_err(failed)
+    }
+
+    /// Copies positions within tensors of one shape, on a device in one run. No row is both read and written.
+    ///
+    /// # Panics
+    /// As [`copy`](Self::copy).
+    pub fn copy_within(&mut self, tensors: &mut [&mut Tensor], moves: &[Move]) -> Result<(), RuntimeError> {
+        self.run(None, tensors, moves).map_err(failed)
     }
 
     /// Puts rows of one shape and type into one tensor; those that make up a tensor already are not copied.
@@ -185,30 +204,31 @@ impl Mover {
         if self.runtime.has_device() { self.to_device(&tensor) } else { Ok(tensor) }
     }
 
-    fn run(&mut self, from: Option<&Tensor>, into: &mut Tensor, moves: &[Move]) -> Result<(), ort::Error> {
-        let other = from.unwrap_or(into);
-        let (there, here) = (Layout::of(other), Layout::of(into));
-        assert!(other.dtype() == into.dtype() && there.heads == here.heads && there.width == here.width, "rows of one kind");
+    fn run(&mut self, from: Option<&[&Tensor]>, into: &mut [&mut Tensor], moves: &[Move]) -> Result<(), ort::Error> {
+        let Some(first) = into.first().map(|first| &**first) else { return Ok(()) };
+        let other = from.and_then(|from| from.first().copied()).unwrap_or(first);
+        let (there, here) = (Layout::of(other), Layout::of(first));
+        assert!(other.dtype() == first.dtype() && there.heads == here.heads && there.width == here.width, "rows of one kind");
         let fits = |step: &Move| {
-            let inside = step.from < other.shape()[0] && step.to < into.shape()[0] && step.start <= step.end;
+            let inside = step.from < other.shape()[0] && step.to < first.shape()[0] && step.start <= step.end;
             inside && step.end <= there.positions.min(here.positions)
         };
         assert!(moves.iter().all(fits), "moves within the tensors");
         let moves: Vec<Move> = moves.iter().copied().filter(|step| step.start < step.end).collect();
         if moves.is_empty() {
-            Ok(())
-        } else if other.is_on_host() && into.is_on_host() {
-            on_host(from, into, &moves)
-        } else {
-            self.on_device(from, into, &moves)
+            return Ok(());
         }
+        if !(other.is_on_host() && first.is_on_host()) {
+            return self.on_device(from, into, &moves);
+        }
+        into.iter_mut().enumerate().try_for_each(|(at, into)| on_host(from.map(|from| from[at]), into, &moves))
     }
 
-    fn on_device(&mut self, from: Option<&Tensor>, into: &mut Tensor, moves: &[Move]) -> Result<(), ort::Error> {
+    fn on_device(&mut self, from: Option<&[&Tensor]>, into: &mut [&mut Tensor], moves: &[Move]) -> Result<(), ort::Error> {
         let runtime = self.runtime.clone();
         let (counters, options, _turn) = (runtime.counters(), self.cancel.options()?, runtime.turn());
-        let graph = self.graph(into.dtype())?;
-        let shape = into.shape();
+        let graph = self.graph(into[0].dtype(), into.len())?;
+        let shape = into[0].shape();
         if graph.bound.as_ref().is_none_or(|(bound, of)| bound != moves || of[1..] != shape[1..]) {
             for (name, row) in [("read", (|step| step.from) as fn(&Move) -> usize), ("write", |step| step.to)] {
                 let places = Tensor::from_i64(places(moves, row, &shape))?;
@@ -217,24 +237,26 @@ impl Mover {
             }
             graph.bound = Some((moves.to_vec(), shape));
         }
-        for tensor in [from.unwrap_or(into), into].into_iter().filter(|tensor| tensor.is_on_host()) {
-            counters.up(tensor.n_bytes());
+        for (at, (ports, into)) in graph.ports.iter().zip(into).enumerate() {
+            let from = from.map_or(&**into, |from| from[at]);
+            for tensor in [from, &**into].into_iter().filter(|tensor| tensor.is_on_host()) {
+                counters.up(tensor.n_bytes());
+            }
+            graph.binding.bind_input(&ports.from, &from.0)?;
+            graph.binding.bind_input(&ports.into, &into.0)?;
+            graph.binding.bind_output(&ports.out, &mut into.0)?;
         }
-        graph.binding.bind_input("from", &from.unwrap_or(into).0)?;
-        graph.binding.bind_input("into", &into.0)?;
-        graph.binding.bind_output("out", &mut into.0)?;
         graph.session.run_binding_with_options(&graph.binding, &options).map(drop)
     }
 
-    fn graph(&mut self, dtype: Dtype) -> Result<&mut MoveGraph, ort::Error> {
-        if let Some(at) = self.graphs.iter().position(|graph| graph.dtype == dtype) {
+    fn graph(&mut self, dtype: Dtype, n: usize) -> Result<&mut MoveGraph, ort::Error> {
+        if let Some(at) = self.graphs.iter().position(|graph| graph.dtype == dtype && graph.ports.len() == n) {
             return Ok(&mut self.graphs[at]);
         }
-        let inputs = [("from", dtype), ("into", dtype), ("read", Dtype::Int64), ("write", Dtype::Int64)];
-        let nodes = [("GatherND", &["from", "read"][..], "moved"), ("ScatterND", &["into", "write", "moved"], "out")];
-        let session = self.runtime.small_session(&model(&nodes, &inputs, &[("out", dtype)]), Work::Plain)?;
+        let ports: Vec<Ports> = (0..n).map(Ports::of).collect();
+        let session = self.runtime.small_session(&moving(dtype, &ports), Work::Plain)?;
         let binding = session.create_binding()?;
-        self.graphs.push(MoveGraph { dtype, session, binding, bound: None });
+        self.graphs.push(MoveGraph { dtype, ports, session, binding, bound: None });
         Ok(self.graphs.last_mut().expect("it was just put there"))
     }
 
@@ -244,7 +266,7 @@ impl Mover {
             return Tensor::zeros(dtype, shape);
         }
         let memory = self.runtime.memory(place);
-        let session = &self.graph(dtype)?.session;
+        let session = &self.graph(dtype, 1)?.session;
         Tensor::allocate(&Allocator::new(session, memory)?, dtype, shape, session)
     }
 
@@ -289,6 +311,26 @@ impl Mover {
         let output = session.run_binding_with_options(&binding, &options)?.remove("y").expect("the model has one output");
         Tensor::from_value(output, owner)
     }
+}
+
+impl Ports {
+    fn of(index: usize) -> Self {
+        let name = |part: &str| format!("{part}{index}");
+        Self { from: name("from"), into: name("into"), moved: name("moved"), out: name("out") }
+    }
+}
+
+/// A model that gathers positions of each tensor and scatters them into another.
+fn moving(dtype: Dtype, ports: &[Ports]) -> Vec<u8> {
+    let inputs = ports.iter().flat_map(|ports| [(ports.from.as_str(), dtype), (ports.into.as_str(), dtype)]);
+    let inputs: Vec<Port<'_>> = inputs.chain([("read", Dtype::Int64), ("write", Dtype::Int64)]).collect();
+    let operands: Vec<([&str; 2], [&str; 3])> =
+        ports.iter().map(|p| ([p.from.as_str(), "read"], [p.into.as_str(), "write", p.moved.as_str()])).collect();
+    let nodes = ports.iter().zip(&operands).flat_map(|(ports, (gathered, scattered))| {
+        [("GatherND", &gathered[..], ports.moved.as_str()), ("ScatterND", &scattered[..], ports.out.as_str())]
+    });
+    let outputs: Vec<Port<'_>> = ports.iter().map(|ports| (ports.out.as_str(), dtype)).collect();
+    model(&nodes.collect::<Vec<Node<'_>>>(), &inputs, &outputs)
 }
 
 impl Layout {
