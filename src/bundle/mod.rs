@@ -24,7 +24,7 @@ pub use files::{MAX_FACTS_BYTES, MAX_GOLDEN_BYTES, MAX_GRAPH_BYTES, MAX_TOKENIZE
 pub use json::parse;
 pub(crate) use json::unique;
 pub use loss::{Compared, Difference, LossFacts, StageLoss, TokenLoss};
-pub use memory::{Load, Reckoning};
+pub use memory::{Load, READ_AT_ONCE, Reckoning, SEEN_AT_ONCE, SLOT_STEP};
 pub use precision::Precision;
 
 /// The bundle format that this engine reads.

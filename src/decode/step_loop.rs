@@ -2,10 +2,9 @@
 
 use std::collections::VecDeque;
 
-use super::{Finish, Hypothesis, LogProb, Model, Pick, Room, Search, TokenId};
+use crate::bundle::READ_AT_ONCE;
 
-/// Positions that are read for new requests in one step: more would keep live texts waiting, and gain nothing.
-const READ_AT_ONCE: usize = 256;
+use super::{Finish, Hypothesis, LogProb, Model, Pick, Room, Search, TokenId};
 
 /// Names a request for as long as its loop lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

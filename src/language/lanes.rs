@@ -4,12 +4,9 @@
 use super::cache::{Cache, Caches, Layout};
 use super::rows::{Moves, Row};
 use super::step::Step;
-use crate::bundle::LanguageFacts;
+use crate::bundle::{LanguageFacts, SLOT_STEP};
 use crate::decode::{Pick, Room};
 use crate::runtime::{Graph, Mover, RuntimeError, Tensor};
-
-/// Capacities are multiples of this, so that requests of nearly equal length share buffers.
-const CAPACITY_STEP: usize = 64;
 
 /// Slots of one capacity.
 #[derive(Debug)]
@@ -38,7 +35,7 @@ impl Layouts {
 
 /// Positions that a slot is made for where so many are needed.
 pub fn capacity(n_positions: usize) -> usize {
-    n_positions.next_multiple_of(CAPACITY_STEP)
+    n_positions.next_multiple_of(SLOT_STEP)
 }
 
 impl Lanes {
