@@ -331,7 +331,7 @@ impl Runtime {
         let builder = Session::builder(&self.0.loaded.environment)?.with_optimization_level(GraphOptimizationLevel::All)?;
         let is_parallel = self.0.options.pool().count.get() > GRAPHS_AT_ONCE && self.0.options.memory_limit.is_none();
         let builder = builder.with_config_entry(PARALLEL_PREPACKING, if is_parallel { "1" } else { "0" })?;
-        let builder = self.0.options.pool().apply(self.0.loaded.threads, bytes::guard(builder)?)?;
+        let builder = self.0.options.pool().apply(self.0.loaded.threads, builder)?;
         provider::register(builder, &self.0.loaded, provider, &self.0.choice.settings, work)
     }
 
