@@ -251,7 +251,12 @@ impl Graph {
     /// One run over what is bound.
     pub fn run_bound(&mut self, bound: &Binding) -> Result<(), RuntimeError> {
         let _turn = self.runtime.turn();
-        let options = self.cancel.options();
+        self.run_as(bound, None)
+    }
+
+    /// A turn must be held.
+    fn run_as(&mut self, bound: &Binding, recording: Option<Number>) -> Result<(), RuntimeError> {
+        let options = self.cancel.options_of(recording);
         let done = options.and_then(|options| self.session.run_binding_with_options(&bound.binding, &options).map(drop));
         done.map_err(|source| self.not_run(source))?;
         bound.brought.values().for_each(|bytes| self.runtime.counters().down(*bytes));
@@ -275,9 +280,7 @@ impl Graph {
     /// tensor in the processor's memory held in the first is what it holds in all.
     pub fn run_recorded(&mut self, bound: &Binding, recording: &mut Recording) -> Result<(), RuntimeError> {
         let _turn = if recording.is_made() { self.runtime.turn() } else { self.runtime.provider().turn_to_record() };
-        let options = self.cancel.options_of(Some(recording.number));
-        let done = options.and_then(|options| self.session.run_binding_with_options(&bound.binding, &options).map(drop));
-        done.map_err(|source| self.not_run(source))?;
+        self.run_as(bound, Some(recording.number))?;
         recording.made();
         Ok(())
     }
