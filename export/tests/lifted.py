@@ -33,7 +33,7 @@ def _lift(graph: onnx.GraphProto) -> None:
     for tensor in graph.initializer:
         if tensor.data_type in _NARROW:
             tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
-    for value in (*graph.input, *graph.output):
+    for value in (*graph.input, *graph.output, *graph.value_info):
         if value.type.tensor_type.elem_type in _NARROW:
             value.type.tensor_type.elem_type = TensorProto.FLOAT
     for node in graph.node:

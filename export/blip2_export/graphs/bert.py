@@ -9,6 +9,7 @@ from blip2_export.graphs.builder import Graph, Mask
 from blip2_export.graphs.heads import Heads
 from blip2_export.read.checkpoint import Checkpoint
 
+_END = (1 << 63) - 1
 QUERY, TEXT = "_query", ""  # queries and text have their own feed-forward networks
 Config = Blip2QFormerConfig | InstructBlipQFormerConfig
 
@@ -42,10 +43,25 @@ class Layers:
         g.bound(ids, 1, cfg.max_position_embeddings)
         x = g.rows(words, ids)
         end = g.n_tokens(ids, x)
-        return str(g.op("Add", [x, g.op("Slice", [g.weight(places), g.constant([0]), end, g.constant([0])])]))
+        first = g.op("Slice", [g.weight(places), g.constant([0]), end, g.constant([0])])
+        return g.shaped(g.op("Add", [x, first]), [*g.axes(ids), self.width])
 
     def query_tokens(self, n_queries: int) -> np.ndarray:
         return self.read("query_tokens", 1, n_queries, self.width).astype(np.float32)
+
+    def joined(self, queries: str, text: str) -> str:
+        """Text behind the queries."""
+        both = self.g.op("Concat", [queries, text], axis=1)
+        return self.g.shaped(both, ["batch", "queries and text", self.width])
+
+    def queries_of(self, both: str, n_queries: int) -> str:
+        return self.g.shaped(self._cut(both, 0, n_queries), ["batch", n_queries, self.width])
+
+    def text_of(self, both: str, n_queries: int, ids: str) -> str:
+        return self.g.shaped(self._cut(both, n_queries, _END), [*self.g.axes(ids), self.width])
+
+    def _cut(self, x: str, start: int, end: int) -> str:
+        return str(self.g.op("Slice", [x, *(self.g.constant([v]) for v in (start, end, 1))]))
 
     def real(self, mask: str, queries: str = "", n_queries: int = 0) -> Mask:
         """Of int64 `mask` [batch, tokens], 1 where a token is real, behind queries that all are."""

@@ -101,6 +101,7 @@ class Graph(ABC):
         self.data = data or out.data(name)
         self.nodes: list[onnx.NodeProto] = []
         self.weights: list[onnx.TensorProto] = []
+        self.shapes: list[onnx.ValueInfoProto] = []
         self.inputs: list[dict[str, Any]] = []
         self.outputs: list[dict[str, Any]] = []
         self.bounds: dict[Dim, int] = {}  # of axes that are not fixed, where one is known
@@ -147,8 +148,11 @@ class Graph(ABC):
 
     def bound(self, name: str, axis: int, most: int) -> None:
         """Notes how large an axis of an input may be."""
-        shape = next(value["shape"] for value in self.inputs if value["name"] == name)
-        self.bounds[shape[axis]] = most
+        self.bounds[self.axes(name)[axis]] = most
+
+    def axes(self, name: str) -> list[Dim]:
+        """The shape of an input."""
+        return next(value["shape"] for value in self.inputs if value["name"] == name)
 
     def take(self, name: str, shape: Sequence[Dim]) -> str:
         """What another graph gave, or pixels: a float32 input, as value of this graph."""
@@ -169,6 +173,14 @@ class Graph(ABC):
             helper.make_node(kind, list(inputs), names, domain=domain, name=self.fresh("n"), **attributes)
         )
         return names[0] if len(names) == 1 else names
+
+    def shaped(self, value: str, shape: Sequence[Dim], dtype: np.dtype | None = None) -> str:
+        """Says the shape of a value, of the graph's own type if none is given, where the runtime cannot tell it.
+
+        Values of unknown sizes share no memory, and ONNX Runtime compares each with all others when it loads the graph.
+        """
+        self.shapes.append(helper.make_tensor_value_info(value, _TYPES[dtype or self.dtype], shape))
+        return value
 
     def number(self, value: Any) -> str:
         """A constant of the graph's own type."""
@@ -238,7 +250,7 @@ class Graph(ABC):
     def save(self) -> None:
         """Writes the `.onnx` file beside its data."""
         inputs, outputs = ([_value(v) for v in side] for side in (self.inputs, self.outputs))
-        graph = helper.make_graph(self.nodes, self.name, inputs, outputs, self.weights)
+        graph = helper.make_graph(self.nodes, self.name, inputs, outputs, self.weights, value_info=self.shapes)
         imports = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
         model = helper.make_model(graph, opset_imports=imports, ir_version=10, producer_name="blip2_export")
         (self.folder / self.file_name).write_bytes(model.SerializeToString())
@@ -367,9 +379,9 @@ class Graph(ABC):
         raise UnsupportedError(f"activation `{name}` is not supported; gelu, gelu_new, quick_gelu, silu and relu are")
 
     def repeat(self, value: str, like: str) -> str:
-        """A value of batch size 1 repeated to the batch size of `like`."""
+        """A value of batch size 1 repeated to that of `like`, which is `batch`."""
         first = self.op("Expand", [self.constant([0], np.int32), self.op("Shape", [like], start=0, end=1)])
-        return self.op("Gather", [value, first], axis=0)
+        return self.op("Gather", [value, self.shaped(first, ["batch"], np.dtype(np.int32))], axis=0)
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def embed(g: Graph, table: np.ndarray, batch: str, reads_queries: bool) -> str:
     if not reads_queries:
         return x
     queries = g.take("queries", [batch, "n_queries", table.shape[1]])
-    return str(g.op("Concat", [queries, x], axis=1))
+    return g.shaped(g.op("Concat", [queries, x], axis=1), [batch, "sequence", table.shape[1]])
 
 
 def select(g: Graph, x: str, width: int) -> str:

@@ -29,7 +29,7 @@ def build(out: Output, checkpoint: Checkpoint, cfg: Blip2QFormerConfig, data: Da
     cached = Cached(g, heads, g.over_cache(new, heads, heads.width**-0.5))
     learned = layers.read("embeddings.position_embeddings.weight", cfg.max_position_embeddings, width)
     x = g.op("Add", [new.embeds, g.op("Gather", [g.weight(learned), new.positions], axis=0)])
-    x = layers.embedding_norm(x)
+    x = layers.embedding_norm(g.shaped(x, ["rows", "sequence", width]))
     for i in range(cfg.num_hidden_layers):
         x = layers.feed_forward(i, _attention(layers, cached, i, x), TEXT)
     x = select(g, x, width)

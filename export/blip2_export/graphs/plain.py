@@ -71,7 +71,8 @@ class PlainGraph(Graph):
             for x, old, whole in zip((k, v), past, present, strict=True):
                 x = self._by_heads(self.to_slots(x), heads)
                 self.op("ScatterElements", [old, places, x], [whole], axis=2)  # in place where both are one buffer
-            return self.to_rows(self.attention([self.to_slots(q), *present], heads, mask, scale, by_heads=True))
+            y = self.attention([self.to_slots(q), *present], heads, mask, scale, by_heads=True)
+            return self.to_rows(self.shaped(y, ["slots", "sequence", heads.n * heads.padded]))
 
         return attend
 

@@ -14,8 +14,6 @@ from blip2_export.graphs.bert import QUERY, TEXT, Config, Layers
 from blip2_export.graphs.builder import Graph, Output
 from blip2_export.read.checkpoint import Checkpoint, CheckpointError
 
-_END = (1 << 63) - 1
-
 
 @dataclass(frozen=True)
 class Shape:
@@ -58,22 +56,18 @@ def _with_question(layers: Layers, features: str, n_queries: int) -> str:
     ids, mask = (g.input(name, "int64", ["batch", "question"]) for name in ("question_ids", "question_mask"))
     tokens = g.repeat(g.weight(layers.query_tokens(n_queries)), features)
     seen = layers.real(mask, tokens, n_queries)
-    x = layers.embedding_norm(g.op("Concat", [tokens, layers.embed_text(ids)], axis=1))
+    x = layers.embedding_norm(layers.joined(tokens, layers.embed_text(ids)))
     for i in range(n_layers):
         last = i == n_layers - 1
-        x = layers.self_attention(i, x, seen, _cut(g, x, 0, n_queries) if last else None)
-        queries = x if last else _cut(g, x, 0, n_queries)
+        x = layers.self_attention(i, x, seen, layers.queries_of(x, n_queries) if last else None)
+        queries = x if last else layers.queries_of(x, n_queries)
         queries = layers.feed_forward(i, layers.cross_attention(i, queries, features), QUERY)
         if last:  # nobody reads the question's last states
             layers.pass_over_feed_forward(i, TEXT)
             return queries
-        text = layers.feed_forward(i, _cut(g, x, n_queries, _END), TEXT)
-        x = g.op("Concat", [queries, text], axis=1)
+        text = layers.text_of(x, n_queries, ids)
+        x = layers.joined(queries, layers.feed_forward(i, text, TEXT))
     raise CheckpointError(f"{layers.checkpoint.folder}: config.json gives the Q-Former no layers")
-
-
-def _cut(g: Graph, x: str, start: int, end: int) -> str:
-    return str(g.op("Slice", [x, *(g.constant([v]) for v in (start, end, 1))]))
 
 
 def _project(g: Graph, checkpoint: Checkpoint, x: str, shape: Shape) -> str:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tokenizers import Tokenizer
 from transformers import Blip2Config
 
@@ -157,17 +156,17 @@ def _matching(out: Output, stage: Stage1, data: Data) -> Graph:
     ids, mask = _text_inputs(g)
     queries = g.repeat(g.weight(layers.query_tokens(n_queries)), features)
     seen = layers.real(mask, queries, n_queries)
-    x = layers.embedding_norm(g.op("Concat", [queries, layers.embed_text(ids)], axis=1))
+    x = layers.embedding_norm(layers.joined(queries, layers.embed_text(ids)))
     for i in range(cfg.num_hidden_layers):
         if i == cfg.num_hidden_layers - 1:
-            queries = layers.self_attention(i, x, seen, _positions(g, x, 0, n_queries))
+            queries = layers.self_attention(i, x, seen, layers.queries_of(x, n_queries))
         else:
             x = layers.self_attention(i, x, seen)
-            queries = _positions(g, x, 0, n_queries)
+            queries = layers.queries_of(x, n_queries)
         queries = layers.feed_forward(i, layers.cross_attention(i, queries, features), QUERY)
         if i < cfg.num_hidden_layers - 1:
-            text = layers.feed_forward(i, _positions(g, x, n_queries, None), TEXT)
-            x = g.op("Concat", [queries, text], axis=1)
+            text = layers.text_of(x, n_queries, ids)
+            x = layers.joined(queries, layers.feed_forward(i, text, TEXT))
     logits = g.float32(layers.linear("itm_head", queries, cfg.hidden_size, 2))
     logits = g.op("ReduceMean", [logits, g.constant([1])], keepdims=0)
     g.output(logits, "itm_logits", "float32", ["batch", 2])
@@ -180,8 +179,3 @@ def _text_inputs(g: Graph) -> tuple[str, str]:
     """Token ids and their mask."""
     ids, mask = (g.input(name, "int64", ["batch", "sequence"]) for name in ("input_ids", "attention_mask"))
     return ids, mask
-
-
-def _positions(g: Graph, x: str, start: int, end: int | None) -> str:
-    stop = np.iinfo(np.int64).max if end is None else end
-    return g.op("Slice", [x, g.constant([start]), g.constant([stop]), g.constant([1])])
