@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_recipes,
         default=["exact", "fast"],
         metavar="A,B",
-        help=f"how the engine computes: {', '.join(RECIPES)}; the faithful ones need an Intel processor with bfloat16 and the "
+        help=f"how the engine computes: {', '.join(RECIPES)}; `faithful` needs an Intel processor with bfloat16 and the "
         "OpenVINO plugin (default: exact,fast)",
     )
     parser.add_argument(
@@ -184,7 +184,6 @@ class _Models:
             self.shape,
             golden=False,
             loss=False,
-            target=recipe.target,
             precisions=recipe.precisions,
             weight_bits=weight_bits(),
         )
