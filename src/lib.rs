@@ -28,7 +28,7 @@
 //! # Doors
 //!
 //! Each outside library is used in one place: `ort` and `half` in [`runtime`], what decodes pictures in [`pixels`], `tokenizers` in [`text`],
-//! `prost` in [`bundle`], `clap` and `ndarray-npy` in [`cli`]. Dependencies point down: `cli → verify → engine → prompt, language, stage1,
+//! `prost` in [`bundle`], `rand` and `statrs` in [`bench`], `clap` and `ndarray-npy` in [`cli`]. Dependencies point down: `cli → verify, bench → service → engine → prompt, language, stage1,
 //! qformer, vision → runtime, text → bundle → pixels`; [`decode`] knows nothing of tensors and defines the small trait that [`language`]
 //! implements. `tests/layers.rs` holds this.
 //!
@@ -53,6 +53,7 @@
 //! | a command | `cli/<name>.rs`, a variant in `cli/args.rs` |
 //! | what `cargo bench` times, beside the obvious way | `benches/<name>.rs`, its `[[bench]]` in `Cargo.toml` |
 
+pub mod bench;
 pub mod bundle;
 pub mod cli;
 pub mod decode;
@@ -62,6 +63,7 @@ pub mod pixels;
 pub mod prompt;
 pub mod qformer;
 pub mod runtime;
+pub mod service;
 pub mod stage1;
 pub mod text;
 pub mod timing;

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use clap::{Parser, Subcommand};
 
 use super::Failure;
+use super::bench::Bench;
 use super::plain::plain;
 use crate::bundle::{Bundle, GenerationFacts, Load, TaskName};
 use crate::decode::{EarlyStopping, Processors, Strategy, Warpers};
@@ -49,6 +50,8 @@ pub(super) enum Command {
     Rank(Rank),
     /// Compare a bundle with the outputs recorded from its reference, and its files with their hashes
     Verify(Verify),
+    /// Measure how long things take, and how surely that is known
+    Bench(Box<Bench>),
     /// Show what a bundle is and what it needs
     Inspect(Inspect),
     /// Build TensorRT's engines of a bundle for this machine, before anything runs on them
