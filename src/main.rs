@@ -22,6 +22,7 @@ fn main() -> ExitCode {
 fn exit_code(failure: &Failure) -> ExitCode {
     ExitCode::from(match failure {
         Failure::Output(_) | Failure::File { .. } | Failure::Cache { .. } | Failure::Report { .. } | Failure::Worse(_) => 1,
+        Failure::Stopped => 130, // as shells tell of Ctrl-C
         Failure::Usage(_) => 2,
         Failure::Picture { .. } => 3,
         Failure::Mismatch(_) => 4,

@@ -29,8 +29,17 @@ pub enum Stage {
 
 impl Stage {
     /// Every stage in order.
-    pub const ALL: [Self; 9] =
-        [Self::Queue, Self::DecodeImage, Self::Preprocess, Self::Vision, Self::Qformer, Self::Match, Self::Waiting, Self::Prefill, Self::Decode];
+    pub const ALL: [Self; 9] = [
+        Self::Queue,
+        Self::DecodeImage,
+        Self::Preprocess,
+        Self::Vision,
+        Self::Qformer,
+        Self::Match,
+        Self::Waiting,
+        Self::Prefill,
+        Self::Decode,
+    ];
 
     /// The key in JSON.
     pub fn name(self) -> &'static str {

@@ -105,7 +105,10 @@ pub fn objections(before: &Report, after: &Report) -> Vec<String> {
         (a.usable_processors != b.usable_processors)
             .then(|| format!("the first had {} processors, the second {}", a.usable_processors, b.usable_processors)),
         (!same_work).then(|| {
-            format!("the first is {} of {}, {}; the second {} of {}, {}", x.scenario, x.task, x.arrivals, y.scenario, y.task, y.arrivals)
+            format!(
+                "the first is {} of {}, {}; the second {} of {}, {}",
+                x.scenario, x.task, x.arrivals, y.scenario, y.task, y.arrivals
+            )
         }),
     ]
     .into_iter()

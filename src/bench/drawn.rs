@@ -51,7 +51,8 @@ pub fn drawn(side: Side, seed: u64) -> Vec<u8> {
     for y in 0..side.height {
         for x in 0..side.width {
             let at = [x as f32 / side.width as f32, y as f32 / side.height as f32];
-            let colour = shapes.iter().rev().find(|shape| shape.holds(at)).map_or_else(|| between(corners, at), |shape| shape.colour);
+            let colour =
+                shapes.iter().rev().find(|shape| shape.holds(at)).map_or_else(|| between(corners, at), |shape| shape.colour);
             rgb.extend(colour.map(|value| (value + random.random_range(-NOISE..=NOISE)).clamp(0, 255) as u8));
         }
     }

@@ -130,7 +130,11 @@ pub fn resident_bytes() -> Option<u64> {
 
 fn told_clocks() -> Vec<f64> {
     let cpuinfo = read("/proc/cpuinfo").unwrap_or_default();
-    cpuinfo.lines().filter(|line| line.starts_with("cpu MHz")).filter_map(|line| line.split(':').nth(1)?.trim().parse().ok()).collect()
+    cpuinfo
+        .lines()
+        .filter(|line| line.starts_with("cpu MHz"))
+        .filter_map(|line| line.split(':').nth(1)?.trim().parse().ok())
+        .collect()
 }
 
 fn mean(values: &[f64]) -> Option<f64> {

@@ -50,4 +50,12 @@ pub enum BenchError {
         /// What there is.
         known: String,
     },
+    /// A server cannot be measured.
+    #[error("{url}: {why}")]
+    Server {
+        /// What was asked of it.
+        url: String,
+        /// What came back.
+        why: String,
+    },
 }

@@ -108,7 +108,10 @@ pub fn figures(records: &[Record], objectives: Objectives) -> Option<Figures> {
 /// Of latencies by name, what each half percent of the sample lies below.
 pub fn quantiles(records: &[Record]) -> BTreeMap<String, Vec<f64>> {
     let counted: Vec<_> = records.iter().filter(|record| !record.warm_up && record.is_answered()).collect();
-    samples(&counted).filter(|(_, sample)| !sample.is_empty()).map(|(name, sample)| (name.to_owned(), sample.quantiles(200))).collect()
+    samples(&counted)
+        .filter(|(_, sample)| !sample.is_empty())
+        .map(|(name, sample)| (name.to_owned(), sample.quantiles(200)))
+        .collect()
 }
 
 /// The first records that count, as many as a plot can show.
@@ -148,9 +151,8 @@ fn stages(answered: &[&Record]) -> Vec<(String, Summary)> {
 
 fn unaccounted(answered: &[&Record]) -> Option<f64> {
     let told = answered.iter().filter(|record| !record.stages_ms.is_empty());
-    let (left, whole) = told.fold((0.0, 0.0), |(left, whole), record| {
-        (left + record.unaccounted_ms(), whole + record.done_ms - record.sent_ms)
-    });
+    let (left, whole) =
+        told.fold((0.0, 0.0), |(left, whole), record| (left + record.unaccounted_ms(), whole + record.done_ms - record.sent_ms));
     (whole > 0.0).then(|| left / whole)
 }
 
@@ -180,8 +182,9 @@ fn digest(answered: &[&Record]) -> String {
 fn objections(counted: &[&Record], median: f64, unaccounted: Option<f64>) -> Vec<String> {
     let lag = Sample::new(counted.iter().map(|record| record.lag_ms())).percentile(99.0).value;
     let failed = counted.iter().filter(|record| !record.is_answered()).count();
-    let late = (lag > MOST_LAG * median)
-        .then(|| format!("queries were sent late: 99 % within {lag:.3} ms, more than {} % of the median latency", MOST_LAG * 100.0));
+    let late = (lag > MOST_LAG * median).then(|| {
+        format!("queries were sent late: 99 % within {lag:.3} ms, more than {} % of the median latency", MOST_LAG * 100.0)
+    });
     let hidden = unaccounted
         .filter(|share| *share > MOST_UNACCOUNTED)
         .map(|share| format!("{:.1} % of the time belong to no stage, more than {} %", share * 100.0, MOST_UNACCOUNTED * 100.0));

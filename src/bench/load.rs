@@ -52,6 +52,8 @@ pub struct Told {
 pub enum What {
     /// So many tokens were settled.
     Tokens(usize),
+    /// So many were settled besides, nobody knows when.
+    More(usize),
     /// Its end: what was written, and where the time went.
     Done {
         /// What was written, or a digest of what was computed.
@@ -171,7 +173,8 @@ impl Run<'_> {
 /// What comes next, at the latest until `next`.
 fn wait(told: &Receiver<(usize, Instant, What)>, next: Option<Instant>) -> Option<(usize, Instant, What)> {
     // A stop from outside is seen this soon.
-    let limit = next.map_or(Duration::from_millis(50), |next| next.saturating_duration_since(Instant::now()).min(Duration::from_millis(50)));
+    let limit = next
+        .map_or(Duration::from_millis(50), |next| next.saturating_duration_since(Instant::now()).min(Duration::from_millis(50)));
     match told.recv_timeout(limit) {
         Ok(found) => Some(found),
         Err(RecvTimeoutError::Timeout) => None,
@@ -204,6 +207,7 @@ impl Pending {
                     None => record.first_token_ms = Some(clock.at(at)),
                 }
             }
+            What::More(n) => record.n_tokens += n,
             What::Done { output, stages_ms } => {
                 // Of several pictures the stages overlap, so that no sum of them is the query's time.
                 record.stages_ms = if record.n_pictures == 1 { stages_ms } else { Vec::new() };
@@ -276,7 +280,8 @@ mod tests {
     fn a_schedule_does_not_wait_and_latency_counts_from_it() {
         let schedule = (0..50).map(|i| Duration::from_millis(i * 4)).collect();
         // The tenth holds up the line for 60 ms.
-        let found = go(&Load::Open(schedule), Length { queries: 0, time: Duration::ZERO }, |i| if i == 10 { 60_000 } else { 500 }, 1);
+        let found =
+            go(&Load::Open(schedule), Length { queries: 0, time: Duration::ZERO }, |i| if i == 10 { 60_000 } else { 500 }, 1);
         assert_eq!(found.len(), 50);
         let behind = &found[11];
         assert!(behind.latency_ms() > 50.0, "{behind:?}");

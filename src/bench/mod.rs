@@ -9,6 +9,7 @@ pub mod drawn;
 pub mod environment;
 pub mod figures;
 pub mod html;
+pub mod http;
 pub mod load;
 pub mod local;
 pub mod record;

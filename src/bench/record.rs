@@ -53,9 +53,9 @@ impl Record {
         Some(self.first_token_ms? - self.scheduled_ms)
     }
 
-    /// From the first token to the last, by those behind the first; none of a single token.
+    /// From the first token to the last, by those behind the first; none where all were settled at once, as beam search does.
     pub fn time_per_output_token_ms(&self) -> Option<f64> {
-        let behind_first = self.n_tokens.checked_sub(1).filter(|n| *n > 0 && self.first_token_ms.is_some())?;
+        let behind_first = self.n_tokens.checked_sub(1).filter(|n| *n > 0 && !self.gaps_ms.is_empty())?;
         Some(self.gaps_ms.iter().sum::<f64>() / behind_first as f64)
     }
 

@@ -121,7 +121,9 @@ impl Report {
     pub fn csv(&self) -> String {
         let mut out = String::from("metric,count,mean,deviation,min");
         let ranks = self.rows().next().map(|(_, summary)| summary.percentiles.clone()).unwrap_or_default();
-        ranks.iter().for_each(|percentile| write!(out, ",p{0},p{0}_low,p{0}_high,p{0}_certified", percentile.rank).expect("a string"));
+        ranks
+            .iter()
+            .for_each(|percentile| write!(out, ",p{0},p{0}_low,p{0}_high,p{0}_certified", percentile.rank).expect("a string"));
         out.push_str(",max\n");
         for (name, summary) in self.rows() {
             let Summary { count, mean, deviation, min, max, percentiles, .. } = summary;
@@ -145,7 +147,11 @@ impl Report {
         let (machine, subject, work, figures) = (&self.machine, &self.subject, &self.work, &self.figures);
         writeln!(out, "{} of {}, {}, {} by {}", work.scenario, subject.model, work.task, work.arrivals, subject.provider)?;
         let processor = machine.processor.as_deref().unwrap_or("a processor");
-        writeln!(out, "{processor} ({}), {} of {} processors\n", machine.instruction_set, machine.usable_processors, machine.processors)?;
+        writeln!(
+            out,
+            "{processor} ({}), {} of {} processors\n",
+            machine.instruction_set, machine.usable_processors, machine.processors
+        )?;
         writeln!(out, "| ms | mean | p50 | p90 | p95 | p99 | p99.9 | max | n |\n|---|---|---|---|---|---|---|---|---|")?;
         for (name, summary) in self.rows() {
             let name = name.trim_end_matches("_ms").replace('_', " ");

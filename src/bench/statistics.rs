@@ -249,7 +249,7 @@ mod tests {
 
     #[test]
     fn intervals_hold_the_true_percentile_as_often_as_they_say() {
-        let (mut random, trials) = (StdRng::seed_from_u64(5), 2_000);
+        let (mut random, trials) = (StdRng::seed_from_u64(5), 500);
         for (rank, n) in [(50.0, 40), (90.0, 200), (99.0, 2_000)] {
             let truth = -(1.0 - rank / 100.0f64).ln();
             let held = (0..trials).filter(|_| {
@@ -258,7 +258,7 @@ mod tests {
                 (low..=high).contains(&truth)
             });
             let share = held.count() as f64 / trials as f64;
-            assert!((0.94..=0.985).contains(&share), "p{rank} of {n}: {share}");
+            assert!((0.93..=0.99).contains(&share), "p{rank} of {n}: {share}");
         }
     }
 

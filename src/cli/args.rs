@@ -26,7 +26,7 @@ const MOST_BATCH: usize = 1024;
 const DEFAULT_MODEL: &str = "models/demo-opt";
 
 const EXIT_CODES: &str = "Exit codes: 0 done, 1 a graph failed while it ran, 2 wrong command line, 3 bad picture or text, \
-4 bad bundle or outputs that differ from its reference, 5 ONNX Runtime or the provider is not usable.";
+4 bad bundle or outputs that differ from its reference, 5 ONNX Runtime or the provider is not usable, 130 a measurement was stopped.";
 
 /// Captions pictures and answers questions about them with BLIP-2 on ONNX Runtime.
 #[derive(Debug, Parser)]

@@ -6,8 +6,8 @@ mod plan;
 
 use std::io::{Write as _, stdout};
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
-use std::sync::atomic::AtomicBool;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use clap::{Subcommand, ValueEnum};
@@ -20,7 +20,8 @@ use crate::bench::compare::{self, Condition};
 use crate::bench::environment::{self, Load as MachineLoad, Machine};
 use crate::bench::figures::{Objectives, figures, quantiles, timeline};
 use crate::bench::html::page;
-use crate::bench::load::{Length, Load, Run};
+use crate::bench::http::{self, Http};
+use crate::bench::load::{Length, Load, Run, Target};
 use crate::bench::local::Local;
 use crate::bench::record::Record;
 use crate::bench::report::{self, Report, Subject};
@@ -124,7 +125,25 @@ struct Measure {
     #[command(flatten)]
     outputs: Outputs,
     #[command(flatten)]
+    server: At,
+    #[command(flatten)]
     model: Model,
+}
+
+/// Where queries go, if not to an engine in this process.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Server")]
+struct At {
+    /// Measure a server that speaks OpenAI's chat completions instead, ours or any other: http://HOST:PORT/v1. No bundle is loaded then,
+    /// and what stands below says nothing
+    #[arg(long, value_name = "URL")]
+    url: Option<String>,
+    /// The model to ask it for [default: the first that it lists]
+    #[arg(long, value_name = "NAME", requires = "url")]
+    served_model: Option<String>,
+    /// The key to show it
+    #[arg(long, value_name = "KEY", env = "BLIP2_API_KEY", hide_env_values = true)]
+    api_key: Option<String>,
 }
 
 /// What is wanted of every picture.
@@ -148,79 +167,131 @@ pub(super) fn run(command: &Bench) -> Result<(), Failure> {
         Scenario::Server(server) => measured(&server.measure, &server.plan()?),
         Scenario::Compare(compare) => compared(compare),
         Scenario::Page { reports, html } => {
-            let reports = reports.iter().map(read).collect::<Result<Vec<_>, _>>()?;
+            let reports = reports.iter().map(|path| read(path)).collect::<Result<Vec<_>, _>>()?;
             std::fs::write(html, page(&reports)).map_err(|source| Failure::Report { path: html.clone(), source })
         }
     }
 }
 
+/// What answers, and what is known of it.
+struct Opened {
+    target: Box<dyn Target>,
+    names: Vec<String>,
+    subject: Subject,
+}
+
 fn measured(measure: &Measure, plan: &Plan) -> Result<(), Failure> {
-    let began = (SystemTime::now(), Instant::now());
-    let bundle = measure.model.bundle()?;
-    let inputs = measure.inputs.read(&bundle, measure.seed)?;
+    let (began, before, machine) = (Moment::now(), MachineLoad::now(), Machine::detect());
     let mut journal = measure.outputs.open()?;
-    let (machine, before) = (Machine::detect(), MachineLoad::now());
-    let loading = Instant::now();
-    let engine = measure.model.load(bundle)?;
-    let subject = subject(&engine, measure, loading.elapsed());
-    let names = inputs.names();
-    let mut target = Local::new(Service::start(engine, default_threads().get()), inputs.wanted());
-    let stop = stopped_by_signals()?;
+    let Opened { mut target, names, subject } = if measure.server.url.is_some() { measure.connect()? } else { measure.load()? };
+    let (stop, records) = (stopped_by_signals()?, &mut Vec::new());
     let mut broken = None;
     let mut on_record = |record: &Record| broken = broken.take().or_else(|| journal.note(record).err());
-    let mut run = Run { target: &mut target, inputs: &names, n_pictures: plan.n_pictures, stop, on_record: &mut on_record };
-    let mut records = plan.warm_up(&mut run, measure.warm_up);
+    let mut run = Run { target: &mut *target, inputs: &names, n_pictures: plan.n_pictures, stop, on_record: &mut on_record };
+    records.extend(plan.warm_up(&mut run, measure.warm_up));
     records.extend(run.go(&plan.load, Length { queries: measure.queries.get(), time: measure.duration }, false));
     if let Some(failure) = broken {
         eprintln!("blip2: {failure}; what is measured goes on without it");
     }
-    let Some(figures) = figures(&records, measure.slo) else {
-        return Err(Failure::Usage(nothing(&records)));
-    };
-    let report = Report {
+    let figures = figures(records, measure.slo).ok_or_else(|| Failure::Usage(nothing(records)))?;
+    let (is_local, is_complete) = (measure.server.url.is_none(), !stop.load(Ordering::Relaxed));
+    measure.outputs.write(&Report {
         schema: report::SCHEMA.into(),
         version: report::VERSION,
         command: std::env::args().collect(),
-        started: began.0.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
+        started: began.since_1970(),
         took_s: began.1.elapsed().as_secs_f64(),
-        is_complete: !stop.load(std::sync::atomic::Ordering::Relaxed),
+        is_complete,
         machine,
         load: [before, MachineLoad::since(&before)],
         subject,
         work: plan.work(measure, names.len()),
         figures,
-        quantiles: quantiles(&records),
-        timeline: timeline(&records),
-        peak_resident_bytes: environment::peak_resident_bytes(),
-    };
-    measure.outputs.write(&report)
+        quantiles: quantiles(records),
+        timeline: timeline(records),
+        peak_resident_bytes: is_local.then(environment::peak_resident_bytes).flatten(),
+    })?;
+    if is_complete { Ok(()) } else { Err(Failure::Stopped) }
+}
+
+/// A time that can be told and one that can be counted from.
+struct Moment(SystemTime, Instant);
+
+impl Moment {
+    fn now() -> Self {
+        Self(SystemTime::now(), Instant::now())
+    }
+
+    fn since_1970(&self) -> u64 {
+        self.0.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+    }
+}
+
+impl Measure {
+    /// An engine in this process.
+    fn load(&self) -> Result<Opened, Failure> {
+        let bundle = self.model.bundle()?;
+        let inputs = self.inputs.read(&bundle, self.seed)?;
+        let loading = Instant::now();
+        let engine = self.model.load(bundle)?;
+        let subject = self.subject(&engine, loading.elapsed());
+        let names = inputs.iter().map(|input| input.name.clone()).collect();
+        let wanted = inputs.into_iter().map(|input| (input.picture, input.want)).collect();
+        let target = Box::new(Local::new(Service::start(engine, default_threads().get()), wanted));
+        Ok(Opened { target, names, subject })
+    }
+
+    /// A server elsewhere.
+    fn connect(&self) -> Result<Opened, Failure> {
+        let inputs = self.inputs.asked(self.seed)?;
+        let (names, asked): (Vec<_>, Vec<_>) = inputs.into_iter().unzip();
+        let http = Http::connect(self.server.server(), &asked).map_err(|error| Failure::Usage(error.to_string()))?;
+        let server = http.server();
+        let subject = Subject {
+            engine: "a server".into(),
+            model: server.model.clone().unwrap_or_default(),
+            provider: server.url.clone(),
+            ..Subject::default()
+        };
+        Ok(Opened { names, subject, target: Box::new(http) })
+    }
+
+    fn subject(&self, engine: &Engine, loading: Duration) -> Subject {
+        let (bundle, runtime) = (engine.bundle(), engine.runtime());
+        let graphs = bundle.facts().graphs.iter();
+        Subject {
+            engine: format!("blip2 {}", env!("CARGO_PKG_VERSION")),
+            model: bundle.facts().name.clone(),
+            model_sha256: Some(bundle.hash()),
+            precisions: graphs.map(|(name, graph)| (name.clone(), graph.precision.to_string())).collect(),
+            provider: runtime.provider().to_string(),
+            runtime: Some(runtime.library().version.clone()),
+            threads: Some(self.model.threads.unwrap_or_else(default_threads).get()),
+            loading_s: Some(loading.as_secs_f64()),
+        }
+    }
+}
+
+impl At {
+    fn server(&self) -> http::Server {
+        let url = self.url.clone().expect("it is asked only where there is one");
+        http::Server { url, model: self.served_model.clone(), key: self.api_key.clone() }
+    }
 }
 
 fn nothing(records: &[Record]) -> String {
     let why = records.iter().find_map(|record| record.error.as_deref());
-    why.map_or_else(|| "nothing was measured before the run was stopped".into(), |why| format!("no query got an answer: {}", plain(why)))
-}
-
-fn subject(engine: &Engine, measure: &Measure, loading: Duration) -> Subject {
-    let (bundle, runtime) = (engine.bundle(), engine.runtime());
-    let graphs = bundle.facts().graphs.iter();
-    Subject {
-        engine: format!("blip2 {}", env!("CARGO_PKG_VERSION")),
-        model: bundle.facts().name.clone(),
-        model_sha256: Some(bundle.hash()),
-        precisions: graphs.map(|(name, graph)| (name.clone(), graph.precision.to_string())).collect(),
-        provider: runtime.provider().to_string(),
-        runtime: Some(runtime.library().version.clone()),
-        threads: Some(measure.model.threads.unwrap_or_else(default_threads).get()),
-        loading_s: Some(loading.as_secs_f64()),
-    }
+    why.map_or_else(
+        || "nothing was measured before the run was stopped".into(),
+        |why| format!("no query got an answer: {}", plain(why)),
+    )
 }
 
 /// Is set by Ctrl-C and SIGTERM: the run ends with what is under way. A second one ends the program.
 fn stopped_by_signals() -> Result<&'static AtomicBool, Failure> {
     static STOP: AtomicBool = AtomicBool::new(false);
     let handle = ctrlc::set_handler(|| {
-        if STOP.swap(true, std::sync::atomic::Ordering::Relaxed) {
+        if STOP.swap(true, Ordering::Relaxed) {
             std::process::exit(130);
         }
         eprintln!("blip2: stopping; once more to stop at once");
@@ -272,7 +343,7 @@ fn compared(command: &Compare) -> Result<(), Failure> {
     if n_met == 0 { Ok(()) } else { Err(Failure::Worse(n_met)) }
 }
 
-fn read(path: &PathBuf) -> Result<Report, Failure> {
+fn read(path: &Path) -> Result<Report, Failure> {
     Report::read(path).map_err(|error| Failure::Usage(super::chain(&error)))
 }
 

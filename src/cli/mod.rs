@@ -108,6 +108,9 @@ pub enum Failure {
     /// Figures changed more than they may.
     #[error("{0} of the conditions above hold")]
     Worse(usize),
+    /// A measurement was stopped from outside, after its report was written.
+    #[error("stopped; the report is of what was measured until then")]
+    Stopped,
     /// Standard output is closed or full.
     #[error("cannot write to standard output")]
     Output(#[from] std::io::Error),

@@ -26,7 +26,8 @@ pub(super) fn run(mut seer: Seer, pictures: &Receiver<(Waiting, Pixels)>, to_wri
                 Err(error) => waiting.job.end(Err(error)),
             }
         }
-        let (writes, others): (Vec<_>, Vec<_>) = seen.into_iter().partition(|(waiting, _)| matches!(waiting.job.want, Want::Write(..)));
+        let (writes, others): (Vec<_>, Vec<_>) =
+            seen.into_iter().partition(|(waiting, _)| matches!(waiting.job.want, Want::Write(..)));
         order(&mut seer, writes, to_write);
         others.into_iter().for_each(|(waiting, sight)| compare(&mut seer, waiting, &sight));
     }

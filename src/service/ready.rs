@@ -29,7 +29,7 @@ pub(super) fn start(
                         // The thread that looks ends after this one.
                         let _ = to_look.send((waiting, pixels));
                     }
-                    Err(error) => waiting.job.end(Err(error.into())),
+                    Err(error) => waiting.job.end(Err(error)),
                 }
             }
         }

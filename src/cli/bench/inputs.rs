@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use super::Task;
 use crate::bench::drawn::{Side, drawn};
+use crate::bench::http::Asked;
 use crate::bundle::{Bundle, TaskName};
 use crate::cli::Failure;
 use crate::cli::plain::plain;
@@ -44,27 +45,54 @@ pub(super) struct Inputs {
     tokens: Option<NonZeroUsize>,
 }
 
-/// One picture and what is wanted of it.
-struct Input {
+/// A picture as its file has it.
+struct Encoded {
     name: String,
-    picture: Arc<[u8]>,
-    want: Want,
+    bytes: Arc<[u8]>,
 }
 
-/// All of them, in the order of their turns.
-pub(super) struct Read(Vec<Input>);
+/// One picture and what is wanted of it.
+pub(super) struct Input {
+    pub name: String,
+    pub picture: Arc<[u8]>,
+    pub want: Want,
+}
 
 impl Inputs {
-    /// Reads or draws the pictures. Whether each can be decoded shows when it is.
-    pub fn read(&self, bundle: &Bundle, seed: u64) -> Result<Read, Failure> {
+    /// Reads or draws the pictures, for an engine. Whether each can be decoded shows when it is.
+    pub fn read(&self, bundle: &Bundle, seed: u64) -> Result<Vec<Input>, Failure> {
         let wants = self.wants(bundle)?;
-        let pictures = if self.images.is_empty() { self.draw(seed) } else { self.open()? };
-        let n = if wants.len() > 1 { pictures.len() * wants.len() } else { pictures.len() };
-        let input = |i: usize| {
-            let ((name, picture), (about, want)) = (&pictures[i % pictures.len()], &wants[i % wants.len()]);
-            Input { name: format!("{name}{about}"), picture: picture.clone(), want: want.clone() }
+        let pairs = self.pairs(&wants, seed)?.into_iter();
+        Ok(pairs.map(|(Encoded { name, bytes }, want)| Input { name, picture: bytes, want: want.clone() }).collect())
+    }
+
+    /// The same for a server, with their names.
+    pub fn asked(&self, seed: u64) -> Result<Vec<(String, Asked)>, Failure> {
+        let about = |text: &String| (format!(": {text}"), text.clone());
+        let texts = match self.task {
+            Task::Caption if self.text.is_empty() => vec![(String::new(), String::new())],
+            Task::Ask if self.text.is_empty() => vec![(String::new(), QUESTION.to_owned())],
+            Task::Caption | Task::Ask => self.text.iter().map(about).collect(),
+            Task::Match | Task::Embed => {
+                return Err(Failure::Usage(format!("--task {} is not measured at a server yet", self.task.name())));
+            }
         };
-        Ok(Read((0..n).map(input).collect()))
+        let (tokens, beams) = (self.tokens.map(NonZeroUsize::get), self.beams.map(NonZeroUsize::get));
+        let pairs = self.pairs(&texts, seed)?.into_iter();
+        let asked =
+            pairs.map(|(Encoded { name, bytes }, text)| (name, Asked { picture: bytes, text: text.clone(), tokens, beams }));
+        Ok(asked.collect())
+    }
+
+    /// Every picture with the next of what is wanted; of several, every picture meets each.
+    fn pairs<'w, W>(&self, wants: &'w [(String, W)], seed: u64) -> Result<Vec<(Encoded, &'w W)>, Failure> {
+        let pictures = if self.images.is_empty() { self.draw(seed) } else { self.open()? };
+        let pair = |i: usize| {
+            let (turn, i) = (i / pictures.len(), i % pictures.len());
+            let (Encoded { name, bytes }, (about, want)) = (&pictures[i], &wants[(i + turn) % wants.len()]);
+            (Encoded { name: format!("{name}{about}"), bytes: bytes.clone() }, want)
+        };
+        Ok((0..pictures.len() * wants.len()).map(pair).collect())
     }
 
     /// How texts are searched, in words; nothing where none are written.
@@ -121,25 +149,16 @@ impl Inputs {
         Ok(Want::Write(task, Box::new(generation)))
     }
 
-    fn draw(&self, seed: u64) -> Vec<(String, Arc<[u8]>)> {
-        (0..self.drawn.get() as u64).map(|i| (format!("drawn {i}"), drawn(self.image_size, seed ^ (i << 32)).into())).collect()
+    fn draw(&self, seed: u64) -> Vec<Encoded> {
+        let draw = |i: u64| Encoded { name: format!("drawn {i}"), bytes: drawn(self.image_size, seed ^ (i << 32)).into() };
+        (0..self.drawn.get() as u64).map(draw).collect()
     }
 
-    fn open(&self) -> Result<Vec<(String, Arc<[u8]>)>, Failure> {
+    fn open(&self) -> Result<Vec<Encoded>, Failure> {
         let open = |path: &PathBuf| match std::fs::read(path) {
-            Ok(bytes) => Ok((plain(&path.to_string_lossy()).into_owned(), bytes.into())),
+            Ok(bytes) => Ok(Encoded { name: plain(&path.to_string_lossy()).into_owned(), bytes: bytes.into() }),
             Err(error) => Err(Failure::Picture { path: path.clone(), source: PixelsError::Io(error) }),
         };
         self.images.iter().map(open).collect()
-    }
-}
-
-impl Read {
-    pub fn names(&self) -> Vec<String> {
-        self.0.iter().map(|input| input.name.clone()).collect()
-    }
-
-    pub fn wanted(self) -> Vec<(Arc<[u8]>, Want)> {
-        self.0.into_iter().map(|input| (input.picture, input.want)).collect()
     }
 }

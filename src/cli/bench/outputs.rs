@@ -56,7 +56,7 @@ impl Outputs {
             write(self.html.as_deref(), || page(std::slice::from_ref(report))),
             stdout().lock().write_all(table.as_bytes()).map_err(Failure::from),
         ];
-        written.into_iter().collect()
+        written.into_iter().collect() // the first failure
     }
 }
 

@@ -33,7 +33,8 @@ impl Plan {
         let (start, mut records, mut medians) = (Instant::now(), Vec::new(), Vec::new());
         let concurrency = if let Load::Closed(n) = self.load { n } else { 1 };
         while start.elapsed() < time && !run.is_stopped() {
-            let window = run.go(&Load::Closed(concurrency), Length { queries: WINDOW.max(concurrency), time: Duration::ZERO }, true);
+            let window =
+                run.go(&Load::Closed(concurrency), Length { queries: WINDOW.max(concurrency), time: Duration::ZERO }, true);
             let latencies = Sample::new(window.iter().filter(|record| record.is_answered()).map(Record::latency_ms));
             records.extend(window);
             if latencies.is_empty() {
