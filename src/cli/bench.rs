@@ -1,6 +1,7 @@
 //! `blip2 bench`
 
 mod inputs;
+mod live;
 mod outputs;
 mod plan;
 
@@ -29,6 +30,7 @@ use crate::engine::Engine;
 use crate::runtime::default_threads;
 use crate::service::Service;
 use inputs::Inputs;
+use live::Live;
 use outputs::Outputs;
 use plan::Plan;
 
@@ -185,11 +187,15 @@ fn measured(measure: &Measure, plan: &Plan) -> Result<(), Failure> {
     let mut journal = measure.outputs.open()?;
     let Opened { mut target, names, subject } = if measure.server.url.is_some() { measure.connect()? } else { measure.load()? };
     let (stop, records) = (stopped_by_signals()?, &mut Vec::new());
-    let mut broken = None;
-    let mut on_record = |record: &Record| broken = broken.take().or_else(|| journal.note(record).err());
+    let (mut live, mut broken) = (Live::new(plan.n_queries(measure.queries.get())), None);
+    let mut on_record = |record: &Record| {
+        live.note(record);
+        broken = broken.take().or_else(|| journal.note(record).err());
+    };
     let mut run = Run { target: &mut *target, inputs: &names, n_pictures: plan.n_pictures, stop, on_record: &mut on_record };
     records.extend(plan.warm_up(&mut run, measure.warm_up));
     records.extend(run.go(&plan.load, Length { queries: measure.queries.get(), time: measure.duration }, false));
+    live.end();
     if let Some(failure) = broken {
         eprintln!("blip2: {failure}; what is measured goes on without it");
     }

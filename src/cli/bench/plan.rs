@@ -28,6 +28,14 @@ impl Plan {
         Self { scenario, load: Load::Closed(concurrency), n_pictures, arrivals }
     }
 
+    /// Queries that are measured at least, where so many are wanted.
+    pub fn n_queries(&self, wanted: usize) -> usize {
+        match &self.load {
+            Load::Closed(_) => wanted,
+            Load::Open(schedule) => schedule.len(),
+        }
+    }
+
     /// Sends queries one by one, or as many together as the load does, until their latencies stay or the time is over.
     pub fn warm_up(&self, run: &mut Run<'_>, time: Duration) -> Vec<Record> {
         let (start, mut records, mut medians) = (Instant::now(), Vec::new(), Vec::new());
