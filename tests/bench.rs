@@ -93,6 +93,30 @@ fn every_task_is_measured() {
 }
 
 #[test]
+fn a_start_is_measured_to_the_answer() {
+    let folder = folder("startup");
+    let written =
+        |report: &Value| report["timeline"].as_array().unwrap().iter().map(|row| row["output"].clone()).collect::<Vec<_>>();
+    let beside = written(&report(&folder, &few(&["single", "--queries", "2"], T5)));
+    for cold in [&["startup"][..], &["startup", "--cold"]] {
+        let report = report(&folder, &[&few(cold, T5)[..], &["--queries", "2"]].concat());
+        let stages = report["figures"]["stages_ms"].as_array().unwrap();
+        assert!(stages[0][0] == "start_and_load" && stages[0][1]["min"].as_f64().unwrap() > 1.0, "{stages:?}");
+        assert_eq!(written(&report), beside);
+    }
+    let left = std::fs::read_dir(std::env::temp_dir()).unwrap().flatten();
+    assert!(!left.into_iter().any(|entry| entry.file_name().to_string_lossy().ends_with("-drawn")));
+    for (args, part) in [
+        (&["startup", "--task", "embed", "--model", STAGE_1][..], "not for --task embed"),
+        (&["startup", "--url", "http://127.0.0.1:9/v1"], "which is not started"),
+    ] {
+        let (_, err) = ends(&command(args).output().unwrap(), 2);
+        assert!(err.contains(part), "{err}");
+    }
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
+#[test]
 fn every_form_of_output_tells_the_same() {
     let folder = folder("outputs");
     let file = |name: &str| folder.join(name).to_str().unwrap().to_owned();

@@ -11,7 +11,8 @@ const ORDER: [&str; 18] = [
 ];
 
 /// Outside libraries and the module that may name them.
-const DOORS: [(&str, &str); 20] = [
+const DOORS: [(&str, &str); 21] = [
+    ("rustix", "bench"),
     ("indicatif", "cli"),
     ("ureq", "bench"),
     ("base64", "bench"),

@@ -68,8 +68,13 @@ pub enum What {
 impl Told {
     /// Notes it with the present time.
     pub fn tell(&self, what: What) {
+        self.tell_at(Instant::now(), what);
+    }
+
+    /// Notes it with an earlier time.
+    pub fn tell_at(&self, at: Instant, what: What) {
         // After a run that was stopped nobody listens.
-        let _ = self.to.send((self.index, Instant::now(), what));
+        let _ = self.to.send((self.index, at, what));
     }
 }
 

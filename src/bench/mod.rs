@@ -14,6 +14,7 @@ pub mod load;
 pub mod local;
 pub mod record;
 pub mod report;
+pub mod startup;
 pub mod statistics;
 
 mod error;

@@ -489,6 +489,36 @@ impl Model {
     }
 }
 
+impl Model {
+    /// The same for another process.
+    pub fn typed(&self) -> Vec<OsString> {
+        let text = |value: &dyn ToString| OsString::from(value.to_string());
+        let path = |path: &PathBuf| path.clone().into_os_string();
+        let options = [
+            ("--model", Some(self.folder.path().into_os_string())),
+            ("--provider", Some(text(&self.provider))),
+            ("--device", Some(text(&self.device))),
+            ("--threads", self.threads.as_ref().map(|n| text(n))),
+            ("--onnxruntime", self.onnxruntime.as_ref().map(path)),
+            ("--ep-library", self.ep_library.as_ref().map(path)),
+            ("--precision", self.precision.as_ref().map(|precision| text(precision))),
+            ("--cache", self.cache.as_ref().map(path)),
+            ("--memory-limit", self.memory_limit.as_ref().map(|n| text(n))),
+            ("--max-cache-bytes", self.max_cache_bytes.as_ref().map(|n| text(n))),
+        ];
+        let mut typed: Vec<OsString> =
+            options.into_iter().filter_map(|(name, value)| Some([name.into(), value?])).flatten().collect();
+        typed.extend(self.ep_option.iter().flat_map(|(key, value)| ["--ep-option".into(), format!("{key}={value}").into()]));
+        if self.allow_fallback != Fallback::Nothing {
+            typed.push(format!("--allow-fallback={}", self.allow_fallback).into());
+        }
+        if self.no_graph_capture {
+            typed.push("--no-graph-capture".into());
+        }
+        typed
+    }
+}
+
 impl ModelFolder {
     pub fn path(&self) -> PathBuf {
         self.model.clone().unwrap_or_else(default_model)

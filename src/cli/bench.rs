@@ -26,10 +26,12 @@ use crate::bench::load::{Length, Load, Run, Target};
 use crate::bench::local::Local;
 use crate::bench::record::Record;
 use crate::bench::report::{self, Report, Subject};
+use crate::bench::startup::{Program, Startup};
+use crate::bundle::Bundle;
 use crate::engine::Engine;
 use crate::runtime::default_threads;
 use crate::service::Service;
-use inputs::Inputs;
+use inputs::{Files, Folder, Inputs};
 use live::Live;
 use outputs::Outputs;
 use plan::Plan;
@@ -62,6 +64,14 @@ enum Scenario {
     },
     /// Queries come at a rate, whether or not earlier ones have ended (MLPerf's Server); latency counts from when each was due
     Server(Server),
+    /// The program is started anew for every caption or answer: from its start to the answer
+    Startup {
+        /// Let the page cache forget the bundle before each start, as after the machine's own
+        #[arg(long)]
+        cold: bool,
+        #[command(flatten)]
+        measure: Measure,
+    },
     /// Two reports beside each other
     Compare(Compare),
     /// One page with tables and plots of reports
@@ -163,10 +173,20 @@ enum Task {
 
 pub(super) fn run(command: &Bench) -> Result<(), Failure> {
     match &command.scenario {
-        Scenario::Single(measure) => measured(measure, &Plan::closed("single", 1, 1)),
-        Scenario::Multi { pictures, measure } => measured(measure, &Plan::closed("multi", 1, pictures.get())),
-        Scenario::Offline { concurrency, measure } => measured(measure, &Plan::closed("offline", concurrency.get(), 1)),
-        Scenario::Server(server) => measured(&server.measure, &server.plan()?),
+        Scenario::Single(measure) => measured(measure, &Plan::closed("single", 1, 1), Source::Here),
+        Scenario::Multi { pictures, measure } => measured(measure, &Plan::closed("multi", 1, pictures.get()), Source::Here),
+        Scenario::Offline { concurrency, measure } => {
+            measured(measure, &Plan::closed("offline", concurrency.get(), 1), Source::Here)
+        }
+        Scenario::Server(server) => measured(&server.measure, &server.plan()?, Source::Here),
+        Scenario::Startup { cold, measure } => {
+            let how = if *cold { "started anew, the bundle not in memory" } else { "started anew, the bundle in memory" };
+            measured(
+                measure,
+                &Plan { arrivals: how.into(), window: 1, ..Plan::closed("startup", 1, 1) },
+                Source::Program { cold: *cold },
+            )
+        }
         Scenario::Compare(compare) => compared(compare),
         Scenario::Page { reports, html } => {
             let reports = reports.iter().map(|path| read(path)).collect::<Result<Vec<_>, _>>()?;
@@ -180,12 +200,23 @@ struct Opened {
     target: Box<dyn Target>,
     names: Vec<String>,
     subject: Subject,
+    /// Holds pictures until all is measured.
+    folder: Option<Folder>,
 }
 
-fn measured(measure: &Measure, plan: &Plan) -> Result<(), Failure> {
+/// Who answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Source {
+    /// An engine in this process, or the server that was named.
+    Here,
+    /// This program, started for every query.
+    Program { cold: bool },
+}
+
+fn measured(measure: &Measure, plan: &Plan, source: Source) -> Result<(), Failure> {
     let (began, before, machine) = (Moment::now(), MachineLoad::now(), Machine::detect());
     let mut journal = measure.outputs.open()?;
-    let Opened { mut target, names, subject } = if measure.server.url.is_some() { measure.connect()? } else { measure.load()? };
+    let Opened { mut target, names, subject, folder: _folder } = measure.open(source)?;
     let (stop, records) = (stopped_by_signals()?, &mut Vec::new());
     let (mut live, mut broken) = (Live::new(plan.n_queries(measure.queries.get())), None);
     let mut on_record = |record: &Record| {
@@ -200,7 +231,8 @@ fn measured(measure: &Measure, plan: &Plan) -> Result<(), Failure> {
         eprintln!("blip2: {failure}; what is measured goes on without it");
     }
     let figures = figures(records, measure.slo).ok_or_else(|| Failure::Usage(nothing(records)))?;
-    let (is_local, is_complete) = (measure.server.url.is_none(), !stop.load(Ordering::Relaxed));
+    let is_local = source == Source::Here && measure.server.url.is_none();
+    let is_complete = !stop.load(Ordering::Relaxed);
     measure.outputs.write(&Report {
         schema: report::SCHEMA.into(),
         version: report::VERSION,
@@ -234,6 +266,34 @@ impl Moment {
 }
 
 impl Measure {
+    fn open(&self, source: Source) -> Result<Opened, Failure> {
+        match source {
+            Source::Here if self.server.url.is_some() => self.connect(),
+            Source::Here => self.load(),
+            Source::Program { .. } if self.server.url.is_some() => {
+                Err(Failure::Usage("--url names a server, which is not started".into()))
+            }
+            Source::Program { cold } => self.start(cold),
+        }
+    }
+
+    /// This program, for every query.
+    fn start(&self, cold: bool) -> Result<Opened, Failure> {
+        let bundle = self.model.bundle()?;
+        let Files { names, paths, folder } = self.inputs.files(&bundle, self.seed)?;
+        let unknown = |error: std::io::Error| Failure::Usage(format!("this program's own file is not known: {error}"));
+        let [before, behind] = self.inputs.typed(&self.model)?;
+        let files = bundle.facts().files.keys().map(|file| bundle.path(file));
+        let forgets = if cold { files.collect() } else { Vec::new() };
+        let program = Program { path: std::env::current_exe().map_err(unknown)?, args: [before, behind], forgets };
+        let subject = Subject {
+            provider: self.model.provider.to_string(),
+            threads: self.model.threads.map(NonZeroUsize::get),
+            ..of(&bundle)
+        };
+        Ok(Opened { target: Box::new(Startup::new(program, paths)), names, subject, folder })
+    }
+
     /// An engine in this process.
     fn load(&self) -> Result<Opened, Failure> {
         let bundle = self.model.bundle()?;
@@ -244,7 +304,7 @@ impl Measure {
         let names = inputs.iter().map(|input| input.name.clone()).collect();
         let wanted = inputs.into_iter().map(|input| (input.picture, input.want)).collect();
         let target = Box::new(Local::new(Service::start(engine, default_threads().get()), wanted));
-        Ok(Opened { target, names, subject })
+        Ok(Opened { target, names, subject, folder: None })
     }
 
     /// A server elsewhere.
@@ -259,22 +319,30 @@ impl Measure {
             provider: server.url.clone(),
             ..Subject::default()
         };
-        Ok(Opened { names, subject, target: Box::new(http) })
+        Ok(Opened { names, subject, target: Box::new(http), folder: None })
     }
 
     fn subject(&self, engine: &Engine, loading: Duration) -> Subject {
-        let (bundle, runtime) = (engine.bundle(), engine.runtime());
-        let graphs = bundle.facts().graphs.iter();
+        let runtime = engine.runtime();
         Subject {
-            engine: format!("blip2 {}", env!("CARGO_PKG_VERSION")),
-            model: bundle.facts().name.clone(),
-            model_sha256: Some(bundle.hash()),
-            precisions: graphs.map(|(name, graph)| (name.clone(), graph.precision.to_string())).collect(),
             provider: runtime.provider().to_string(),
             runtime: Some(runtime.library().version.clone()),
             threads: Some(self.model.threads.unwrap_or_else(default_threads).get()),
             loading_s: Some(loading.as_secs_f64()),
+            ..of(engine.bundle())
         }
+    }
+}
+
+/// What is known of a bundle before it runs anywhere.
+fn of(bundle: &Bundle) -> Subject {
+    let graphs = bundle.facts().graphs.iter();
+    Subject {
+        engine: format!("blip2 {}", env!("CARGO_PKG_VERSION")),
+        model: bundle.facts().name.clone(),
+        model_sha256: Some(bundle.hash()),
+        precisions: graphs.map(|(name, graph)| (name.clone(), graph.precision.to_string())).collect(),
+        ..Subject::default()
     }
 }
 
@@ -311,7 +379,7 @@ impl Server {
         if let Some(path) = &self.trace {
             let schedule = trace(path).map_err(usage)?;
             let arrivals = format!("{} arrivals of {}", schedule.len(), plain(&path.to_string_lossy()));
-            return Ok(Plan { scenario: "server", load: Load::Open(schedule), n_pictures: 1, arrivals });
+            return Ok(Plan { load: Load::Open(schedule), arrivals, ..Plan::closed("server", 1, 1) });
         }
         let rate = self.rate.expect("clap wants one of both");
         let spacing = match self.burstiness {
@@ -326,7 +394,7 @@ impl Server {
             return Err(Failure::Usage(format!("at {rate} queries a second none comes in {} s", time.as_secs_f64())));
         }
         let arrivals = format!("{rate} a second, burstiness {}", self.burstiness);
-        Ok(Plan { scenario: "server", load: Load::Open(schedule), n_pictures: 1, arrivals })
+        Ok(Plan { load: Load::Open(schedule), arrivals, ..Plan::closed("server", 1, 1) })
     }
 }
 

@@ -1,7 +1,8 @@
 //! Pictures that a benchmark looks at, and what it wants of them.
 
+use std::ffi::OsString;
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::Task;
@@ -9,6 +10,7 @@ use crate::bench::drawn::{Side, drawn};
 use crate::bench::http::Asked;
 use crate::bundle::{Bundle, TaskName};
 use crate::cli::Failure;
+use crate::cli::args::Model;
 use crate::cli::plain::plain;
 use crate::decode::{EarlyStopping, Processors, Strategy};
 use crate::engine::Generation;
@@ -43,6 +45,24 @@ pub(super) struct Inputs {
     /// Write exactly so many tokens, whatever the model would end with [default: as many as it likes]
     #[arg(long, value_name = "N")]
     tokens: Option<NonZeroUsize>,
+}
+
+/// Pictures in files, with their names.
+pub(super) struct Files {
+    pub names: Vec<String>,
+    pub paths: Vec<PathBuf>,
+    /// Where drawn ones were written.
+    pub folder: Option<Folder>,
+}
+
+/// A folder of this process, which goes with this.
+pub(super) struct Folder(PathBuf);
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        // What is left of it does no harm.
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
 }
 
 /// A picture as its file has it.
@@ -82,6 +102,46 @@ impl Inputs {
         let asked =
             pairs.map(|(Encoded { name, bytes }, text)| (name, Asked { picture: bytes, text: text.clone(), tokens, beams }));
         Ok(asked.collect())
+    }
+
+    /// The same as files, for programs.
+    pub fn files(&self, bundle: &Bundle, seed: u64) -> Result<Files, Failure> {
+        self.wants(bundle)?; // refused here, not by every start
+        if !self.images.is_empty() {
+            self.open()?;
+            let names = self.images.iter().map(|path| plain(&path.to_string_lossy()).into_owned()).collect();
+            return Ok(Files { names, paths: self.images.clone(), folder: None });
+        }
+        let path = std::env::temp_dir().join(format!("blip2-bench-{}-drawn", std::process::id()));
+        let unwritable = |path: &Path, source| Failure::Report { path: path.to_path_buf(), source };
+        std::fs::create_dir_all(&path).map_err(|source| unwritable(&path, source))?;
+        let folder = Folder(path);
+        let write = |(i, Encoded { name, bytes }): (usize, Encoded)| {
+            let path = folder.0.join(format!("{i}.jpg"));
+            std::fs::write(&path, bytes).map_err(|source| unwritable(&path, source))?;
+            Ok::<_, Failure>((name, path))
+        };
+        let (names, paths) = self.draw(seed).into_iter().enumerate().map(write).collect::<Result<_, _>>()?;
+        Ok(Files { names, paths, folder: Some(folder) })
+    }
+
+    /// What is typed before and behind a picture for the same to be done.
+    pub fn typed(&self, model: &Model) -> Result<[Vec<OsString>; 2], Failure> {
+        let mut before: Vec<OsString> = vec![self.task.name().into(), "--json".into()];
+        before.extend(model.typed());
+        let options = [("--beams", self.beams), ("--max-new-tokens", self.tokens), ("--min-new-tokens", self.tokens)];
+        before.extend(options.into_iter().filter_map(|(name, n)| Some([name.into(), n?.to_string().into()])).flatten());
+        let behind = match self.task {
+            Task::Caption => Vec::new(),
+            Task::Ask => vec![self.text.first().map_or(QUESTION, String::as_str).into()],
+            Task::Match | Task::Embed => {
+                return Err(Failure::Usage(format!(
+                    "startup is measured for captions and answers, not for --task {}",
+                    self.task.name()
+                )));
+            }
+        };
+        Ok([before, behind])
     }
 
     /// Every picture with the next of what is wanted; of several, every picture meets each.

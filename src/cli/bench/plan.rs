@@ -8,7 +8,7 @@ use crate::bench::record::Record;
 use crate::bench::report::Work;
 use crate::bench::statistics::Sample;
 
-/// Queries between two looks at whether latencies stay.
+/// As few as have a median that says something.
 const WINDOW: usize = 5;
 /// Medians of the last three windows that lie this close are stable.
 const STABLE: f64 = 0.1;
@@ -20,12 +20,14 @@ pub(super) struct Plan {
     pub n_pictures: usize,
     /// How queries come, in words.
     pub arrivals: String,
+    /// Queries of the warm-up between two looks at whether latencies stay.
+    pub window: usize,
 }
 
 impl Plan {
     pub fn closed(scenario: &'static str, concurrency: usize, n_pictures: usize) -> Self {
         let arrivals = if concurrency == 1 { "one at a time".into() } else { format!("{concurrency} at a time") };
-        Self { scenario, load: Load::Closed(concurrency), n_pictures, arrivals }
+        Self { scenario, load: Load::Closed(concurrency), n_pictures, arrivals, window: WINDOW }
     }
 
     /// Queries that are measured at least, where so many are wanted.
@@ -42,7 +44,7 @@ impl Plan {
         let concurrency = if let Load::Closed(n) = self.load { n } else { 1 };
         while start.elapsed() < time && !run.is_stopped() {
             let window =
-                run.go(&Load::Closed(concurrency), Length { queries: WINDOW.max(concurrency), time: Duration::ZERO }, true);
+                run.go(&Load::Closed(concurrency), Length { queries: self.window.max(concurrency), time: Duration::ZERO }, true);
             let latencies = Sample::new(window.iter().filter(|record| record.is_answered()).map(Record::latency_ms));
             records.extend(window);
             if latencies.is_empty() {
