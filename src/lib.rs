@@ -25,13 +25,13 @@
 //! # Ok::<(), blip2::Error>(())
 //! ```
 //!
-//! A [`service`] puts one engine to work for many callers, on threads; [`bench`] measures it, or a server elsewhere, by the records that
+//! A [`service`] puts one engine to work for many callers, on threads; [`mod@bench`] measures it, or a server elsewhere, by the records that
 //! queries leave.
 //!
 //! # Doors
 //!
 //! Each outside library is used in one place: `ort` and `half` in [`runtime`], what decodes pictures in [`pixels`], `tokenizers` in [`text`],
-//! `prost` in [`bundle`], `rand`, `statrs` and `ureq` in [`bench`], `clap` and `ndarray-npy` in [`cli`]. Dependencies point down: `cli →
+//! `prost` in [`bundle`], `rand`, `statrs` and `ureq` in [`mod@bench`], `clap` and `ndarray-npy` in [`cli`]. Dependencies point down: `cli →
 //! verify, bench → service → engine → prompt, language, stage1, qformer, vision → runtime, text → bundle → pixels`; [`decode`] knows nothing
 //! of tensors and defines the small trait that [`language`] implements. `tests/layers.rs` holds this.
 //!

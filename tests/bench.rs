@@ -144,7 +144,7 @@ fn a_stage_is_missing_nowhere() {
     let report = report(&folder, &few(&["single", "--queries", "12"], "models/demo-opt"));
     let unaccounted = report["figures"]["unaccounted"].as_f64().unwrap();
     // A debug build spends more of its time between stages, where nothing is optimised.
-    let most = if cfg!(debug_assertions) { 0.15 } else { 0.02 };
+    let most = if cfg!(debug_assertions) { 0.25 } else { 0.02 };
     assert!((-0.001..most).contains(&unaccounted), "{unaccounted}");
     std::fs::remove_dir_all(folder).unwrap();
 }

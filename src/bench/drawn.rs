@@ -16,14 +16,14 @@ const MOST: u32 = 16_384;
 
 /// Width and height in pixels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Side {
+pub struct Size {
     /// From left to right.
     pub width: u32,
     /// From top to bottom.
     pub height: u32,
 }
 
-impl FromStr for Side {
+impl FromStr for Size {
     type Err = String;
 
     fn from_str(typed: &str) -> Result<Self, String> {
@@ -42,7 +42,7 @@ struct Shape {
 }
 
 /// The picture of a seed, encoded.
-pub fn drawn(side: Side, seed: u64) -> Vec<u8> {
+pub fn drawn(side: Size, seed: u64) -> Vec<u8> {
     let mut random = StdRng::seed_from_u64(seed);
     let colour = |random: &mut StdRng| [0; 3].map(|_| random.random_range(20..236));
     let corners = [colour(&mut random), colour(&mut random)];
@@ -87,7 +87,7 @@ mod tests {
 
     #[test]
     fn every_seed_draws_another_picture_and_one_always_the_same() {
-        let side = Side { width: 90, height: 60 };
+        let side = Size { width: 90, height: 60 };
         assert_eq!(drawn(side, 1), drawn(side, 1));
         assert_ne!(drawn(side, 1), drawn(side, 2));
         let picture = Picture::decode(&drawn(side, 1), &Limits::default()).expect("a JPEG file");
@@ -96,9 +96,9 @@ mod tests {
 
     #[test]
     fn a_size_has_two_sides() {
-        assert_eq!("640x480".parse(), Ok(Side { width: 640, height: 480 }));
+        assert_eq!("640x480".parse(), Ok(Size { width: 640, height: 480 }));
         for typed in ["640", "0x5", "5x-1", "x", "99999x1"] {
-            assert!(typed.parse::<Side>().is_err(), "{typed}");
+            assert!(typed.parse::<Size>().is_err(), "{typed}");
         }
     }
 }

@@ -290,7 +290,8 @@ mod tests {
         assert_eq!(found.len(), 50);
         let behind = &found[11];
         assert!(behind.latency_ms() > 50.0, "{behind:?}");
-        assert!(found.iter().all(|record| record.lag_ms() < 30.0));
+        // Had it waited for answers, all behind the tenth would be late; a busy machine delays a few.
+        assert!(found.iter().filter(|record| record.lag_ms() < 20.0).count() > 40, "{found:?}");
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::Task;
-use crate::bench::drawn::{Side, drawn};
+use crate::bench::drawn::{Size, drawn};
 use crate::bench::http::Asked;
 use crate::bundle::{Bundle, TaskName};
 use crate::cli::Failure;
@@ -38,7 +38,7 @@ pub(super) struct Inputs {
     drawn: NonZeroUsize,
     /// Their size
     #[arg(long, value_name = "WIDTHxHEIGHT", default_value = "640x480", conflicts_with = "images")]
-    image_size: Side,
+    image_size: Size,
     /// Beam search with this many beams, 1 for greedy search [default: the bundle's]
     #[arg(long, value_name = "N")]
     beams: Option<NonZeroUsize>,
