@@ -25,12 +25,15 @@
 //! # Ok::<(), blip2::Error>(())
 //! ```
 //!
+//! A [`service`] puts one engine to work for many callers, on threads; [`mod@bench`] measures it, or a server elsewhere, by the records that
+//! queries leave.
+//!
 //! # Doors
 //!
 //! Each outside library is used in one place: `ort` and `half` in [`runtime`], what decodes pictures in [`pixels`], `tokenizers` in [`text`],
-//! `prost` in [`bundle`], `clap` and `ndarray-npy` in [`cli`]. Dependencies point down: `cli → verify → engine → prompt, language, stage1,
-//! qformer, vision → runtime, text → bundle → pixels`; [`decode`] knows nothing of tensors and defines the small trait that [`language`]
-//! implements. `tests/layers.rs` holds this.
+//! `prost` in [`bundle`], `rand`, `statrs` and `ureq` in [`mod@bench`], `clap` and `ndarray-npy` in [`cli`]. Dependencies point down: `cli →
+//! verify, bench → service → engine → prompt, language, stage1, qformer, vision → runtime, text → bundle → pixels`; [`decode`] knows nothing
+//! of tensors and defines the small trait that [`language`] implements. `tests/layers.rs` holds this.
 //!
 //! # Invariants
 //!
@@ -51,8 +54,10 @@
 //! | an execution provider | `runtime/provider.rs`, a feature in `Cargo.toml`; one that is a plugin: a line in `runtime/plugin.rs` |
 //! | a decoding strategy | `decode/<name>.rs` with a [`decode::Search`] |
 //! | a command | `cli/<name>.rs`, a variant in `cli/args.rs` |
+//! | what is measured | a [`bench::load::Target`]; a scenario: a variant in `cli/bench.rs` |
 //! | what `cargo bench` times, beside the obvious way | `benches/<name>.rs`, its `[[bench]]` in `Cargo.toml` |
 
+pub mod bench;
 pub mod bundle;
 pub mod cli;
 pub mod decode;
@@ -62,6 +67,7 @@ pub mod pixels;
 pub mod prompt;
 pub mod qformer;
 pub mod runtime;
+pub mod service;
 pub mod stage1;
 pub mod text;
 pub mod timing;

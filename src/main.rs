@@ -21,7 +21,8 @@ fn main() -> ExitCode {
 /// Documented in README.md; clap itself exits with 2 for a wrong command line.
 fn exit_code(failure: &Failure) -> ExitCode {
     ExitCode::from(match failure {
-        Failure::Output(_) | Failure::File { .. } | Failure::Cache { .. } => 1,
+        Failure::Output(_) | Failure::File { .. } | Failure::Cache { .. } | Failure::Report { .. } | Failure::Worse(_) => 1,
+        Failure::Stopped => 130, // as shells tell of Ctrl-C
         Failure::Usage(_) => 2,
         Failure::Picture { .. } => 3,
         Failure::Mismatch(_) => 4,

@@ -7,6 +7,8 @@ use serde::ser::{Serialize, SerializeMap, Serializer};
 /// A part of the way from bytes to text, in order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stage {
+    /// In line, until somebody had time for the picture.
+    Queue,
     /// Bytes → RGB.
     DecodeImage,
     /// RGB → normalised pixels.
@@ -27,12 +29,22 @@ pub enum Stage {
 
 impl Stage {
     /// Every stage in order.
-    pub const ALL: [Self; 8] =
-        [Self::DecodeImage, Self::Preprocess, Self::Vision, Self::Qformer, Self::Match, Self::Waiting, Self::Prefill, Self::Decode];
+    pub const ALL: [Self; 9] = [
+        Self::Queue,
+        Self::DecodeImage,
+        Self::Preprocess,
+        Self::Vision,
+        Self::Qformer,
+        Self::Match,
+        Self::Waiting,
+        Self::Prefill,
+        Self::Decode,
+    ];
 
     /// The key in JSON.
     pub fn name(self) -> &'static str {
         match self {
+            Self::Queue => "queue",
             Self::DecodeImage => "decode_image",
             Self::Preprocess => "preprocess",
             Self::Vision => "vision",

@@ -5,13 +5,19 @@
 use std::path::{Path, PathBuf};
 
 /// Modules from the top down; each may use those that stand after it.
-const ORDER: [&str; 16] = [
-    "main", "cli", "verify", "engine", "error", "prompt", "language", "stage1", "qformer", "vision", "runtime", "text", "decode",
-    "bundle", "pixels", "timing",
+const ORDER: [&str; 18] = [
+    "main", "cli", "verify", "bench", "service", "engine", "error", "prompt", "language", "stage1", "qformer", "vision", "runtime",
+    "text", "decode", "bundle", "pixels", "timing",
 ];
 
 /// Outside libraries and the module that may name them.
-const DOORS: [(&str, &str); 15] = [
+const DOORS: [(&str, &str); 21] = [
+    ("rustix", "bench"),
+    ("indicatif", "cli"),
+    ("ureq", "bench"),
+    ("base64", "bench"),
+    ("rand", "bench"),
+    ("statrs", "bench"),
     ("ndarray_npy", "cli"),
     ("prost", "bundle"),
     ("ort", "runtime"),

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use clap::{Parser, Subcommand};
 
 use super::Failure;
+use super::bench::Bench;
 use super::plain::plain;
 use crate::bundle::{Bundle, GenerationFacts, Load, TaskName};
 use crate::decode::{EarlyStopping, Processors, Strategy, Warpers};
@@ -25,7 +26,7 @@ const MOST_BATCH: usize = 1024;
 const DEFAULT_MODEL: &str = "models/demo-opt";
 
 const EXIT_CODES: &str = "Exit codes: 0 done, 1 a graph failed while it ran, 2 wrong command line, 3 bad picture or text, \
-4 bad bundle or outputs that differ from its reference, 5 ONNX Runtime or the provider is not usable.";
+4 bad bundle or outputs that differ from its reference, 5 ONNX Runtime or the provider is not usable, 130 a measurement was stopped.";
 
 /// Captions pictures and answers questions about them with BLIP-2 on ONNX Runtime.
 #[derive(Debug, Parser)]
@@ -49,6 +50,8 @@ pub(super) enum Command {
     Rank(Rank),
     /// Compare a bundle with the outputs recorded from its reference, and its files with their hashes
     Verify(Verify),
+    /// Measure how long things take, and how surely that is known
+    Bench(Box<Bench>),
     /// Show what a bundle is and what it needs
     Inspect(Inspect),
     /// Build TensorRT's engines of a bundle for this machine, before anything runs on them
@@ -483,6 +486,36 @@ impl Model {
         let engine = Engine::load(bundle, self.runtime()?)?;
         engine.notices().iter().for_each(|notice| eprintln!("blip2: {}", plain(notice)));
         Ok(engine)
+    }
+}
+
+impl Model {
+    /// The same for another process.
+    pub fn typed(&self) -> Vec<OsString> {
+        let text = |value: &dyn ToString| OsString::from(value.to_string());
+        let path = |path: &PathBuf| path.clone().into_os_string();
+        let options = [
+            ("--model", Some(self.folder.path().into_os_string())),
+            ("--provider", Some(text(&self.provider))),
+            ("--device", Some(text(&self.device))),
+            ("--threads", self.threads.as_ref().map(|n| text(n))),
+            ("--onnxruntime", self.onnxruntime.as_ref().map(path)),
+            ("--ep-library", self.ep_library.as_ref().map(path)),
+            ("--precision", self.precision.as_ref().map(|precision| text(precision))),
+            ("--cache", self.cache.as_ref().map(path)),
+            ("--memory-limit", self.memory_limit.as_ref().map(|n| text(n))),
+            ("--max-cache-bytes", self.max_cache_bytes.as_ref().map(|n| text(n))),
+        ];
+        let mut typed: Vec<OsString> =
+            options.into_iter().filter_map(|(name, value)| Some([name.into(), value?])).flatten().collect();
+        typed.extend(self.ep_option.iter().flat_map(|(key, value)| ["--ep-option".into(), format!("{key}={value}").into()]));
+        if self.allow_fallback != Fallback::Nothing {
+            typed.push(format!("--allow-fallback={}", self.allow_fallback).into());
+        }
+        if self.no_graph_capture {
+            typed.push("--no-graph-capture".into());
+        }
+        typed
     }
 }
 

@@ -5,6 +5,7 @@
 mod ahead;
 mod args;
 mod ask;
+mod bench;
 mod build;
 mod caption;
 mod doctor;
@@ -96,6 +97,20 @@ pub enum Failure {
         /// What the operating system says.
         source: std::io::Error,
     },
+    /// A report cannot be written.
+    #[error("{} cannot be written", plain(&.path.to_string_lossy()))]
+    Report {
+        /// The file.
+        path: PathBuf,
+        /// What the operating system says.
+        source: std::io::Error,
+    },
+    /// Figures changed more than they may.
+    #[error("{0} of the conditions above hold")]
+    Worse(usize),
+    /// A measurement was stopped from outside, after its report was written.
+    #[error("stopped; the report is of what was measured until then")]
+    Stopped,
     /// Standard output is closed or full.
     #[error("cannot write to standard output")]
     Output(#[from] std::io::Error),
@@ -125,6 +140,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         Command::Rank(command) => rank::run(command),
         Command::Verify(command) => verify::run(command),
         Command::Inspect(command) => inspect::run(command),
+        Command::Bench(command) => bench::run(command),
         Command::Build(command) => build::run(command),
         Command::Doctor(command) => doctor::run(command),
     }

@@ -19,11 +19,10 @@ use std::sync::Arc;
 
 use crate::bundle::{Bundle, Load};
 use crate::error::Error;
-use crate::language::{LanguageModel, Prefix, Seen};
+use crate::language::LanguageModel;
 use crate::pixels::Picture;
-use crate::prompt::{Prompt, PromptError, Task};
+use crate::prompt::{PromptError, Task};
 use crate::runtime::{Cancel, Processor, Provider, Runtime, RuntimeOptions};
-use crate::timing::{Stage, Timings};
 use crate::vision::Vision;
 
 pub use crate::decode::RequestId;
@@ -129,7 +128,7 @@ impl Engine {
     /// Writes the texts of all requests together: each gets its answer, or why there is none. `on_text` gets each piece of text as soon as
     /// it is settled, with the request's index, and may give the request up; of several texts for one request it gets the first.
     pub fn ask(&mut self, requests: &[Request<'_>], on_text: impl FnMut(usize, &str) -> Flow) -> Vec<Result<Answer, Error>> {
-        let orders = self.orders(requests);
+        let orders = self.seer.orders(requests);
         self.finish(orders, on_text)
     }
 
@@ -140,21 +139,8 @@ impl Engine {
 
     /// Puts requests in line; questions that the Q-Former reads are read together.
     pub fn join_all(&mut self, requests: &[Request<'_>]) -> Vec<Result<RequestId, Error>> {
-        let orders = self.orders(requests);
+        let orders = self.seer.orders(requests);
         orders.into_iter().map(|order| self.writer()?.join(order?)).collect()
-    }
-
-    fn orders(&mut self, requests: &[Request<'_>]) -> Vec<Result<Order, Error>> {
-        let prompts: Vec<_> = requests.iter().map(|request| self.prompt(request)).collect();
-        let sound = requests.iter().zip(&prompts).filter_map(|(request, prompt)| Some((request.sight, prompt.as_ref().ok()?)));
-        let (sound, mut timings): (Vec<_>, _) = (sound.collect(), Timings::default());
-        let mut seen = timings.time(Stage::Qformer, || self.seer.seen_each(&sound)).into_iter();
-        let timings = self.seer.reads_questions().then_some(&timings);
-        let orders = requests.iter().zip(prompts).map(|(request, prompt)| {
-            let prompt = prompt?;
-            Ok(self.order(request, prompt, seen.next().expect("every prompt was read")?, timings))
-        });
-        orders.collect()
     }
 
     /// As [`Writer::step`].
@@ -177,21 +163,6 @@ impl Engine {
     /// The half that writes; an error in a bundle that does not.
     pub fn writer(&mut self) -> Result<&mut Writer, Error> {
         self.writer.as_mut().ok_or(PromptError::NotWriting(crate::bundle::TaskName::Caption).into())
-    }
-
-    /// The prompt of a request about a picture that this bundle saw.
-    fn prompt(&self, request: &Request<'_>) -> Result<Prompt, Error> {
-        let prompt = self.context.check(&request.task, &request.generation)?;
-        self.seer.know(request.sight)?;
-        Ok(prompt)
-    }
-
-    fn order(&self, request: &Request<'_>, prompt: Prompt, seen: Seen, read: Option<&Timings>) -> Order {
-        let mut timings = request.sight.timings().clone();
-        timings.merge(read.unwrap_or(&Timings::default()));
-        let max_new_tokens = self.context.n_new(request, &prompt);
-        let prefix = Prefix { seen, prompt: prompt.ids, max_new_tokens };
-        Order { prefix, work: Work::Write(Box::new(request.generation.clone())), warnings: prompt.warnings, timings }
     }
 
     /// Steps until all orders are done.

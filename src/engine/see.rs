@@ -2,10 +2,12 @@
 
 use std::sync::Arc;
 
+use super::answer::Request;
 use super::context::Context;
+use super::write::{Order, Work};
 use crate::bundle::{Bundle, BundleError, Family};
 use crate::error::Error;
-use crate::language::Seen;
+use crate::language::{Prefix, Seen};
 use crate::pixels::{Picture, Pixels};
 use crate::prompt::{Prompt, PromptError};
 use crate::qformer::{Qformer, Queries, QueryCache};
@@ -134,6 +136,40 @@ impl Seer {
         let questions = TokenBatch::new(&questions, facts.pad);
         let features: Vec<_> = asked.iter().filter_map(|(sight, _)| sight.features()).collect();
         Ok(qformer.read_pictures(&features, Some(&questions))?.into_iter().map(Seen::Queries).collect())
+    }
+
+    /// What requests about pictures that this bundle saw become for the half that writes; questions that the Q-Former reads are read
+    /// together.
+    pub fn orders(&mut self, requests: &[Request<'_>]) -> Vec<Result<Order, Error>> {
+        let prompts: Vec<_> = requests.iter().map(|request| self.prompt(request)).collect();
+        let sound = requests.iter().zip(&prompts).filter_map(|(request, prompt)| Some((request.sight, prompt.as_ref().ok()?)));
+        let (sound, mut timings): (Vec<_>, _) = (sound.collect(), Timings::default());
+        let mut seen = timings.time(Stage::Qformer, || self.seen_each(&sound)).into_iter();
+        let timings = self.reads_questions().then_some(&timings);
+        let orders = requests.iter().zip(prompts).map(|(request, prompt)| {
+            let prompt = prompt?;
+            Ok(self.order(request, prompt, seen.next().expect("every prompt was read")?, timings))
+        });
+        orders.collect()
+    }
+
+    fn prompt(&self, request: &Request<'_>) -> Result<Prompt, Error> {
+        let prompt = self.context.check(&request.task, &request.generation)?;
+        self.know(request.sight)?;
+        Ok(prompt)
+    }
+
+    fn order(&self, request: &Request<'_>, prompt: Prompt, seen: Seen, read: Option<&Timings>) -> Order {
+        let mut timings = request.sight.timings().clone();
+        timings.merge(read.unwrap_or(&Timings::default()));
+        let max_new_tokens = self.context.n_new(request, &prompt);
+        let prefix = Prefix { seen, prompt: prompt.ids, max_new_tokens };
+        Order { prefix, work: Work::Write(Box::new(request.generation.clone())), warnings: prompt.warnings, timings }
+    }
+
+    /// Pictures that are looked at fastest in one run.
+    pub fn at_once(&self) -> usize {
+        self.vision.at_once()
     }
 
     /// Whether looking is over only when the question is known.

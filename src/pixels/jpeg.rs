@@ -6,7 +6,7 @@ use std::cell::Cell;
 use std::io::{BufRead, Read};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use mozjpeg::{ColorSpace, Decompress};
+use mozjpeg::{ColorSpace, Compress, Decompress};
 
 use super::orientation::Metadata;
 use super::{Limits, Picture, PictureWarning, PixelsError};
@@ -18,6 +18,22 @@ pub fn decode(bytes: &[u8], limits: &Limits) -> Result<Picture, PixelsError> {
     let unreadable =
         |panic: Box<dyn Any + Send>| panic.downcast_ref::<String>().cloned().unwrap_or_else(|| "unreadable data".into());
     Ok(decoded.map_err(|panic| damaged(&unreadable(panic)))??.turned(metadata(bytes).orientation()))
+}
+
+/// Encodes a picture, `rgb` row by row, as most files are encoded: chroma at half the size, no progression.
+///
+/// # Panics
+/// If `rgb` has another number of bytes, or a side is 0 or beyond what JPEG holds.
+pub fn encode(width: u32, height: u32, rgb: &[u8], quality: f32) -> Vec<u8> {
+    assert_eq!(rgb.len(), 3 * width as usize * height as usize, "three bytes a pixel");
+    let mut compress = Compress::new(ColorSpace::JCS_RGB);
+    compress.set_size(width as usize, height as usize);
+    compress.set_quality(quality);
+    let written = compress.start_compress(Vec::new()).and_then(|mut started| {
+        started.write_scanlines(rgb)?;
+        started.finish()
+    });
+    written.expect("memory takes everything")
 }
 
 /// libjpeg fills a picture that is cut off with grey, which nobody would notice. Pillow refuses it if the data ends before the last row is

@@ -26,6 +26,7 @@ use std::path::Path;
 use image::{DynamicImage, ImageFormat};
 
 pub use alpha::Alpha;
+pub use jpeg::encode as encode_jpeg;
 pub use limits::Limits;
 pub use preprocess::{Pixels, Preprocess, Resample, ResizeTo};
 pub use resize::resize;

@@ -1,0 +1,65 @@
+//! An engine in this process as a target.
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+use sha2::{Digest, Sha256};
+
+use super::load::{Query, Target, Told, What};
+use super::record;
+use crate::pixels::Limits;
+use crate::service::{Job, Outcome, Progress, Service, Want};
+
+/// A service with the pictures that queries are about, and what is wanted of each.
+pub struct Local {
+    service: Service,
+    pictures: Vec<Arc<[u8]>>,
+    wants: Vec<Want>,
+}
+
+impl Local {
+    /// Pictures are encoded; of each of them one thing is wanted.
+    pub fn new(service: Service, inputs: Vec<(Arc<[u8]>, Want)>) -> Self {
+        let (pictures, wants) = inputs.into_iter().unzip();
+        Self { service, pictures, wants }
+    }
+}
+
+impl Target for Local {
+    fn send(&mut self, query: &Query, to: Told) {
+        for input in &query.inputs {
+            let (picture, want, told) = (self.pictures[*input].clone(), self.wants[*input].clone(), to.clone());
+            let tell = Box::new(move |progress: Progress<'_>| {
+                told.tell(what(progress));
+                ControlFlow::Continue(())
+            });
+            if let Err(error) = self.service.submit(Job { picture, limits: Limits::default(), want, tell }) {
+                to.tell(What::Failed(error.to_string()));
+            }
+        }
+    }
+}
+
+fn what(progress: Progress<'_>) -> What {
+    match progress {
+        Progress::Settled(tokens, _) => What::Tokens(tokens.len()),
+        Progress::End(Err(error)) => What::Failed(error.to_string()),
+        Progress::End(Ok(outcome)) => What::Done { stages_ms: record::stages(outcome.timings()), output: output(&outcome) },
+    }
+}
+
+/// A text as it is; of numbers the first six digits of each are hashed, so that the last bits of other kernels are no other output.
+fn output(outcome: &Outcome) -> String {
+    let digest = |numbers: &[f32]| {
+        let mut hash = Sha256::new();
+        numbers.iter().for_each(|number| hash.update(format!("{number:.5e} ")));
+        hash.finalize()[..8].iter().map(|byte| format!("{byte:02x}")).collect()
+    };
+    match outcome {
+        Outcome::Written(answer) => answer.text.clone(),
+        Outcome::Matched(found, _) => {
+            found.iter().map(|one| format!("{:.4} {:.4}", one.itm_probability, one.itc_similarity)).collect::<Vec<_>>().join(" ")
+        }
+        Outcome::Embedded(vector, _) => digest(vector),
+    }
+}

@@ -1,0 +1,22 @@
+//! How long things take, and how surely that is known: loads, records of every query, and what they say.
+//!
+//! Latency counts from when a query was due, whether or not it could be sent then. Every query leaves a [`record::Record`]; figures and
+//! reports are made of those alone. It knows nothing of the command line.
+
+pub mod arrivals;
+pub mod compare;
+pub mod drawn;
+pub mod environment;
+pub mod figures;
+pub mod html;
+pub mod http;
+pub mod load;
+pub mod local;
+pub mod record;
+pub mod report;
+pub mod startup;
+pub mod statistics;
+
+mod error;
+
+pub use error::BenchError;

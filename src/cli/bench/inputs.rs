@@ -1,0 +1,224 @@
+//! Pictures that a benchmark looks at, and what it wants of them.
+
+use std::ffi::OsString;
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::Task;
+use crate::bench::drawn::{Size, drawn};
+use crate::bench::http::Asked;
+use crate::bundle::{Bundle, TaskName};
+use crate::cli::Failure;
+use crate::cli::args::Model;
+use crate::cli::plain::plain;
+use crate::decode::{EarlyStopping, Processors, Strategy};
+use crate::engine::Generation;
+use crate::error::Error;
+use crate::pixels::PixelsError;
+use crate::prompt;
+use crate::service::Want;
+
+const QUESTION: &str = "what is in the picture?";
+const TEXT: &str = "a photo of a dog";
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Inputs {
+    /// Pictures, taken in turn [default: drawn ones]
+    #[arg(value_name = "IMAGE")]
+    images: Vec<PathBuf>,
+    /// What is wanted of every picture
+    #[arg(long, value_enum, default_value = "caption")]
+    pub task: Task,
+    /// A question of `ask`, taken in turn, or a text of `match`; may be given several times
+    #[arg(long, value_name = "TEXT")]
+    text: Vec<String>,
+    /// How many pictures to draw, JPEG files that all differ, where none are given
+    #[arg(long, value_name = "N", default_value = "64", conflicts_with = "images")]
+    drawn: NonZeroUsize,
+    /// Their size
+    #[arg(long, value_name = "WIDTHxHEIGHT", default_value = "640x480", conflicts_with = "images")]
+    image_size: Size,
+    /// Beam search with this many beams, 1 for greedy search [default: the bundle's]
+    #[arg(long, value_name = "N")]
+    beams: Option<NonZeroUsize>,
+    /// Write exactly so many tokens, whatever the model would end with [default: as many as it likes]
+    #[arg(long, value_name = "N")]
+    tokens: Option<NonZeroUsize>,
+}
+
+/// Pictures in files, with their names.
+pub(super) struct Files {
+    pub names: Vec<String>,
+    pub paths: Vec<PathBuf>,
+    /// Where drawn ones were written.
+    pub folder: Option<Folder>,
+}
+
+/// A folder of this process, which goes with this.
+pub(super) struct Folder(PathBuf);
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        // What is left of it does no harm.
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A picture as its file has it.
+struct Encoded {
+    name: String,
+    bytes: Arc<[u8]>,
+}
+
+/// One picture and what is wanted of it.
+pub(super) struct Input {
+    pub name: String,
+    pub picture: Arc<[u8]>,
+    pub want: Want,
+}
+
+impl Inputs {
+    /// Reads or draws the pictures, for an engine. Whether each can be decoded shows when it is.
+    pub fn read(&self, bundle: &Bundle, seed: u64) -> Result<Vec<Input>, Failure> {
+        let wants = self.wants(bundle)?;
+        let pairs = self.pairs(&wants, seed)?.into_iter();
+        Ok(pairs.map(|(Encoded { name, bytes }, want)| Input { name, picture: bytes, want: want.clone() }).collect())
+    }
+
+    /// The same for a server, with their names.
+    pub fn asked(&self, seed: u64) -> Result<Vec<(String, Asked)>, Failure> {
+        let about = |text: &String| (format!(": {text}"), text.clone());
+        let texts = match self.task {
+            Task::Caption if self.text.is_empty() => vec![(String::new(), String::new())],
+            Task::Ask if self.text.is_empty() => vec![(String::new(), QUESTION.to_owned())],
+            Task::Caption | Task::Ask => self.text.iter().map(about).collect(),
+            Task::Match | Task::Embed => {
+                return Err(Failure::Usage(format!("--task {} is not measured at a server yet", self.task.name())));
+            }
+        };
+        let (tokens, beams) = (self.tokens.map(NonZeroUsize::get), self.beams.map(NonZeroUsize::get));
+        let pairs = self.pairs(&texts, seed)?.into_iter();
+        let asked =
+            pairs.map(|(Encoded { name, bytes }, text)| (name, Asked { picture: bytes, text: text.clone(), tokens, beams }));
+        Ok(asked.collect())
+    }
+
+    /// The same as files, for programs.
+    pub fn files(&self, bundle: &Bundle, seed: u64) -> Result<Files, Failure> {
+        self.wants(bundle)?; // refused here, not by every start
+        if !self.images.is_empty() {
+            self.open()?;
+            let names = self.images.iter().map(|path| plain(&path.to_string_lossy()).into_owned()).collect();
+            return Ok(Files { names, paths: self.images.clone(), folder: None });
+        }
+        let path = std::env::temp_dir().join(format!("blip2-bench-{}-drawn", std::process::id()));
+        let unwritable = |path: &Path, source| Failure::Report { path: path.to_path_buf(), source };
+        std::fs::create_dir_all(&path).map_err(|source| unwritable(&path, source))?;
+        let folder = Folder(path);
+        let write = |(i, Encoded { name, bytes }): (usize, Encoded)| {
+            let path = folder.0.join(format!("{i}.jpg"));
+            std::fs::write(&path, bytes).map_err(|source| unwritable(&path, source))?;
+            Ok::<_, Failure>((name, path))
+        };
+        let (names, paths) = self.draw(seed).into_iter().enumerate().map(write).collect::<Result<_, _>>()?;
+        Ok(Files { names, paths, folder: Some(folder) })
+    }
+
+    /// What is typed before and behind a picture for the same to be done.
+    pub fn typed(&self, model: &Model) -> Result<[Vec<OsString>; 2], Failure> {
+        let mut before: Vec<OsString> = vec![self.task.name().into(), "--json".into()];
+        before.extend(model.typed());
+        let options = [("--beams", self.beams), ("--max-new-tokens", self.tokens), ("--min-new-tokens", self.tokens)];
+        before.extend(options.into_iter().filter_map(|(name, n)| Some([name.into(), n?.to_string().into()])).flatten());
+        let behind = match self.task {
+            Task::Caption => Vec::new(),
+            Task::Ask => vec![self.text.first().map_or(QUESTION, String::as_str).into()],
+            Task::Match | Task::Embed => {
+                return Err(Failure::Usage(format!(
+                    "startup is measured for captions and answers, not for --task {}",
+                    self.task.name()
+                )));
+            }
+        };
+        Ok([before, behind])
+    }
+
+    /// Every picture with the next of what is wanted; of several, every picture meets each.
+    fn pairs<'w, W>(&self, wants: &'w [(String, W)], seed: u64) -> Result<Vec<(Encoded, &'w W)>, Failure> {
+        let pictures = if self.images.is_empty() { self.draw(seed) } else { self.open()? };
+        let pair = |i: usize| {
+            let (turn, i) = (i / pictures.len(), i % pictures.len());
+            let (Encoded { name, bytes }, (about, want)) = (&pictures[i], &wants[(i + turn) % wants.len()]);
+            (Encoded { name: format!("{name}{about}"), bytes: bytes.clone() }, want)
+        };
+        Ok((0..pictures.len() * wants.len()).map(pair).collect())
+    }
+
+    /// How texts are searched, in words; nothing where none are written.
+    pub fn search(&self) -> Option<String> {
+        let beams = self.beams.map_or_else(|| "the bundle's beams".into(), |beams| format!("{beams} beams"));
+        let tokens = self.tokens.map_or_else(String::new, |n| format!(", {n} tokens"));
+        matches!(self.task, Task::Caption | Task::Ask).then(|| beams + &tokens)
+    }
+
+    /// What is wanted, with what to call it behind a picture's name.
+    fn wants(&self, bundle: &Bundle) -> Result<Vec<(String, Want)>, Failure> {
+        let or = |default: &str| if self.text.is_empty() { vec![default.to_owned()] } else { self.text.clone() };
+        let refuse = |option: &str| Err(Failure::Usage(format!("--{option} is not for --task {}", self.task.name())));
+        match self.task {
+            Task::Caption | Task::Embed if !self.text.is_empty() => refuse("text"),
+            Task::Match | Task::Embed if self.beams.is_some() => refuse("beams"),
+            Task::Match | Task::Embed if self.tokens.is_some() => refuse("tokens"),
+            Task::Caption => Ok(vec![(String::new(), self.write(bundle, prompt::Task::Caption)?)]),
+            Task::Ask => {
+                let ask = |question: String| {
+                    let about = format!(": {question}");
+                    Ok((about, self.write(bundle, prompt::Task::Ask(question))?))
+                };
+                or(QUESTION).into_iter().map(ask).collect()
+            }
+            Task::Match => {
+                bundle.require(TaskName::Match).map_err(Error::from)?;
+                Ok(vec![(String::new(), Want::Match(or(TEXT)))])
+            }
+            Task::Embed => {
+                bundle.require(TaskName::Embed).map_err(Error::from)?;
+                Ok(vec![(String::new(), Want::Embed)])
+            }
+        }
+    }
+
+    fn write(&self, bundle: &Bundle, task: prompt::Task) -> Result<Want, Failure> {
+        bundle.require(task.name()).map_err(Error::from)?;
+        let defaults = &bundle.facts().generation[&task.name()];
+        let strategy = match self.beams.map_or(defaults.beams, NonZeroUsize::get) {
+            1 => Strategy::Greedy,
+            beams => Strategy::Beam {
+                beams,
+                length_penalty: defaults.length_penalty,
+                early_stopping: EarlyStopping::default(),
+                n_return: 1,
+                sample: None,
+            },
+        };
+        let tokens = self.tokens.map(NonZeroUsize::get);
+        let processors = Processors { min_new_tokens: tokens.unwrap_or(defaults.min_new_tokens), ..Processors::default() };
+        let generation = Generation { max_new_tokens: tokens, processors, strategy, ..Generation::default() };
+        generation.check(bundle.language()).map_err(Error::from)?;
+        Ok(Want::Write(task, Box::new(generation)))
+    }
+
+    fn draw(&self, seed: u64) -> Vec<Encoded> {
+        let draw = |i: u64| Encoded { name: format!("drawn {i}"), bytes: drawn(self.image_size, seed ^ (i << 32)).into() };
+        (0..self.drawn.get() as u64).map(draw).collect()
+    }
+
+    fn open(&self) -> Result<Vec<Encoded>, Failure> {
+        let open = |path: &PathBuf| match std::fs::read(path) {
+            Ok(bytes) => Ok(Encoded { name: plain(&path.to_string_lossy()).into_owned(), bytes: bytes.into() }),
+            Err(error) => Err(Failure::Picture { path: path.clone(), source: PixelsError::Io(error) }),
+        };
+        self.images.iter().map(open).collect()
+    }
+}

@@ -1,0 +1,78 @@
+//! Where a benchmark writes what it found.
+
+use std::fs::File;
+use std::io::{BufWriter, Write, stdout};
+use std::path::{Path, PathBuf};
+
+use crate::bench::html::page;
+use crate::bench::record::Record;
+use crate::bench::report::Report;
+use crate::cli::Failure;
+
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Output")]
+pub(super) struct Outputs {
+    /// The report, for `bench compare` and for machines
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Every query in a line of its own, written as it ends
+    #[arg(long, value_name = "FILE")]
+    jsonl: Option<PathBuf>,
+    /// A line a figure
+    #[arg(long, value_name = "FILE")]
+    csv: Option<PathBuf>,
+    /// The table that standard output gets
+    #[arg(long, value_name = "FILE")]
+    markdown: Option<PathBuf>,
+    /// A page with tables and plots that opens anywhere
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+}
+
+/// Writes every query as it ends.
+pub(super) struct Journal(Option<(PathBuf, BufWriter<File>)>);
+
+impl Outputs {
+    /// Makes sure that all files can be written before anything is measured.
+    pub fn open(&self) -> Result<Journal, Failure> {
+        for path in [&self.json, &self.csv, &self.markdown, &self.html].into_iter().flatten() {
+            File::options().append(true).create(true).open(path).map_err(|source| unwritable(path, source))?;
+        }
+        let journal = self.jsonl.as_ref().map(|path| {
+            let file = File::create(path).map_err(|source| unwritable(path, source))?;
+            Ok::<_, Failure>((path.clone(), BufWriter::new(file)))
+        });
+        Ok(Journal(journal.transpose()?))
+    }
+
+    /// All that were asked for, the table on standard output among them; where one cannot be written, the others are.
+    pub fn write(&self, report: &Report) -> Result<(), Failure> {
+        let table = report.markdown();
+        let json = || serde_json::to_string_pretty(report).expect("a report is JSON") + "\n";
+        let written = [
+            write(self.json.as_deref(), json),
+            write(self.csv.as_deref(), || report.csv()),
+            write(self.markdown.as_deref(), || table.clone()),
+            write(self.html.as_deref(), || page(std::slice::from_ref(report))),
+            stdout().lock().write_all(table.as_bytes()).map_err(Failure::from),
+        ];
+        written.into_iter().collect() // the first failure
+    }
+}
+
+impl Journal {
+    pub fn note(&mut self, record: &Record) -> Result<(), Failure> {
+        let Some((path, file)) = &mut self.0 else { return Ok(()) };
+        let line = serde_json::to_string(record).expect("a record is JSON");
+        writeln!(file, "{line}").and_then(|()| file.flush()).map_err(|source| unwritable(path, source))
+    }
+}
+
+fn write(path: Option<&Path>, content: impl FnOnce() -> String) -> Result<(), Failure> {
+    let Some(path) = path else { return Ok(()) };
+    std::fs::write(path, content()).map_err(|source| unwritable(path, source))
+}
+
+fn unwritable(path: &Path, source: std::io::Error) -> Failure {
+    Failure::Report { path: path.to_path_buf(), source }
+}

@@ -1,0 +1,246 @@
+//! `blip2 bench` as its users meet it: every scenario and task, what it leaves behind, what it refuses, and a stop in the middle.
+
+#![allow(clippy::unwrap_used)]
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
+
+use serde_json::Value;
+
+const T5: &str = "tests/bundles/t5";
+const STAGE_1: &str = "tests/bundles/stage1";
+/// Few small pictures and no warm-up: what is right with them is right with more.
+const FEW: [&str; 8] = ["--drawn", "4", "--image-size", "64x48", "--duration", "0", "--warm-up", "0"];
+
+fn command(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_blip2"));
+    command.arg("bench").args(args).env_remove("BLIP2_MODEL").env("BLIP2_PROVIDER", "cpu").current_dir(env!("CARGO_MANIFEST_DIR"));
+    command
+}
+
+#[track_caller]
+fn ends(output: &Output, code: i32) -> (String, String) {
+    let [out, err] = [&output.stdout, &output.stderr].map(|bytes| String::from_utf8_lossy(bytes).into_owned());
+    assert_eq!(output.status.code(), Some(code), "{out}{err}");
+    assert!(!err.contains("panicked"), "{err}");
+    (out, err)
+}
+
+/// A folder of a test's own.
+fn folder(name: &str) -> PathBuf {
+    let folder = std::env::temp_dir().join(format!("blip2-bench-{}-{name}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    folder
+}
+
+/// The report of a run.
+#[track_caller]
+fn report(folder: &Path, args: &[&str]) -> Value {
+    let json = folder.join("report.json");
+    let args = [args, &["--json", json.to_str().unwrap()]].concat();
+    ends(&command(&args).output().unwrap(), 0);
+    serde_json::from_slice(&std::fs::read(json).unwrap()).unwrap()
+}
+
+fn few<'a>(scenario: &[&'a str], model: &'a str) -> Vec<&'a str> {
+    [scenario, &["--model", model], &FEW].concat()
+}
+
+#[test]
+fn every_scenario_gives_the_answers_that_the_others_give() {
+    let folder = folder("scenarios");
+    let trace = folder.join("trace.txt");
+    std::fs::write(&trace, "0\n0.01\n0.02\n0.02\n0.05\n0.3\n0.3\n0.31\n").unwrap();
+    let scenarios: [&[&str]; 5] = [
+        &["single", "--queries", "8"],
+        &["multi", "--pictures", "4", "--queries", "2"],
+        &["offline", "--concurrency", "6", "--queries", "8"],
+        &["server", "--rate", "100", "--queries", "8", "--burstiness", "inf"],
+        &["server", "--trace", trace.to_str().unwrap()],
+    ];
+    let reports = scenarios.map(|scenario| report(&folder, &few(scenario, T5)));
+    let digests: Vec<&str> = reports.iter().map(|report| report["figures"]["outputs"].as_str().unwrap()).collect();
+    for (scenario, report) in scenarios.iter().zip(&reports) {
+        let figures = &report["figures"];
+        assert_eq!(figures["counts"]["failed"], 0, "{scenario:?}");
+        assert!(figures["latencies_ms"]["end_to_end"]["count"].as_u64().unwrap() >= 2, "{scenario:?}");
+    }
+    // Queries of several pictures have several outputs, so that their digest is another one.
+    assert_eq!([digests[0], digests[2], digests[3]], [digests[0]; 3]);
+    assert_eq!(digests[0], digests[4]);
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
+#[test]
+fn every_task_is_measured() {
+    let folder = folder("tasks");
+    for (args, model, writes) in [
+        (&["single", "--queries", "4", "--task", "caption", "--tokens", "5", "--beams", "1"][..], T5, true),
+        (&["single", "--queries", "4", "--task", "ask", "--text", "what?", "--text", "how many?"], T5, true),
+        (&["single", "--queries", "4", "--task", "match", "--text", "a star", "--text", "a ring"], STAGE_1, false),
+        (&["single", "--queries", "4", "--task", "embed"], STAGE_1, false),
+    ] {
+        let report = report(&folder, &few(args, model));
+        let figures = &report["figures"];
+        assert_eq!((&figures["counts"]["answered"], &figures["counts"]["failed"]), (&4.into(), &0.into()), "{args:?}");
+        assert_eq!(figures["rates"]["tokens"].as_f64().unwrap() > 0.0, writes, "{args:?}");
+        let stages: Vec<&str> = figures["stages_ms"].as_array().unwrap().iter().map(|stage| stage[0].as_str().unwrap()).collect();
+        let last = if writes { "decode" } else { stages[stages.len() - 1] };
+        assert!(stages.starts_with(&["queue", "decode_image", "preprocess", "vision"]) && stages.ends_with(&[last]), "{stages:?}");
+    }
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
+#[test]
+fn a_start_is_measured_to_the_answer() {
+    let folder = folder("startup");
+    let written =
+        |report: &Value| report["timeline"].as_array().unwrap().iter().map(|row| row["output"].clone()).collect::<Vec<_>>();
+    let beside = written(&report(&folder, &few(&["single", "--queries", "2"], T5)));
+    for cold in [&["startup"][..], &["startup", "--cold"]] {
+        let report = report(&folder, &[&few(cold, T5)[..], &["--queries", "2"]].concat());
+        let stages = report["figures"]["stages_ms"].as_array().unwrap();
+        assert!(stages[0][0] == "start_and_load" && stages[0][1]["min"].as_f64().unwrap() > 1.0, "{stages:?}");
+        assert_eq!(written(&report), beside);
+    }
+    let left = std::fs::read_dir(std::env::temp_dir()).unwrap().flatten();
+    assert!(!left.into_iter().any(|entry| entry.file_name().to_string_lossy().ends_with("-drawn")));
+    for (args, part) in [
+        (&["startup", "--task", "embed", "--model", STAGE_1][..], "not for --task embed"),
+        (&["startup", "--url", "http://127.0.0.1:9/v1"], "which is not started"),
+    ] {
+        let (_, err) = ends(&command(args).output().unwrap(), 2);
+        assert!(err.contains(part), "{err}");
+    }
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
+#[test]
+fn every_form_of_output_tells_the_same() {
+    let folder = folder("outputs");
+    let file = |name: &str| folder.join(name).to_str().unwrap().to_owned();
+    let [jsonl, csv, markdown, html] = ["each.jsonl", "each.csv", "each.md", "each.html"].map(file);
+    let outputs = ["--jsonl", &jsonl, "--csv", &csv, "--markdown", &markdown, "--html", &html];
+    let report = report(&folder, &[&few(&["single", "--queries", "6", "--slo", "e2e=0.001"], T5)[..], &outputs].concat());
+    let read = |path: &str| std::fs::read_to_string(path).unwrap();
+    let lines: Vec<Value> = read(&jsonl).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(lines.len(), 6);
+    let latencies: Vec<f64> =
+        lines.iter().map(|line| line["done_ms"].as_f64().unwrap() - line["scheduled_ms"].as_f64().unwrap()).collect();
+    let end_to_end = &report["figures"]["latencies_ms"]["end_to_end"];
+    let mean = latencies.iter().sum::<f64>() / 6.0;
+    assert!((end_to_end["mean"].as_f64().unwrap() - mean).abs() < 1e-6);
+    assert!(read(&csv).lines().any(|line| line.starts_with("end_to_end_ms,6,")));
+    assert!(read(&markdown).contains("| end to end |") && read(&html).contains("\"blip2-bench\""));
+    assert_eq!(report["figures"]["counts"]["good"], 0, "nothing ends within a microsecond");
+    assert!(report["machine"]["usable_processors"].as_u64() >= Some(1) && report["subject"]["model_sha256"].is_string());
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
+#[test]
+fn a_stage_is_missing_nowhere() {
+    let folder = folder("stages");
+    let report = report(&folder, &few(&["single", "--queries", "12"], "models/demo-opt"));
+    let unaccounted = report["figures"]["unaccounted"].as_f64().unwrap();
+    // A debug build spends more of its time between stages, where nothing is optimised.
+    let most = if cfg!(debug_assertions) { 0.25 } else { 0.02 };
+    assert!((-0.001..most).contains(&unaccounted), "{unaccounted}");
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
+#[test]
+fn a_change_for_the_worse_ends_with_1() {
+    let folder = folder("compare");
+    let report = report(&folder, &few(&["single", "--queries", "4"], T5));
+    let write = |name: &str, change: &dyn Fn(&mut Value)| {
+        let (path, mut changed) = (folder.join(name), report.clone());
+        change(&mut changed);
+        std::fs::write(&path, changed.to_string()).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    let same = write("same.json", &|_| {});
+    let slow =
+        write("slow.json", &|report| report["figures"]["latencies_ms"]["end_to_end"]["percentiles"][3]["value"] = 1e6.into());
+    let elsewhere = write("elsewhere.json", &|report| report["machine"]["instruction_set"] = "amx".into());
+    let newer = write("newer.json", &|report| report["version"] = 99.into());
+    let compare = |args: &[&str], code| ends(&command(&[&["compare", &same], args].concat()).output().unwrap(), code);
+    assert!(compare(&[&same, "--fail-if", "p99>+5%"], 0).0.contains("| end_to_end.p99 |"));
+    assert!(compare(&[&slow, "--fail-if", "p99>+5%"], 1).1.contains("p99>+5%: end_to_end.p99 changed by"));
+    compare(&[&slow, "--fail-if", "p50>+5%"], 0);
+    assert!(compare(&[&elsewhere], 2).1.contains("(amx); --anyway"));
+    assert!(compare(&[&elsewhere, "--anyway"], 0).1.contains("warning"));
+    assert!(compare(&[&newer], 2).1.contains("version 99"));
+    assert!(compare(&[&slow, "--fail-if", "p98>+5%"], 2).1.contains("no `end_to_end.p98`"));
+    let html = folder.join("both.html");
+    ends(&command(&["page", &same, &slow, "--html", html.to_str().unwrap()]).output().unwrap(), 0);
+    assert!(std::fs::read_to_string(html).unwrap().matches("\"blip2-bench\"").count() == 2);
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
+#[test]
+fn what_makes_no_sense_is_refused_in_one_line() {
+    let folder = folder("refused");
+    let backwards = folder.join("backwards.txt");
+    std::fs::write(&backwards, "1\n0.5\n").unwrap();
+    let backwards = backwards.to_str().unwrap();
+    for (args, code, part) in [
+        (&["server", "--rate", "0"][..], 2, "0 is no rate"),
+        (&["server", "--rate", "-3"], 2, "-3 is no rate"),
+        (&["server", "--rate", "NaN"], 2, "NaN is no rate"),
+        (&["server", "--rate", "1", "--burstiness", "0"], 2, "0 is no burstiness"),
+        (&["server", "--trace", backwards], 2, "line 2: `0.5` lies before the line above it"),
+        (&["server", "--trace", "nowhere.txt"], 2, "nowhere.txt cannot be read"),
+        (&["single", "--duration", "-1"], 2, "a number of seconds from 0"),
+        (&["single", "--queries", "0"], 2, "--queries"),
+        (&["single", "--slo", "fast"], 2, "`fast` is no limit"),
+        (&["single", "--image-size", "0x9"], 2, "is no size"),
+        (&["single", "--task", "embed"], 4, "embed"),
+        (&["single", "--task", "caption", "--text", "what?"], 2, "--text is not for --task caption"),
+        (&["single", "nowhere.png"], 3, "nowhere.png"),
+        (&["single", "--json", "nowhere/report.json"], 1, "nowhere/report.json cannot be written"),
+        (&["single", "README.md", "--queries", "2"], 2, "no query got an answer"),
+    ] {
+        let model = ["--model", T5, "--warm-up", "0"];
+        let (out, err) = ends(&command(&[args, &model].concat()).output().unwrap(), code);
+        assert!(out.is_empty() && err.contains(part), "{args:?}: {err}");
+    }
+    let (_, err) = ends(&command(&["single", "--url", "http://127.0.0.1:9/v1"]).output().unwrap(), 2);
+    assert!(err.contains("http://127.0.0.1:9/v1/models: "), "{err}");
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
+#[cfg(unix)]
+#[test]
+fn a_stopped_run_keeps_what_it_measured() {
+    let folder = folder("stopped");
+    let (json, jsonl) = (folder.join("report.json"), folder.join("each.jsonl"));
+    let few = few(&["single", "--queries", "1000000"], T5);
+    let mut command = command(&[&few[..], &["--json", json.to_str().unwrap(), "--jsonl", jsonl.to_str().unwrap()]].concat());
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    while std::fs::read_to_string(&jsonl).map_or(0, |lines| lines.lines().count()) < 5 {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
+    let (out, err) = ends(&child.wait_with_output().unwrap(), 130);
+    assert!(out.contains("not valid: the run was stopped") && err.contains("stopping"), "{out}{err}");
+    let report: Value = serde_json::from_slice(&std::fs::read(json).unwrap()).unwrap();
+    assert!(report["is_complete"] == false && report["figures"]["counts"]["answered"].as_u64() >= Some(5));
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_full_disk_loses_only_its_own_file() {
+    let folder = folder("full");
+    let csv = folder.join("each.csv");
+    let few = few(&["single", "--queries", "4"], T5);
+    let run =
+        |full: &[&str], code| ends(&command(&[&few[..], full, &["--csv", csv.to_str().unwrap()]].concat()).output().unwrap(), code);
+    let (out, err) = run(&["--jsonl", "/dev/full"], 0);
+    assert!(out.contains("4 answered") && err.contains("/dev/full cannot be written"), "{err}");
+    std::fs::remove_file(&csv).unwrap();
+    let (out, err) = run(&["--json", "/dev/full"], 1);
+    assert!(out.contains("4 answered") && err.contains("/dev/full cannot be written") && csv.exists(), "{err}");
+    std::fs::remove_dir_all(folder).unwrap();
+}
