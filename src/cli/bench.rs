@@ -36,6 +36,8 @@ use live::Live;
 use outputs::Outputs;
 use plan::Plan;
 
+const KEY_OPTION: &str = "--api-key";
+
 #[derive(Debug, clap::Args)]
 pub(super) struct Bench {
     #[command(subcommand)]
@@ -236,7 +238,7 @@ fn measured(measure: &Measure, plan: &Plan, source: Source) -> Result<(), Failur
     measure.outputs.write(&Report {
         schema: report::SCHEMA.into(),
         version: report::VERSION,
-        command: std::env::args().collect(),
+        command: without_key(std::env::args()),
         started: began.since_1970(),
         took_s: began.1.elapsed().as_secs_f64(),
         is_complete,
@@ -353,6 +355,23 @@ impl At {
     }
 }
 
+/// What was typed, fit for others to read.
+fn without_key(typed: impl Iterator<Item = String>) -> Vec<String> {
+    let (mut found, mut is_key) = (Vec::new(), false);
+    for word in typed {
+        let hidden = if is_key {
+            "…"
+        } else if word.starts_with(KEY_OPTION) && word.contains('=') {
+            "--api-key=…"
+        } else {
+            &word
+        };
+        found.push(hidden.to_owned());
+        is_key = word == KEY_OPTION;
+    }
+    found
+}
+
 fn nothing(records: &[Record]) -> String {
     let why = records.iter().find_map(|record| record.error.as_deref());
     why.map_or_else(
@@ -441,4 +460,32 @@ fn objectives(typed: &str) -> Result<Objectives, String> {
         *place = Some(limit);
     }
     Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reports_do_not_tell_keys() {
+        for (typed, expected) in [
+            ("bench --api-key secret --rate 1", "bench --api-key … --rate 1"),
+            ("bench --api-key=secret", "bench --api-key=…"),
+            ("bench single", "bench single"),
+        ] {
+            assert_eq!(without_key(typed.split(' ').map(str::to_owned)).join(" "), expected);
+        }
+    }
+
+    #[test]
+    fn limits_are_named_and_above_0() {
+        let found = objectives("e2e=500, ttft=20.5").expect("two limits");
+        assert_eq!(
+            (found.end_to_end_ms, found.time_to_first_token_ms, found.time_per_output_token_ms),
+            (Some(500.0), Some(20.5), None)
+        );
+        for typed in ["e2e", "e2e=0", "e2e=-1", "e2e=NaN", "p99=5"] {
+            assert!(objectives(typed).is_err(), "{typed}");
+        }
+    }
 }
