@@ -238,7 +238,7 @@ fn measured(measure: &Measure, plan: &Plan, source: Source) -> Result<(), Failur
     measure.outputs.write(&Report {
         schema: report::SCHEMA.into(),
         version: report::VERSION,
-        command: without_key(std::env::args()),
+        command: without_key(std::env::args_os().map(|word| word.to_string_lossy().into_owned())),
         started: began.since_1970(),
         took_s: began.1.elapsed().as_secs_f64(),
         is_complete,
