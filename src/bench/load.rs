@@ -5,7 +5,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
-use super::record::{Record, milliseconds};
+use super::record::Record;
+use crate::timing::milliseconds;
 
 /// What answers queries: an engine in this process, or a server.
 pub trait Target {

@@ -1,10 +1,8 @@
 //! What happened to one query: when it was due, sent, answered, and where its time went. Everything reported is made of these.
 
-use std::time::Duration;
-
 use serde::{Deserialize, Serialize};
 
-use crate::timing::Stage;
+use crate::timing::{Timings, milliseconds};
 
 /// One query. Times are milliseconds from the start of the run.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -75,14 +73,9 @@ impl Record {
     }
 }
 
-/// Milliseconds with a resolution of a microsecond.
-pub fn milliseconds(time: Duration) -> f64 {
-    crate::timing::milliseconds(time)
-}
-
 /// The engine's stages as a record has them.
-pub fn stages(timings: &crate::timing::Timings) -> Vec<(String, f64)> {
-    timings.iter().map(|(stage, time): (Stage, Duration)| (stage.name().to_owned(), milliseconds(time))).collect()
+pub fn stages(timings: &Timings) -> Vec<(String, f64)> {
+    timings.iter().map(|(stage, time)| (stage.name().to_owned(), milliseconds(time))).collect()
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ use rustix::fs::{Advice, fadvise};
 use serde::Deserialize;
 
 use super::load::{Query, Target, Told, What};
+use crate::timing::milliseconds;
 
 /// The stage before the program's own ones: its start, and loading.
 pub const LOADING: &str = "start_and_load";
@@ -99,6 +100,6 @@ impl Program {
 fn stages(line: &Line, whole: Duration) -> Vec<(String, f64)> {
     let told = line.timings_ms.iter().filter(|(name, _)| *name != "total");
     let told: Vec<(String, f64)> = told.filter_map(|(name, time)| Some((name.clone(), time.as_f64()?))).collect();
-    let loading = super::record::milliseconds(whole) - told.iter().map(|(_, time)| time).sum::<f64>();
+    let loading = milliseconds(whole) - told.iter().map(|(_, time)| time).sum::<f64>();
     std::iter::once((LOADING.to_owned(), loading.max(0.0))).chain(told).collect()
 }
