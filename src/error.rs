@@ -27,6 +27,9 @@ pub enum Error {
     /// There is no such request, or no more.
     #[error("there is no request {0} here, or it has ended")]
     NoSuchRequest(RequestId),
+    /// The thread that had it in hand is gone.
+    #[error("the engine stopped working: one of its threads panicked, and said why on standard error")]
+    Lost,
     /// A graph failed while it ran.
     #[error(transparent)]
     Runtime(#[from] RuntimeError),

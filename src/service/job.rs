@@ -21,8 +21,11 @@ pub struct Job {
     pub want: Want,
     /// Is told what happens, on a thread of the service: it should return at once. [`ControlFlow::Break`](std::ops::ControlFlow) gives up a
     /// text that is being written.
-    pub tell: Box<dyn FnMut(Progress<'_>) -> Flow + Send>,
+    pub tell: Tell,
 }
+
+/// Takes what becomes of a job.
+pub type Tell = Box<dyn FnMut(Progress<'_>) -> Flow + Send>;
 
 /// What a picture is for.
 #[derive(Clone, Debug)]
@@ -55,9 +58,18 @@ pub enum Outcome {
     Embedded(Vec<f32>, Timings),
 }
 
+/// A job that was taken. Its caller is told an end whatever happens to the thread that has it.
+pub(super) struct Taken {
+    pub picture: Arc<[u8]>,
+    pub limits: Limits,
+    pub want: Want,
+    /// None once it was told the end.
+    tell: Option<Tell>,
+}
+
 /// A job on its way, with the time that it has spent.
 pub(super) struct Waiting {
-    pub job: Job,
+    pub job: Taken,
     pub timings: Timings,
     /// Since when it waits.
     since: Instant,
@@ -71,10 +83,28 @@ impl Job {
             Want::Embed => Ok(context.bundle().require(TaskName::Embed)?),
         }
     }
+}
 
-    pub(super) fn end(mut self, end: Result<Outcome, Error>) {
-        // Nothing is left to give up.
-        let _ = (self.tell)(Progress::End(end));
+impl Taken {
+    pub fn settled(&mut self, tokens: &[TokenId], text: &str) -> Flow {
+        self.tell.as_mut().map_or(Flow::Continue(()), |tell| tell(Progress::Settled(tokens, text)))
+    }
+
+    pub fn end(mut self, end: Result<Outcome, Error>) {
+        self.tell_end(end);
+    }
+
+    fn tell_end(&mut self, end: Result<Outcome, Error>) {
+        if let Some(mut tell) = self.tell.take() {
+            // Nothing is left to give up.
+            let _ = tell(Progress::End(end));
+        }
+    }
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        self.tell_end(Err(Error::Lost));
     }
 }
 
@@ -89,7 +119,8 @@ impl Outcome {
 }
 
 impl Waiting {
-    pub fn new(job: Job) -> Self {
+    pub fn new(Job { picture, limits, want, tell }: Job) -> Self {
+        let job = Taken { picture, limits, want, tell: Some(tell) };
         Self { job, timings: Timings::default(), since: Instant::now() }
     }
 
@@ -109,7 +140,7 @@ impl Waiting {
     }
 
     /// Does a stage of it.
-    pub fn time<T>(&mut self, stage: Stage, work: impl FnOnce(&Job) -> T) -> T {
+    pub fn time<T>(&mut self, stage: Stage, work: impl FnOnce(&Taken) -> T) -> T {
         let (job, timings) = (&self.job, &mut self.timings);
         timings.time(stage, || work(job))
     }

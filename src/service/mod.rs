@@ -15,7 +15,7 @@ use std::thread::JoinHandle;
 use crate::engine::{Context, Engine};
 use crate::error::Error;
 
-pub use job::{Job, Outcome, Progress, Want};
+pub use job::{Job, Outcome, Progress, Tell, Want};
 
 /// The threads of one engine. They end when it is dropped and all jobs have ended.
 pub struct Service {
@@ -50,7 +50,8 @@ impl Service {
     pub fn submit(&self, job: Job) -> Result<(), Error> {
         job.check(&self.context)?;
         let jobs = self.jobs.as_ref().expect("it is not being dropped");
-        jobs.send(job::Waiting::new(job)).expect("the threads live as long as the service");
+        // Where threads have panicked nobody takes it any more, and so it is told when it is dropped.
+        let _ = jobs.send(job::Waiting::new(job));
         Ok(())
     }
 }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::ops::ControlFlow;
 use std::sync::mpsc::{Receiver, TryRecvError};
 
-use super::job::{Job, Outcome, Progress, Waiting};
+use super::job::{Outcome, Taken, Waiting};
 use crate::decode::RequestId;
 use crate::engine::{Event, Order, Writer};
 use crate::timing::Stage;
@@ -31,7 +31,7 @@ pub(super) fn run(mut writer: Writer, orders: &Receiver<Ordered>) {
     }
 }
 
-fn join(writer: &mut Writer, (waiting, mut order): Ordered, running: &mut HashMap<RequestId, Job>) {
+fn join(writer: &mut Writer, (waiting, mut order): Ordered, running: &mut HashMap<RequestId, Taken>) {
     order.timings.add(Stage::Waiting, waiting.waited());
     match writer.join(order) {
         Ok(id) => drop(running.insert(id, waiting.job)),
@@ -39,10 +39,10 @@ fn join(writer: &mut Writer, (waiting, mut order): Ordered, running: &mut HashMa
     }
 }
 
-fn take(writer: &mut Writer, event: Event, running: &mut HashMap<RequestId, Job>) {
+fn take(writer: &mut Writer, event: Event, running: &mut HashMap<RequestId, Taken>) {
     let Some(job) = running.get_mut(&event.id) else { return };
     let settled = !event.tokens.is_empty() || !event.text.is_empty();
-    let flow = if settled { (job.tell)(Progress::Settled(&event.tokens, &event.text)) } else { ControlFlow::Continue(()) };
+    let flow = if settled { job.settled(&event.tokens, &event.text) } else { ControlFlow::Continue(()) };
     let end = match flow {
         ControlFlow::Continue(()) => event.end,
         ControlFlow::Break(()) => event.end.or_else(|| writer.leave(event.id).map(Ok)),
