@@ -8,7 +8,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
 use blip2::Error;
-use blip2::engine::{Engine, Generation};
+use blip2::engine::Engine;
 use blip2::pixels::Limits;
 use blip2::prompt::Task;
 use blip2::runtime::{Provider, ProviderChoice, RuntimeOptions};
@@ -35,7 +35,7 @@ fn submit(service: &Service, on_settled: impl Fn() + Send + 'static) -> Receiver
         ControlFlow::Continue(())
     });
     let picture = std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("models/samples/0.png")).unwrap();
-    let want = Want::Write(Task::Caption, Box::new(Generation::default()));
+    let want = Want::Write(Task::Caption, Box::default());
     service.submit(Job { picture: picture.into(), limits: Limits::default(), want, tell }).unwrap();
     ends
 }

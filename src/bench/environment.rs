@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use crate::runtime::{Processor, default_threads};
+use crate::runtime::{Processor, default_threads, installed_bytes};
 
 /// The machine, once.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -63,7 +63,7 @@ impl Machine {
             instruction_set: Processor::detect().to_string(),
             processors: cpuinfo.map_or(0, |text| text.lines().filter(|line| line.starts_with("processor")).count()),
             usable_processors: default_threads().get(),
-            memory_bytes: read("/proc/meminfo").and_then(|text| kibibytes(&text, "MemTotal")),
+            memory_bytes: installed_bytes(),
             system: format!("{} {}", std::env::consts::OS, read("/proc/sys/kernel/osrelease").unwrap_or_default()),
             governor: read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
             gpus: said(&["nvidia-smi", "--query-gpu=name,driver_version,power.limit", "--format=csv,noheader"])

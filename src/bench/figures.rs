@@ -7,6 +7,7 @@ use sha2::{Digest, Sha256};
 
 use super::record::Record;
 use super::statistics::{Sample, Summary};
+use crate::bundle::hexadecimal;
 
 /// A generator that lags by more than this share of the median latency measures itself.
 const MOST_LAG: f64 = 0.01;
@@ -176,7 +177,7 @@ fn digest(answered: &[&Record]) -> String {
         hash.update((part.len() as u64).to_le_bytes());
         hash.update(part);
     }
-    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    hexadecimal(hash.finalize())
 }
 
 fn objections(counted: &[&Record], median: f64, unaccounted: Option<f64>) -> Vec<String> {

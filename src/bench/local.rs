@@ -7,6 +7,7 @@ use sha2::{Digest, Sha256};
 
 use super::load::{Query, Target, Told, What};
 use super::record;
+use crate::bundle::hexadecimal;
 use crate::pixels::Limits;
 use crate::service::{Job, Outcome, Progress, Service, Want};
 
@@ -53,7 +54,7 @@ fn output(outcome: &Outcome) -> String {
     let digest = |numbers: &[f32]| {
         let mut hash = Sha256::new();
         numbers.iter().for_each(|number| hash.update(format!("{number:.5e} ")));
-        hash.finalize()[..8].iter().map(|byte| format!("{byte:02x}")).collect()
+        hexadecimal(&hash.finalize()[..8])
     };
     match outcome {
         Outcome::Written(answer) => answer.text.clone(),

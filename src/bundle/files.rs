@@ -42,7 +42,7 @@ impl Bundle {
         for (file, facts) in &self.facts.files {
             hasher.update(format!("{file} {}\n", facts.sha256));
         }
-        hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+        hexadecimal(hasher.finalize())
     }
 
     /// Files in the folder that the facts do not list; nothing reads them.
@@ -117,13 +117,18 @@ fn unreadable(folder: &Path, file: &str, source: std::io::Error) -> BundleError 
     BundleError::File { folder: folder.to_path_buf(), file: file.into(), source }
 }
 
+/// Two digits a byte.
+pub(crate) fn hexadecimal(bytes: impl AsRef<[u8]>) -> String {
+    bytes.as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 fn sha256(path: &Path) -> Result<String, std::io::Error> {
     let mut file = File::open(path)?;
     let (mut digest, mut buffer) = (Sha256::new(), vec![0; 1 << 20]);
     loop {
         let n_read = file.read(&mut buffer)?;
         if n_read == 0 {
-            return Ok(digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect());
+            return Ok(hexadecimal(digest.finalize()));
         }
         digest.update(&buffer[..n_read]);
     }

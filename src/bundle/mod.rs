@@ -20,6 +20,7 @@ use serde::Deserialize;
 
 pub use error::BundleError;
 pub use facts::*;
+pub(crate) use files::hexadecimal;
 pub use files::{MAX_FACTS_BYTES, MAX_GOLDEN_BYTES, MAX_GRAPH_BYTES, MAX_TOKENIZER_BYTES};
 pub use json::parse;
 pub(crate) use json::unique;

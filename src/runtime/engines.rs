@@ -1,14 +1,13 @@
 //! TensorRT's engines: built by a command of their own, kept in a folder that says what they were built for, and used for that alone.
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::bundle::{Bundle, Dimension, GraphFacts, Precision};
+use crate::bundle::{Bundle, Dimension, GraphFacts, Precision, hexadecimal};
 
 /// What the folder says of itself.
 const LABEL: &str = "engines.json";
@@ -117,10 +116,7 @@ impl Purpose {
 
     fn digest(&self) -> String {
         let text = serde_json::to_vec(self).expect("strings are JSON");
-        Sha256::digest(text).iter().take(16).fold(String::new(), |mut digest, byte| {
-            write!(digest, "{byte:02x}").expect("a string takes all");
-            digest
-        })
+        hexadecimal(&Sha256::digest(text)[..16])
     }
 }
 

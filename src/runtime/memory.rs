@@ -30,9 +30,18 @@ fn free_bytes() -> u64 {
 
 /// Bytes that a process may still take: the smaller of what the machine and what its control group has left.
 pub(super) fn free() -> Option<u64> {
-    let machine = read_to_string("/proc/meminfo").ok().and_then(|text| Some(value(&text, "MemAvailable:")? * 1024));
+    let machine = of_machine("MemAvailable:");
     let groups = GROUPS.iter().filter_map(|group| group.free(Path::new("/sys/fs/cgroup")));
     machine.into_iter().chain(groups).min()
+}
+
+/// Bytes of memory that the machine has.
+pub fn installed_bytes() -> Option<u64> {
+    of_machine("MemTotal:")
+}
+
+fn of_machine(key: &str) -> Option<u64> {
+    value(&read_to_string("/proc/meminfo").ok()?, key)?.checked_mul(1024)
 }
 
 /// Files in which a control group says what it holds.
