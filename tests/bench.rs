@@ -93,6 +93,33 @@ fn every_task_is_measured() {
 }
 
 #[test]
+fn a_fast_wrong_engine_is_seen() {
+    let folder = folder("truths");
+    let pictures: Vec<String> = (0..6).map(|i| format!("models/samples/{i}.png")).collect();
+    let pictures: Vec<&str> = pictures.iter().map(String::as_str).collect();
+    let wrong = folder.join("wrong.json");
+    std::fs::write(&wrong, r#"{"0.png": ["a dog"], "3.png": ["a dog", "at the left there is a blue ring"]}"#).unwrap();
+    let model = ["single", "--model", "models/demo-opt", "--queries", "6", "--duration", "0", "--warm-up", "0"];
+    let right = report(&folder, &[&model[..], &pictures].concat());
+    assert_eq!(right["figures"]["truth"], serde_json::json!({"n_true": 6, "n_known": 6}));
+    std::fs::rename(folder.join("report.json"), folder.join("right.json")).unwrap();
+    let less = report(&folder, &[&model[..], &pictures, &["--truths", wrong.to_str().unwrap()]].concat());
+    assert_eq!(less["figures"]["truth"], serde_json::json!({"n_true": 1, "n_known": 2}));
+    let [a, b] = ["right.json", "report.json"].map(|name| folder.join(name));
+    let (out, err) =
+        ends(&command(&["compare", a.to_str().unwrap(), b.to_str().unwrap(), "--fail-if", "true<-1%"]).output().unwrap(), 1);
+    assert!(out.contains("| true | 1.000 | 0.500 |") && err.contains("true changed by -50.0 %"), "{out}{err}");
+    let (_, err) = ends(&command(&[&model[..], &pictures, &["--truths", "README.md"]].concat()).output().unwrap(), 2);
+    assert!(err.contains("README.md: it lists no answers"), "{err}");
+    let (out, _) = ends(
+        &command(&[&model[..], &pictures, &["--task", "ask", "--text", "how many objects are there?"]].concat()).output().unwrap(),
+        0,
+    );
+    assert!(out.contains("6 of 6 answers are true"), "{out}");
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
+#[test]
 fn a_start_is_measured_to_the_answer() {
     let folder = folder("startup");
     let written =

@@ -14,7 +14,7 @@ _COMMANDS = {
         "write a small checkpoint with random weights, for tests",
     ),
     "train": ("blip2_export.train.cli", "train the demo"),
-    "scenes": ("blip2_export.scenes.drawing", "draw scenes with captions and questions"),
+    "scenes": ("blip2_export.scenes.dataset", "draw scenes with captions and questions"),
     "parity": ("blip2_export.check.parity", "compare a bundle in the engine with its checkpoint in transformers"),
     "emulate": ("blip2_export.check.emulate", "verify bundles on an emulated processor"),
     "baseline": ("blip2_export.measure.baseline", "time `transformers` stage by stage"),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import random
+from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
-from blip2_export.scenes import drawing
+from blip2_export.scenes import dataset, drawing, truths
 
 
 def many(n: int, unseen: bool = False) -> list[drawing.Scene]:
@@ -22,6 +25,36 @@ def test_every_caption_is_true_of_its_scene_and_no_edited_one_is() -> None:
         edited = drawing.one_word_edit(caption, scene, rng)
         assert edited is not None and edited != caption
         assert not drawing.is_true(edited, scene), (edited, scene)
+
+
+def test_truths_of_a_scene_are_all_that_captions_say_of_it_and_nothing_false() -> None:
+    rng = random.Random(2)
+    for scene in many(200):
+        true = truths.captions(scene)
+        assert len(set(true)) == len(true) and all(drawing.is_true(text, scene) for text in true)
+        drawn = {drawing.caption(scene, rng) for _ in range(50)}
+        assert drawn <= set(true), drawn - set(true)
+
+
+def test_a_dataset_says_what_is_true_of_every_picture(tmp_path: Path) -> None:
+    dataset.write_dataset(tmp_path, 4, 11, 64)
+    true = json.loads((tmp_path / "truths.json").read_text())
+    captions = json.loads((tmp_path / "annotations.json").read_text())["annotations"]
+    assert all(row["caption"] in true[f"{row['image_id']:06}.png"] for row in captions)
+    for row in json.loads((tmp_path / "questions.json").read_text()):
+        assert true[f"{row['image_id']:06}.png: {row['question']}"] == [row["answer"]]
+    assert all(f"{i:06}.png: {question}" in true for i in range(4) for question in truths.COUNT_QUESTIONS)
+
+
+def test_the_sample_pictures_have_their_truths_beside_them() -> None:
+    samples, rng = Path(__file__).parents[2] / "models" / "samples", random.Random(11)
+    expected: dict[str, list[str]] = {}
+    for i in range(6):
+        scene = drawing.sample_scene(rng)
+        with Image.open(samples / f"{i}.png") as picture:
+            assert np.array_equal(np.asarray(picture), np.asarray(drawing.draw(scene, 256)))
+        expected |= truths.of_scene(f"{i}.png", scene)
+    assert json.loads((samples / "truths.json").read_text()) == expected
 
 
 def test_text_that_is_no_caption_is_not_true() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import Blip2ForConditionalGeneration, Blip2Processor, OPTForCausalLM, T5ForConditionalGeneration
 
 from blip2_export.bundle import Choices, convert
-from blip2_export.scenes import drawing
+from blip2_export.scenes import dataset, drawing
 from blip2_export.train import cli, demo, language, muon, seq2seq, speaker, stage1, stage2, text
 from blip2_export.train.features import Pairs
 from blip2_export.train.frozen import frozen
@@ -444,7 +444,7 @@ def test_stage_2_drops_the_text_branch_and_keeps_the_queries(stage: stage1.Stage
 
 
 def test_real_data_is_read_in_coco_and_in_karpathy_form(tmp_path: Path) -> None:
-    drawing.write_dataset(tmp_path / "d", 5, 0, 64)
+    dataset.write_dataset(tmp_path / "d", 5, 0, 64)
     batch = CaptionedImages(tmp_path / "d").batch(0, 8, 32)
     assert batch.pixels.shape == (8, 3, 32, 32)
     assert batch.true.diagonal().all() and not batch.true.all()

@@ -13,7 +13,7 @@ from transformers import BertConfig, BertModel, Blip2ForConditionalGeneration, P
 
 from blip2_export.bundle import Choices, convert
 from blip2_export.check import random_checkpoint
-from blip2_export.scenes import drawing
+from blip2_export.scenes import dataset
 from blip2_export.train import pairs, text
 from blip2_export.train.images import CaptionedImages, DataError
 
@@ -22,7 +22,7 @@ from blip2_export.train.images import CaptionedImages, DataError
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
     random_checkpoint.write(folder / "base", "odd-3", seed=4)
-    drawing.write_dataset(folder / "data", 12, 0, 64)
+    dataset.write_dataset(folder / "data", 12, 0, 64)
     return folder
 
 

@@ -6,6 +6,7 @@ use std::str::FromStr;
 use super::BenchError;
 use super::report::Report;
 use super::statistics::Percentile;
+use super::truths::Truth;
 
 /// What changed from one report to another.
 #[derive(Clone, Debug, PartialEq)]
@@ -70,7 +71,7 @@ impl Condition {
     }
 }
 
-/// Percentiles of latencies and rates that both reports have.
+/// Percentiles of latencies, rates and shares of true answers that both reports have.
 pub fn changes(before: &Report, after: &Report) -> Vec<Change> {
     let mut found = Vec::new();
     for (name, summary) in &before.figures.latencies_ms {
@@ -79,8 +80,14 @@ pub fn changes(before: &Report, after: &Report) -> Vec<Change> {
         found.extend(pairs.filter(|(a, b)| a.rank == b.rank).map(|(a, b)| of_percentiles(name, a, b)));
     }
     let rates = |report: &Report| {
-        let rates = report.figures.rates;
-        [("images", Some(rates.images)), ("tokens", Some(rates.tokens)), ("queries", Some(rates.queries)), ("good", rates.good)]
+        let (rates, truth) = (report.figures.rates, report.figures.truth.map(Truth::share));
+        [
+            ("images", Some(rates.images)),
+            ("tokens", Some(rates.tokens)),
+            ("queries", Some(rates.queries)),
+            ("good", rates.good),
+            ("true", truth),
+        ]
     };
     for ((name, before), (_, after)) in rates(before).into_iter().zip(rates(after)) {
         if let (Some(before), Some(after)) = (before.filter(|rate| *rate > 0.0), after) {

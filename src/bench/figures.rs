@@ -7,6 +7,7 @@ use sha2::{Digest, Sha256};
 
 use super::record::Record;
 use super::statistics::{Sample, Summary};
+use super::truths::Truth;
 use crate::bundle::hexadecimal;
 
 /// A generator that lags by more than this share of the median latency measures itself.
@@ -38,6 +39,9 @@ pub struct Figures {
     pub rates: Rates,
     /// How many queries came to what.
     pub counts: Counts,
+    /// How many answers are true, where that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub truth: Option<Truth>,
     /// SHA-256 over inputs and outputs in the order of inputs: equal where the same work gave the same answers.
     pub outputs: String,
     /// Why the run is not valid; nothing if it is.
@@ -98,6 +102,7 @@ pub fn figures(records: &[Record], objectives: Objectives) -> Option<Figures> {
     Some(Figures {
         stages_ms: stages(&answered),
         rates: rates(&answered, good),
+        truth: Truth::sum(answered.iter().filter_map(|record| record.truth)),
         outputs: digest(&answered),
         objections: objections(&counted, median, unaccounted),
         latencies_ms,

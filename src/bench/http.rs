@@ -109,8 +109,9 @@ impl Http {
 
 impl Target for Http {
     fn send(&mut self, query: &Query, to: Told) {
-        for input in &query.inputs {
-            let (agent, server, body, told) = (self.agent.clone(), self.server.clone(), self.bodies[*input].clone(), to.clone());
+        for (place, input) in query.inputs.iter().enumerate() {
+            let (agent, server, body, told) =
+                (self.agent.clone(), self.server.clone(), self.bodies[*input].clone(), to.about(place));
             std::thread::spawn(move || {
                 let end = match ask(&agent, &server, &body, &told) {
                     Ok(output) => What::Done { output, stages_ms: Vec::new() },
@@ -277,7 +278,8 @@ mod tests {
         let mut target = Http::connect(serve(answer), &[asked]).expect("it is there");
         assert_eq!(target.server().model.as_deref(), Some("demo"));
         let (stop, inputs) = (AtomicBool::new(false), ["a".to_owned()]);
-        let mut run = Run { target: &mut target, inputs: &inputs, n_pictures: 1, stop: &stop, on_record: &mut |_| {} };
+        let mut run =
+            Run { target: &mut target, inputs: &inputs, n_pictures: 1, stop: &stop, truths: None, on_record: &mut |_| {} };
         run.go(&Load::Closed(1), Length { queries: 1, time: Duration::ZERO }, false).remove(0)
     }
 

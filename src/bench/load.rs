@@ -6,6 +6,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 use super::record::Record;
+use super::truths::{Truth, Truths};
 use crate::timing::milliseconds;
 
 /// What answers queries: an engine in this process, or a server.
@@ -45,7 +46,17 @@ pub struct Length {
 #[derive(Clone)]
 pub struct Told {
     index: usize,
-    to: Sender<(usize, Instant, What)>,
+    /// Of the picture, in the query.
+    place: usize,
+    to: Sender<News>,
+}
+
+/// What became of a picture of a query, and when.
+struct News {
+    index: usize,
+    place: usize,
+    at: Instant,
+    what: What,
 }
 
 /// What becomes of one picture of a query.
@@ -67,6 +78,11 @@ pub enum What {
 }
 
 impl Told {
+    /// For one of the query's pictures, by its place from 0.
+    pub fn about(&self, place: usize) -> Self {
+        Self { place, ..self.clone() }
+    }
+
     /// Notes it with the present time.
     pub fn tell(&self, what: What) {
         self.tell_at(Instant::now(), what);
@@ -75,7 +91,7 @@ impl Told {
     /// Notes it with an earlier time.
     pub fn tell_at(&self, at: Instant, what: What) {
         // After a run that was stopped nobody listens.
-        let _ = self.to.send((self.index, at, what));
+        let _ = self.to.send(News { index: self.index, place: self.place, at, what });
     }
 }
 
@@ -89,15 +105,19 @@ pub struct Run<'a> {
     pub n_pictures: usize,
     /// Set from outside, it ends the run after what is under way.
     pub stop: &'a AtomicBool,
+    /// What is true of the inputs, as far as it is known.
+    pub truths: Option<&'a Truths>,
     /// Is shown every record when its query has ended.
     pub on_record: &'a mut dyn FnMut(&Record),
 }
 
 struct Pending {
     record: Record,
+    inputs: Vec<usize>,
     n_open: usize,
     last_token: Option<Instant>,
-    outputs: Vec<String>,
+    /// Of each picture that has an answer.
+    outputs: Vec<Option<String>>,
 }
 
 struct Clock(Instant);
@@ -122,7 +142,7 @@ impl Run<'_> {
             while let Some(due) = self.due(load, length, &clock, (pending.len(), n_sent), &mut schedule) {
                 let query = self.query(n_sent);
                 pending.insert(n_sent, Pending::new(&query, self.inputs, clock.at(due), warm_up));
-                let told = Told { index: n_sent, to: to.clone() };
+                let told = Told { index: n_sent, place: 0, to: to.clone() };
                 pending.get_mut(&n_sent).expect("it was put there").record.sent_ms = clock.at(Instant::now());
                 self.target.send(&query, told);
                 n_sent += 1;
@@ -131,9 +151,10 @@ impl Run<'_> {
             if pending.is_empty() && next.is_none() {
                 return ended;
             }
-            if let Some((index, at, what)) = wait(&told, next)
-                && let Some(record) = take(&mut pending, index, at, what, &clock)
+            if let Some(news) = wait(&told, next)
+                && let Some(query) = take(&mut pending, news, &clock)
             {
+                let record = query.end(self.truths);
                 (self.on_record)(&record);
                 ended.push(record);
             }
@@ -177,7 +198,7 @@ impl Run<'_> {
 }
 
 /// What comes next, at the latest until `next`.
-fn wait(told: &Receiver<(usize, Instant, What)>, next: Option<Instant>) -> Option<(usize, Instant, What)> {
+fn wait(told: &Receiver<News>, next: Option<Instant>) -> Option<News> {
     // A stop from outside is seen this soon.
     let limit = next
         .map_or(Duration::from_millis(50), |next| next.saturating_duration_since(Instant::now()).min(Duration::from_millis(50)));
@@ -188,10 +209,11 @@ fn wait(told: &Receiver<(usize, Instant, What)>, next: Option<Instant>) -> Optio
     }
 }
 
-fn take(pending: &mut HashMap<usize, Pending>, index: usize, at: Instant, what: What, clock: &Clock) -> Option<Record> {
-    let query = pending.get_mut(&index)?;
-    query.take(at, what, clock);
-    (query.n_open == 0).then(|| pending.remove(&index).expect("it is there").end())
+/// The query, once it has ended.
+fn take(pending: &mut HashMap<usize, Pending>, news: News, clock: &Clock) -> Option<Pending> {
+    let (index, query) = (news.index, pending.get_mut(&news.index)?);
+    query.take(news, clock);
+    (query.n_open == 0).then(|| pending.remove(&index).expect("it is there"))
 }
 
 impl Pending {
@@ -200,10 +222,10 @@ impl Pending {
         let n_pictures = names.len();
         let record =
             Record { index: query.index, warm_up, input: names.join(" "), n_pictures, scheduled_ms: due, ..Record::default() };
-        Self { record, n_open: n_pictures, last_token: None, outputs: Vec::new() }
+        Self { record, inputs: query.inputs.clone(), n_open: n_pictures, last_token: None, outputs: vec![None; n_pictures] }
     }
 
-    fn take(&mut self, at: Instant, what: What, clock: &Clock) {
+    fn take(&mut self, News { place, at, what, .. }: News, clock: &Clock) {
         let record = &mut self.record;
         match what {
             What::Tokens(n) => {
@@ -217,7 +239,7 @@ impl Pending {
             What::Done { output, stages_ms } => {
                 // Of several pictures the stages overlap, so that no sum of them is the query's time.
                 record.stages_ms = if record.n_pictures == 1 { stages_ms } else { Vec::new() };
-                self.outputs.push(output);
+                self.outputs[place] = Some(output);
                 self.n_open -= 1;
             }
             What::Failed(why) => {
@@ -228,8 +250,12 @@ impl Pending {
         record.done_ms = clock.at(at);
     }
 
-    fn end(self) -> Record {
-        Record { output: self.outputs.join("\n"), ..self.record }
+    fn end(self, truths: Option<&Truths>) -> Record {
+        let answers = || self.inputs.iter().zip(&self.outputs).filter_map(|(input, output)| Some((*input, output.as_deref()?)));
+        let known = answers().filter_map(|(input, output)| truths?.holds(input, output));
+        let truth = Truth::of(known);
+        let output = answers().map(|(_, output)| output).collect::<Vec<_>>().join("\n");
+        Record { output, truth, ..self.record }
     }
 }
 
@@ -269,7 +295,8 @@ mod tests {
     fn go(load: &Load, length: Length, time: fn(usize) -> u64, n_pictures: usize) -> Vec<Record> {
         let (stop, inputs) = (AtomicBool::new(false), ["a".to_owned(), "b".to_owned(), "c".to_owned()]);
         let mut target = Timed(Synthetic::new(), time);
-        Run { target: &mut target, inputs: &inputs, n_pictures, stop: &stop, on_record: &mut |_| {} }.go(load, length, false)
+        Run { target: &mut target, inputs: &inputs, n_pictures, stop: &stop, truths: None, on_record: &mut |_| {} }
+            .go(load, length, false)
     }
 
     #[test]
@@ -311,7 +338,8 @@ mod tests {
             n += 1;
             stop.store(n == 3, Ordering::Relaxed);
         };
-        let mut run = Run { target: &mut target, inputs: &inputs, n_pictures: 1, stop: &stop, on_record: &mut on_record };
+        let mut run =
+            Run { target: &mut target, inputs: &inputs, n_pictures: 1, stop: &stop, truths: None, on_record: &mut on_record };
         let found = run.go(&Load::Closed(1), Length { queries: 1_000, time: Duration::ZERO }, true);
         assert!((3..=4).contains(&found.len()), "{}", found.len());
         assert!(found[0].warm_up);

@@ -28,14 +28,14 @@ impl Local {
 
 impl Target for Local {
     fn send(&mut self, query: &Query, to: Told) {
-        for input in &query.inputs {
-            let (picture, want, told) = (self.pictures[*input].clone(), self.wants[*input].clone(), to.clone());
+        for (place, input) in query.inputs.iter().enumerate() {
+            let (picture, want, told) = (self.pictures[*input].clone(), self.wants[*input].clone(), to.about(place));
             let tell = Box::new(move |progress: Progress<'_>| {
                 told.tell(what(progress));
                 ControlFlow::Continue(())
             });
             if let Err(error) = self.service.submit(Job { picture, limits: Limits::default(), want, tell }) {
-                to.tell(What::Failed(error.to_string()));
+                to.about(place).tell(What::Failed(error.to_string()));
             }
         }
     }

@@ -16,6 +16,7 @@ pub mod record;
 pub mod report;
 pub mod startup;
 pub mod statistics;
+pub mod truths;
 
 mod error;
 

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::truths::Truth;
 use crate::timing::{Timings, milliseconds};
 
 /// One query. Times are milliseconds from the start of the run.
@@ -35,6 +36,9 @@ pub struct Record {
     pub stages_ms: Vec<(String, f64)>,
     /// What was written, or a digest of what was computed.
     pub output: String,
+    /// How many of its answers are true, where that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub truth: Option<Truth>,
     /// Why there is no answer, if there is none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,

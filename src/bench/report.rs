@@ -164,6 +164,9 @@ impl Report {
         rates.good.map_or(Ok(()), |good| write!(out, ", {} good ones", short(good)))?;
         let counts = figures.counts;
         writeln!(out, "; {} answered, {} failed, {} to warm up", counts.answered, counts.failed, counts.warm_up)?;
+        if let Some(truth) = figures.truth {
+            writeln!(out, "{} of {} answers are true, {:.1} %", truth.n_true, truth.n_known, truth.share() * 100.0)?;
+        }
         writeln!(out, "`~`: the sample is too small to say so with a certainty of 99 %; ± is the 95 % interval of a percentile")?;
         figures.objections.iter().try_for_each(|why| writeln!(out, "not valid: {why}"))?;
         if self.is_complete { Ok(()) } else { writeln!(out, "not valid: the run was stopped") }

@@ -52,8 +52,8 @@ impl Startup {
 
 impl Target for Startup {
     fn send(&mut self, query: &Query, to: Told) {
-        for input in &query.inputs {
-            let (program, picture, told) = (self.program.clone(), self.pictures[*input].clone(), to.clone());
+        for (place, input) in query.inputs.iter().enumerate() {
+            let (program, picture, told) = (self.program.clone(), self.pictures[*input].clone(), to.about(place));
             let began = Instant::now();
             std::thread::spawn(move || {
                 let (answered, end) = program.answer(picture);

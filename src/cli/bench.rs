@@ -219,13 +219,15 @@ fn measured(measure: &Measure, plan: &Plan, source: Source) -> Result<(), Failur
     let (began, before, machine) = (Moment::now(), MachineLoad::now(), Machine::detect());
     let mut journal = measure.outputs.open()?;
     let Opened { mut target, names, subject, folder: _folder } = measure.open(source)?;
+    let truths = measure.inputs.truths(&names)?;
     let (stop, records) = (stopped_by_signals()?, &mut Vec::new());
     let (mut live, mut broken) = (Live::new(plan.n_queries(measure.queries.get())), None);
     let mut on_record = |record: &Record| {
         live.note(record);
         broken = broken.take().or_else(|| journal.note(record).err());
     };
-    let mut run = Run { target: &mut *target, inputs: &names, n_pictures: plan.n_pictures, stop, on_record: &mut on_record };
+    let (truths, n_pictures) = (truths.as_ref(), plan.n_pictures);
+    let mut run = Run { target: &mut *target, inputs: &names, n_pictures, stop, truths, on_record: &mut on_record };
     records.extend(plan.warm_up(&mut run, measure.warm_up));
     records.extend(run.go(&plan.load, Length { queries: measure.queries.get(), time: measure.duration }, false));
     live.end();

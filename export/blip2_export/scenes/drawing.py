@@ -6,14 +6,10 @@ A scene has one to four objects in the cells of a 3×3 grid. Within one scene al
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import random
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -212,18 +208,19 @@ def describe(scene: Scene) -> str:
 
 def relation(a: Thing, b: Thing, rng: random.Random) -> str | None:
     """A true relation of `a` to `b`; none when they share a cell's row and column (impossible in one scene)."""
-    names = []
-    if a.column != b.column:
-        names.append("left of" if a.column < b.column else "right of")
-    if a.row != b.row:
-        names.append("above" if a.row < b.row else "below")
+    names = relations(a, b)
     return rng.choice(names) if names else None
+
+
+def relations(a: Thing, b: Thing) -> list[str]:
+    """Whatever `a` is to `b`."""
+    return [name for name in RELATIONS if _related(a, name, b)]
 
 
 def caption(scene: Scene, rng: random.Random, kind: str | None = None) -> str:
     """One of several phrasings; says one or two true things. `kind` asks for one of those that the scene has."""
     thing = rng.choice(scene.things)
-    noun = _noun(thing)
+    noun = noun_of(thing)
     alone = len(scene.things) == 1
     kinds = ["size", "place"] if alone else ["size", "place", "relation", "relation", "count", "list"]
     kind = kind if kind in kinds else rng.choice(kinds)
@@ -233,7 +230,7 @@ def caption(scene: Scene, rng: random.Random, kind: str | None = None) -> str:
     if kind == "place":
         return rng.choice((f"{noun} at the {thing.place}", f"at the {thing.place} there is {noun}"))
     other = rng.choice([t for t in scene.things if t is not thing])
-    other_noun = _noun(other)
+    other_noun = noun_of(other)
     if kind == "relation":
         return f"{noun} {relation(thing, other, rng)} {other_noun}"
     if kind == "count":
@@ -241,7 +238,7 @@ def caption(scene: Scene, rng: random.Random, kind: str | None = None) -> str:
     return rng.choice((f"{noun} and {other_noun}", f"a picture of {noun} and {other_noun}"))
 
 
-def _noun(thing: Thing) -> str:
+def noun_of(thing: Thing) -> str:
     return f"{_article(thing.colour)} {thing.colour} {thing.shape}"
 
 
@@ -376,46 +373,3 @@ def _alternatives(word: str) -> tuple[str, ...]:
         if word in group:
             return tuple(w for w in group if w != word)
     return ()
-
-
-# Command line
-
-
-def write_dataset(folder: Path, n: int, seed: int, side: int, unseen: bool = False) -> None:
-    """`folder/000000.png`… with `annotations.json` (COCO captions form) and `questions.json`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = random.Random(seed)
-    images, annotations, questions = [], [], []
-    for i in range(n):
-        scene = sample_scene(rng, unseen=unseen)
-        name = f"{i:06}.png"
-        draw(scene, side).save(folder / name)
-        images.append({"id": i, "file_name": name})
-        annotations += [{"id": 5 * i + k, "image_id": i, "caption": caption(scene, rng)} for k in range(5)]
-        for kind in QUESTION_KINDS:
-            _, asked, answer = question(scene, rng, kind)
-            questions.append({"image_id": i, "kind": kind, "question": asked, "answer": answer})
-    (folder / "annotations.json").write_text(json.dumps({"images": images, "annotations": annotations}))
-    (folder / "questions.json").write_text(json.dumps(questions))
-
-
-def scenes(seed: int, unseen: bool = False) -> Iterator[Scene]:
-    """Endless scenes of one seed."""
-    rng = random.Random(seed)
-    while True:
-        yield sample_scene(rng, unseen=unseen)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("out", type=Path, help="folder for the pictures and their annotations")
-    parser.add_argument("--count", type=int, default=100, help="pictures to draw (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--side", type=int, default=256, help="side of a picture in pixels (default %(default)s)")
-    parser.add_argument(
-        "--unseen", action="store_true", help="every scene holds a shape–colour pair kept out of training"
-    )
-
-
-def run(args: argparse.Namespace) -> int:
-    write_dataset(args.out, args.count, args.seed, args.side, args.unseen)
-    return 0

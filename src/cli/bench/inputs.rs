@@ -6,8 +6,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::Task;
+use crate::bench::BenchError;
 use crate::bench::drawn::{Size, drawn};
 use crate::bench::http::Asked;
+use crate::bench::truths::Truths;
 use crate::bundle::{Bundle, TaskName};
 use crate::cli::Failure;
 use crate::cli::args::Model;
@@ -33,6 +35,10 @@ pub(super) struct Inputs {
     /// A question of `ask`, taken in turn, or a text of `match`; may be given several times
     #[arg(long, value_name = "TEXT")]
     text: Vec<String>,
+    /// What is true of the pictures: a JSON object from their file names, or `0.png: QUESTION`, to lists of answers
+    /// [default: truths.json beside the first picture, if there is one]
+    #[arg(long, value_name = "FILE", requires = "images")]
+    truths: Option<PathBuf>,
     /// How many pictures to draw, JPEG files that all differ, where none are given
     #[arg(long, value_name = "N", default_value = "64", conflicts_with = "images")]
     drawn: NonZeroUsize,
@@ -142,6 +148,30 @@ impl Inputs {
             }
         };
         Ok([before, behind])
+    }
+
+    /// What is true of inputs of these names, if anybody says.
+    pub fn truths(&self, names: &[String]) -> Result<Option<Truths>, Failure> {
+        let writes = matches!(self.task, Task::Caption | Task::Ask);
+        let beside = || self.images.first().filter(|_| writes).and_then(|picture| Truths::beside(picture));
+        if self.truths.is_some() && !writes {
+            return Err(Failure::Usage(format!("--truths are not for --task {}", self.task.name())));
+        }
+        let Some(path) = self.truths.clone().or_else(beside) else { return Ok(None) };
+        let names: Vec<String> = names.iter().map(|name| self.without_folder(name)).collect();
+        match Truths::read(&path, &names) {
+            Err(BenchError::NoTruths { .. }) if self.truths.is_none() => Ok(None),
+            read => read.map(Some).map_err(|error| Failure::Usage(crate::cli::chain(&error))),
+        }
+    }
+
+    /// An input's name with that of the picture's file alone.
+    fn without_folder(&self, name: &str) -> String {
+        let rest = |path: &PathBuf| {
+            let (file, rest) = (path.file_name()?, name.strip_prefix(&*plain(&path.to_string_lossy()))?);
+            (rest.is_empty() || rest.starts_with(": ")).then(|| format!("{}{rest}", plain(&file.to_string_lossy())))
+        };
+        self.images.iter().find_map(rest).unwrap_or_else(|| name.to_owned())
     }
 
     /// Every picture with the next of what is wanted; of several, every picture meets each.
