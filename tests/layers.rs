@@ -11,7 +11,8 @@ const ORDER: [&str; 18] = [
 ];
 
 /// Outside libraries and the module that may name them.
-const DOORS: [(&str, &str); 21] = [
+const DOORS: [(&str, &str); 22] = [
+    ("nvml_wrapper", "bench"),
     ("rustix", "bench"),
     ("indicatif", "cli"),
     ("ureq", "bench"),

@@ -6,6 +6,7 @@
 pub mod arrivals;
 pub mod compare;
 pub mod drawn;
+pub mod energy;
 pub mod environment;
 pub mod figures;
 pub mod html;

@@ -7,6 +7,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::BenchError;
+use super::energy::Energy;
 use super::environment::{Load, Machine};
 use super::figures::{Figures, Objectives};
 use super::record::Record;
@@ -48,6 +49,9 @@ pub struct Report {
     pub timeline: Vec<Record>,
     /// The most memory that the process had resident, where the engine ran in it.
     pub peak_resident_bytes: Option<u64>,
+    /// Energy while queries counted, as far as counters tell.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub energy: Vec<Energy>,
 }
 
 /// What was measured.
@@ -167,6 +171,10 @@ impl Report {
         if let Some(truth) = figures.truth {
             writeln!(out, "{} of {} answers are true, {:.1} %", truth.n_true, truth.n_known, truth.share() * 100.0)?;
         }
+        let energy = |one: &Energy| format!("{} J ({})", short(one.joules_per_image), one.source);
+        if !self.energy.is_empty() {
+            writeln!(out, "an image takes {}", self.energy.iter().map(energy).collect::<Vec<_>>().join(", "))?;
+        }
         writeln!(out, "`~`: the sample is too small to say so with a certainty of 99 %; ± is the 95 % interval of a percentile")?;
         figures.objections.iter().try_for_each(|why| writeln!(out, "not valid: {why}"))?;
         if self.is_complete { Ok(()) } else { writeln!(out, "not valid: the run was stopped") }
@@ -225,6 +233,7 @@ pub(super) mod tests {
             timeline: timeline(&records),
             figures: figures(&records, Objectives::default()).expect("answers"),
             peak_resident_bytes: None,
+            energy: Vec::new(),
         }
     }
 

@@ -18,6 +18,7 @@ use super::args::Model;
 use super::plain::plain;
 use crate::bench::arrivals::{Rate, Spacing, trace};
 use crate::bench::compare::{self, Condition};
+use crate::bench::energy::Meter;
 use crate::bench::environment::{self, Load as MachineLoad, Machine};
 use crate::bench::figures::{Objectives, figures, quantiles, timeline};
 use crate::bench::html::page;
@@ -229,7 +230,9 @@ fn measured(measure: &Measure, plan: &Plan, source: Source) -> Result<(), Failur
     let (truths, n_pictures) = (truths.as_ref(), plan.n_pictures);
     let mut run = Run { target: &mut *target, inputs: &names, n_pictures, stop, truths, on_record: &mut on_record };
     records.extend(plan.warm_up(&mut run, measure.warm_up));
+    let meter = measure.server.url.is_none().then(Meter::start).flatten();
     records.extend(run.go(&plan.load, Length { queries: measure.queries.get(), time: measure.duration }, false));
+    let energy = meter.map(|meter| meter.stop(records)).unwrap_or_default();
     live.end();
     if let Some(failure) = broken {
         eprintln!("blip2: {failure}; what is measured goes on without it");
@@ -252,6 +255,7 @@ fn measured(measure: &Measure, plan: &Plan, source: Source) -> Result<(), Failur
         quantiles: quantiles(records),
         timeline: timeline(records),
         peak_resident_bytes: is_local.then(environment::peak_resident_bytes).flatten(),
+        energy,
     })?;
     if is_complete { Ok(()) } else { Err(Failure::Stopped) }
 }
