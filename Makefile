@@ -5,6 +5,7 @@ PYTHON ?= python3
 MODEL_PYTHON := export/.venv/bin/python
 SWIFTSHADER := target/swiftshader
 QEMU := target/qemu
+BROWSER := target/browser
 SCENES ?= 1000
 GENERATIONS ?= 10000
 FUZZ_COUNT ?= 100000
@@ -13,7 +14,7 @@ RECIPES ?= exact,fast
 ROUNDS ?= 5
 
 .DEFAULT_GOAL := help
-.PHONY: help run setup setup-webgpu setup-openvino setup-qemu setup-export build test test-rust test-python test-avx2 test-arm64 fmt demo-models evaluate parity bench fuzz clean
+.PHONY: help run setup setup-webgpu setup-openvino setup-qemu setup-browser setup-export build test test-rust test-python test-avx2 test-arm64 fmt demo-models evaluate parity bench fuzz clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -55,6 +56,16 @@ $(QEMU)/.stamp:
 		mv usr/bin/qemu-x86_64-static usr/bin/qemu-aarch64-static .. && touch ../.stamp
 	rm -r $(QEMU)/unpacked
 	@test -e $@ || echo "skipped: no emulated processors, for apt-get cannot download qemu-user-static here"
+
+setup-browser: $(BROWSER)/.stamp ## a browser without a window, to test reports in
+
+# With the libraries that the system lacks.
+$(BROWSER)/.stamp:
+	mkdir -p $(BROWSER)/unpacked
+	-cd $(BROWSER)/unpacked && apt-get download -qq chromium-headless-shell chromium-common $$(apt-get --simulate install \
+		--no-install-recommends chromium-headless-shell | awk '/^Inst/ && !/chromium/ { print $$2 }') && \
+		for package in *.deb; do dpkg -x $$package . || exit 1; done && rm *.deb && touch ../.stamp
+	@test -e $@ || echo "skipped: no browser, for apt-get cannot download chromium-headless-shell here"
 
 setup-export: export/.venv/.stamp ## PyTorch and transformers for export/
 
