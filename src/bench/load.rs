@@ -261,6 +261,11 @@ impl Pending {
 
 #[cfg(test)]
 mod tests {
+    use rand::SeedableRng;
+    use rand::rngs::StdRng;
+    use rand_distr::{Distribution, StandardNormal};
+
+    use super::super::statistics::{PERCENTILES, Percentile, Sample};
     use super::*;
 
     /// Answers one query after another, each in its time.
@@ -343,5 +348,62 @@ mod tests {
         let found = run.go(&Load::Closed(1), Length { queries: 1_000, time: Duration::ZERO }, true);
         assert!((3..=4).contains(&found.len()), "{}", found.len());
         assert!(found[0].warm_up);
+    }
+
+    /// Is done with each query at a known time, whatever the machine is busy with.
+    struct Known<F>(F);
+
+    impl<F: FnMut(&Query, Instant) -> Instant> Target for Known<F> {
+        fn send(&mut self, query: &Query, to: Told) {
+            let end = (self.0)(query, Instant::now());
+            to.tell_at(end, What::Done { output: "text".into(), stages_ms: Vec::new() });
+        }
+    }
+
+    fn latencies(target: &mut dyn Target, load: &Load, queries: usize) -> Sample {
+        let (stop, inputs) = (AtomicBool::new(false), ["a".to_owned()]);
+        let length = Length { queries, time: Duration::ZERO };
+        let mut run = Run { target, inputs: &inputs, n_pictures: 1, stop: &stop, truths: None, on_record: &mut |_| {} };
+        Sample::new(run.go(load, length, false).iter().map(Record::latency_ms))
+    }
+
+    #[test]
+    fn intervals_hold_the_percentiles_of_an_engine_that_is_known() {
+        // Lognormal, as latencies are: a median of 50 ms, and what lies that many deviations above it.
+        let latency = |deviations: f64| 50.0 * (0.4 * deviations).exp();
+        let truth = [0.0, 1.281_551_565_5, 1.644_853_627, 2.326_347_874, 3.090_232_306].map(latency);
+        let (mut random, n_runs, mut n_held) = (StdRng::seed_from_u64(0), 200, [0; 5]);
+        for _ in 0..n_runs {
+            let mut engine = Known(|_: &Query, sent: Instant| {
+                let deviations: f64 = StandardNormal.sample(&mut random);
+                sent + Duration::from_secs_f64(latency(deviations) / 1e3)
+            });
+            let found = latencies(&mut engine, &Load::Closed(4), 700);
+            for ((rank, truth), n_held) in PERCENTILES.into_iter().zip(truth).zip(&mut n_held) {
+                let Percentile { interval: [low, high], certified, .. } = found.percentile(rank);
+                // Of 700 values none need lie beyond 99.9 %: then the interval ends with the largest.
+                let is_open = certified.is_none() && high == found.percentile(100.0).value;
+                *n_held += usize::from(low <= truth && (truth <= high || is_open));
+            }
+        }
+        assert!(n_held.iter().all(|n_held| *n_held >= n_runs * 93 / 100), "of {n_runs}: {n_held:?}");
+    }
+
+    #[test]
+    fn a_stall_of_a_second_shows_in_the_percentiles_of_a_schedule() {
+        // One query every 5 ms for 3 s, one after another in 2 ms; at 1 s the engine stands still until 2 s.
+        let schedule: Vec<_> = (0..600).map(|i| Duration::from_millis(i * 5)).collect();
+        let (start, mut free) = (Instant::now(), Instant::now());
+        let stall = [1.0, 2.0].map(|second| start + Duration::from_secs_f64(second));
+        let mut engine = Known(|_: &Query, sent: Instant| {
+            let begin = sent.max(free);
+            let begin = if begin > stall[0] { begin.max(stall[1]) } else { begin };
+            free = begin + Duration::from_millis(2);
+            free
+        });
+        let found = latencies(&mut engine, &Load::Open(schedule), 0);
+        // 200 came meanwhile and waited a second less what had passed of it, and those that came until the line was empty.
+        let [p50, p99, max] = [50.0, 99.0, 100.0].map(|rank| found.percentile(rank).value);
+        assert!((950.0..1_050.0).contains(&p99) && max < 1_100.0 && p50 > 100.0, "{p50} {p99} {max}");
     }
 }
