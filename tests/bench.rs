@@ -119,6 +119,48 @@ fn a_fast_wrong_engine_is_seen() {
     std::fs::remove_dir_all(folder).unwrap();
 }
 
+/// Fields of a value that a schema does not describe.
+fn undescribed(root: &Value, schema: &Value, value: &Value, at: &str, found: &mut Vec<String>) {
+    let schema = match schema["$ref"].as_str() {
+        Some(name) => root.pointer(name.trim_start_matches('#')).unwrap(),
+        None => schema["anyOf"].as_array().map_or(schema, |kinds| &kinds[0]),
+    };
+    if schema["$ref"].is_string() {
+        return undescribed(root, schema, value, at, found);
+    }
+    let fields = value.as_object().into_iter().flatten();
+    for (name, value) in fields {
+        let (field, at) = (&schema["properties"][name], format!("{at}/{name}"));
+        let free = &schema["additionalProperties"];
+        match (field.is_object(), free.is_object()) {
+            (true, _) if field["description"].is_string() => undescribed(root, field, value, &at, found),
+            (false, true) => undescribed(root, free, value, &at, found),
+            _ => found.push(at),
+        }
+    }
+    for (i, item) in value.as_array().into_iter().flatten().enumerate() {
+        let items = if schema["items"].is_object() { &schema["items"] } else { &schema["prefixItems"][i] };
+        undescribed(root, items, item, &format!("{at}/{i}"), found);
+    }
+}
+
+#[test]
+fn every_field_of_a_report_is_described() {
+    let folder = folder("schema");
+    let (out, _) = ends(&command(&["schema"]).output().unwrap(), 0);
+    let mut schema: Value = serde_json::from_str(&out).unwrap();
+    let report = report(&folder, &few(&["single", "--queries", "4", "--slo", "e2e=500"], T5));
+    let find = |schema: &Value| {
+        let mut found = Vec::new();
+        undescribed(schema, schema, &report, "", &mut found);
+        found
+    };
+    assert_eq!(find(&schema), [""; 0]);
+    schema["$defs"]["Percentile"]["properties"].as_object_mut().unwrap().remove("certified");
+    assert!(find(&schema).iter().any(|at| at.ends_with("percentiles/0/certified")), "{:?}", find(&schema));
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
 #[test]
 fn a_start_is_measured_to_the_answer() {
     let folder = folder("startup");

@@ -11,8 +11,9 @@ const ORDER: [&str; 18] = [
 ];
 
 /// Outside libraries and the module that may name them.
-const DOORS: [(&str, &str); 22] = [
+const DOORS: [(&str, &str); 23] = [
     ("nvml_wrapper", "bench"),
+    ("schemars", "bench"),
     ("rustix", "bench"),
     ("indicatif", "cli"),
     ("ureq", "bench"),

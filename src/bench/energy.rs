@@ -9,6 +9,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nvml_wrapper::Nvml;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::record::Record;
@@ -17,7 +18,7 @@ use super::record::Record;
 const EVERY: Duration = Duration::from_millis(100);
 
 /// What one counter or sensor saw.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Energy {
     /// Its name: `package-0`, `dram`, `gpu 0`, `VDD_IN`. Some hold what others count too, so that they have no sum.
     pub source: String,

@@ -3,12 +3,13 @@
 use std::fs;
 use std::path::Path;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::runtime::{Processor, default_threads, installed_bytes};
 
 /// The machine, once.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Machine {
     /// As the system calls it.
     pub processor: Option<String>,
@@ -31,7 +32,7 @@ pub struct Machine {
 }
 
 /// The machine at a moment.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Load {
     /// Mean number of running processes in the last minute.
     pub last_minute: Option<f64>,

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -16,7 +17,7 @@ const MOST_LAG: f64 = 0.01;
 const MOST_UNACCOUNTED: f64 = 0.02;
 
 /// What answers must keep to count as good.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Objectives {
     /// The latest end, in milliseconds.
     pub end_to_end_ms: Option<f64>,
@@ -27,7 +28,7 @@ pub struct Objectives {
 }
 
 /// What was measured of all queries that are no warm-up.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Figures {
     /// Latencies by name, in milliseconds.
     pub latencies_ms: BTreeMap<String, Summary>,
@@ -49,7 +50,7 @@ pub struct Figures {
 }
 
 /// What was done a second, from the first arrival to the last end.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Rates {
     /// Queries with an answer.
     pub queries: f64,
@@ -62,7 +63,7 @@ pub struct Rates {
 }
 
 /// How many queries came to what.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Counts {
     /// Sent.
     pub sent: usize,

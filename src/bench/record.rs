@@ -1,12 +1,13 @@
 //! What happened to one query: when it was due, sent, answered, and where its time went. Everything reported is made of these.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::truths::Truth;
 use crate::timing::{Timings, milliseconds};
 
 /// One query. Times are milliseconds from the start of the run.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Record {
     /// Its place in the schedule, from 0.
     pub index: usize,

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::Path;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::BenchError;
@@ -19,7 +20,7 @@ pub const SCHEMA: &str = "blip2-bench";
 pub const VERSION: u32 = 1;
 
 /// One run.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Report {
     /// [`SCHEMA`].
     pub schema: String,
@@ -55,7 +56,7 @@ pub struct Report {
 }
 
 /// What was measured.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Subject {
     /// The program and its version.
     pub engine: String,
@@ -76,7 +77,7 @@ pub struct Subject {
 }
 
 /// What it had to do.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Work {
     /// `single`, `multi`, `offline` or `server`.
     pub scenario: String,
@@ -94,6 +95,11 @@ pub struct Work {
     pub search: Option<String>,
     /// What answers must keep to count as good.
     pub objectives: Objectives,
+}
+
+/// JSON Schema of a report, with what each field means.
+pub fn schema() -> String {
+    serde_json::to_string_pretty(&schemars::schema_for!(Report)).expect("a schema is JSON")
 }
 
 impl Report {

@@ -2,6 +2,7 @@
 
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use statrs::function::beta::beta_reg;
 
@@ -27,7 +28,7 @@ pub struct Sample {
 }
 
 /// A percentile as a report shows it.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Percentile {
     /// In percent.
     pub rank: f64,
@@ -40,7 +41,7 @@ pub struct Percentile {
 }
 
 /// How many values lie far from the median. None is dropped.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Outliers {
     /// Beyond 3.5 deviations, estimated from the median absolute deviation.
     pub mild: usize,
@@ -49,7 +50,7 @@ pub struct Outliers {
 }
 
 /// A sample's description. Units are those of its values.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Summary {
     /// Number of values.
     pub count: usize,
@@ -70,7 +71,7 @@ pub struct Summary {
 }
 
 /// A ratio of two medians.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Ratio {
     /// The first divided by the second.
     pub value: f64,

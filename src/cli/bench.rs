@@ -86,6 +86,8 @@ enum Scenario {
         #[arg(long, value_name = "FILE")]
         html: PathBuf,
     },
+    /// What every field of a report means, as JSON Schema; `Record` in it is a line of --jsonl
+    Schema,
 }
 
 #[derive(Debug, clap::Args)]
@@ -191,6 +193,7 @@ pub(super) fn run(command: &Bench) -> Result<(), Failure> {
             )
         }
         Scenario::Compare(compare) => compared(compare),
+        Scenario::Schema => Ok(writeln!(stdout().lock(), "{}", report::schema())?),
         Scenario::Page { reports, html } => {
             let reports = reports.iter().map(|path| read(path)).collect::<Result<Vec<_>, _>>()?;
             std::fs::write(html, page(&reports)).map_err(|source| Failure::Report { path: html.clone(), source })
