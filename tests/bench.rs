@@ -256,6 +256,11 @@ fn what_makes_no_sense_is_refused_in_one_line() {
     for (args, code, part) in [
         (&["server", "--rate", "0"][..], 2, "0 is no rate"),
         (&["server", "--rate", "-3"], 2, "-3 is no rate"),
+        (&["server", "--rate", "1e300", "--queries", "9"], 2, "1e300 queries a second are more than 10000000 in 10 s"),
+        (&["server", "--rate", "1e-300", "--drawn", "1"], 2, "at 1e-300 queries a second none comes in"),
+        (&["single", "--drawn", "100000000000"], 2, "from 1 to 10000"),
+        (&["offline", "--concurrency", "1000000000"], 2, "from 1 to 10000"),
+        (&["multi", "--pictures", "100000000000"], 2, "from 1 to 10000"),
         (&["server", "--rate", "NaN"], 2, "NaN is no rate"),
         (&["server", "--rate", "1", "--burstiness", "0"], 2, "0 is no burstiness"),
         (&["server", "--trace", backwards], 2, "line 2: `0.5` lies before the line above it"),

@@ -2,14 +2,16 @@
 
 use std::path::PathBuf;
 
+use super::arrivals::{MOST_ARRIVALS, MOST_BYTES};
+
 /// One clear line each.
 #[derive(Debug, thiserror::Error)]
 pub enum BenchError {
     /// Nothing arrives at such a rate.
-    #[error("{0} is no rate: queries a second are a number above 0")]
+    #[error("{} is no rate: queries a second are a number above 0", number(*.0))]
     Rate(f64),
     /// Gaps have no such shape.
-    #[error("{0} is no burstiness: a number above 0 is needed, 1 for Poisson arrivals, less for bursts")]
+    #[error("{} is no burstiness: a number above 0 is needed, 1 for Poisson arrivals, less for bursts", number(*.0))]
     Burstiness(f64),
     /// A file cannot be read.
     #[error("{} cannot be read", path.display())]
@@ -34,6 +36,12 @@ pub enum BenchError {
     /// A trace says nothing.
     #[error("{}: there are no arrivals in it", .0.display())]
     EmptyTrace(PathBuf),
+    /// A trace is no trace of anything that can be measured.
+    #[error("{}: it is larger than {} MB", .0.display(), MOST_BYTES >> 20)]
+    LongTrace(PathBuf),
+    /// More arrivals than can be kept.
+    #[error("{} queries a second are more than {MOST_ARRIVALS} in {} s; measure a shorter time, or at a lower rate", number(*.0), number(*.1))]
+    TooMany(f64, f64),
     /// A file holds no report.
     #[error("{}: {why}", path.display())]
     NoReport {
@@ -66,4 +74,9 @@ pub enum BenchError {
         /// What came back.
         why: String,
     },
+}
+
+/// With an exponent where there would be many zeros.
+pub(crate) fn number(value: f64) -> String {
+    if value == 0.0 || (1e-4..1e9).contains(&value.abs()) || !value.is_finite() { value.to_string() } else { format!("{value:e}") }
 }

@@ -22,3 +22,4 @@ pub mod truths;
 mod error;
 
 pub use error::BenchError;
+pub(crate) use error::number;

@@ -25,6 +25,7 @@ use crate::bench::html::page;
 use crate::bench::http::{self, Http};
 use crate::bench::load::{Length, Load, Run, Target};
 use crate::bench::local::Local;
+use crate::bench::number;
 use crate::bench::record::Record;
 use crate::bench::report::{self, Report, Subject};
 use crate::bench::startup::{Program, Startup};
@@ -37,6 +38,8 @@ use live::Live;
 use outputs::Outputs;
 use plan::Plan;
 
+/// With many more, there is no memory left for what is measured.
+const MOST: usize = 10_000;
 const KEY_OPTION: &str = "--api-key";
 
 #[derive(Debug, clap::Args)]
@@ -52,7 +55,7 @@ enum Scenario {
     /// Queries of several pictures, one at a time (MLPerf's MultiStream)
     Multi {
         /// Pictures in a query
-        #[arg(long, value_name = "N", default_value = "8")]
+        #[arg(long, value_name = "N", default_value = "8", value_parser = few)]
         pictures: NonZeroUsize,
         #[command(flatten)]
         measure: Measure,
@@ -60,7 +63,7 @@ enum Scenario {
     /// Everything at once: how much is done in a second (MLPerf's Offline)
     Offline {
         /// Queries that are under way together
-        #[arg(long, value_name = "N", default_value = "16")]
+        #[arg(long, value_name = "N", default_value = "16", value_parser = few)]
         concurrency: NonZeroUsize,
         #[command(flatten)]
         measure: Measure,
@@ -417,9 +420,13 @@ impl Server {
         };
         let least = Duration::try_from_secs_f64(self.measure.queries.get() as f64 / rate).unwrap_or(Duration::MAX);
         let time = self.measure.duration.max(least);
-        let schedule = Rate::new(rate, spacing).map_err(usage)?.schedule(time, self.measure.seed);
+        let schedule = Rate::new(rate, spacing).map_err(usage)?.schedule(time, self.measure.seed).map_err(usage)?;
         if schedule.is_empty() {
-            return Err(Failure::Usage(format!("at {rate} queries a second none comes in {} s", time.as_secs_f64())));
+            return Err(Failure::Usage(format!(
+                "at {} queries a second none comes in {} s",
+                number(rate),
+                number(time.as_secs_f64())
+            )));
         }
         let arrivals = format!("{rate} a second, burstiness {}", self.burstiness);
         Ok(Plan { load: Load::Open(schedule), arrivals, ..Plan::closed("server", 1, 1) })
@@ -452,6 +459,15 @@ fn read(path: &Path) -> Result<Report, Failure> {
 fn seconds(typed: &str) -> Result<Duration, String> {
     let found = typed.parse().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
     found.ok_or_else(|| "a number of seconds from 0 is needed".into())
+}
+
+/// Of what is under way or in memory together.
+fn few(typed: &str) -> Result<NonZeroUsize, String> {
+    typed
+        .parse()
+        .ok()
+        .filter(|n: &NonZeroUsize| n.get() <= MOST)
+        .ok_or_else(|| format!("a whole number from 1 to {MOST} is needed"))
 }
 
 fn objectives(typed: &str) -> Result<Objectives, String> {

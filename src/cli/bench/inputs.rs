@@ -5,7 +5,7 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::Task;
+use super::{Task, few};
 use crate::bench::BenchError;
 use crate::bench::drawn::{Size, drawn};
 use crate::bench::http::Asked;
@@ -40,7 +40,7 @@ pub(super) struct Inputs {
     #[arg(long, value_name = "FILE", requires = "images")]
     truths: Option<PathBuf>,
     /// How many pictures to draw, JPEG files that all differ, where none are given
-    #[arg(long, value_name = "N", default_value = "64", conflicts_with = "images")]
+    #[arg(long, value_name = "N", default_value = "64", value_parser = few, conflicts_with = "images")]
     drawn: NonZeroUsize,
     /// Their size
     #[arg(long, value_name = "WIDTHxHEIGHT", default_value = "640x480", conflicts_with = "images")]
