@@ -70,13 +70,18 @@ impl Condition {
     }
 }
 
-/// Percentiles of latencies and rates that both reports have.
+/// Percentiles of latencies and stages, and rates, that both reports have.
 pub fn changes(before: &Report, after: &Report) -> Vec<Change> {
     let mut found = Vec::new();
     for (name, summary) in &before.figures.latencies_ms {
         let Some(other) = after.figures.latencies_ms.get(name) else { continue };
         let pairs = summary.percentiles.iter().zip(&other.percentiles);
         found.extend(pairs.filter(|(a, b)| a.rank == b.rank).map(|(a, b)| of_percentiles(name, a, b)));
+    }
+    for (name, summary) in &before.figures.stages_ms {
+        let Some((_, other)) = after.figures.stages_ms.iter().find(|(stage, _)| stage == name) else { continue };
+        let pairs = summary.percentiles.iter().zip(&other.percentiles).filter(|(a, b)| a.rank == b.rank);
+        found.extend(pairs.map(|(a, b)| of_percentiles(&format!("stage_{name}"), a, b)));
     }
     let rates = |report: &Report| {
         let rates = report.figures.rates;

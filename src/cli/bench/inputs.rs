@@ -155,6 +155,32 @@ impl Inputs {
         Ok((0..pictures.len() * wants.len()).map(pair).collect())
     }
 
+    /// What the parts of an engine write, and what pictures are compared with; an error if the bundle cannot do the task.
+    pub fn asked_of_stages(&self, bundle: &Bundle) -> Result<(prompt::Task, String), Failure> {
+        if self.tokens.is_some() {
+            return Err(Failure::Usage("--tokens is not for stages".into()));
+        }
+        if bundle.facts().language.is_some() || self.task != Task::Caption {
+            self.wants(bundle)?;
+        }
+        let text = |default: &str| self.text.first().map_or(default, String::as_str).to_owned();
+        Ok(match self.task {
+            Task::Ask => (prompt::Task::Ask(text(QUESTION)), TEXT.to_owned()),
+            _ => (prompt::Task::Caption, text(TEXT)),
+        })
+    }
+
+    /// Beams that were asked for.
+    pub fn beams(&self) -> Option<usize> {
+        self.beams.map(NonZeroUsize::get)
+    }
+
+    /// The pictures alone, with their names.
+    pub fn pictures(&self, seed: u64) -> Result<(Vec<String>, Vec<Arc<[u8]>>), Failure> {
+        let pictures = if self.images.is_empty() { self.draw(seed) } else { self.open()? };
+        Ok(pictures.into_iter().map(|Encoded { name, bytes }| (name, bytes)).unzip())
+    }
+
     /// How texts are searched, in words; nothing where none are written.
     pub fn search(&self) -> Option<String> {
         let beams = self.beams.map_or_else(|| "the bundle's beams".into(), |beams| format!("{beams} beams"));
