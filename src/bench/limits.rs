@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::cost::Cost;
 use super::figures::Figures;
 use crate::bundle::Precision;
-use crate::runtime::{GraphError, Runtime, Trial};
+use crate::runtime::{Runtime, Trial};
 
 /// What the machine can do at most, and how near each stage comes to it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -88,8 +88,10 @@ pub enum Bound {
 
 /// Sizes of buffers up to one that caches of most processors do not hold.
 const BUFFERS: [u64; 4] = [1 << 20, 8 << 20, 64 << 20, 512 << 20];
-/// Products of a ViT on one picture and on several, and larger ones: rows, depth and width. The fastest counts.
-const PRODUCTS: [[usize; 3]; 3] = [[257, 1024, 4096], [1024, 1024, 4096], [2048, 2048, 2048]];
+/// Products of a ViT on one picture and on some, and larger ones: rows, depth and width. The fastest counts.
+const PRODUCTS: [[usize; 3]; 4] = [[257, 1024, 4096], [1024, 2048, 2048], [4096, 4096, 4096], [16_384, 4096, 4096]];
+/// What takes so long is not faster for being larger.
+const LONG: Duration = Duration::from_millis(50);
 /// Runs of a trial, whatever time they take: the first finds nothing in caches.
 const RUNS: usize = 2;
 
@@ -98,17 +100,12 @@ impl Peaks {
     /// out.
     pub fn measure(runtime: &Runtime, precisions: &[Precision], time: Duration) -> Self {
         let room = runtime.room_for_trials();
-        let n_trials = PRODUCTS.len() * precisions.len() + BUFFERS.len();
-        let each = time / n_trials as u32;
+        let each = time / (PRODUCTS.len() * precisions.len() + BUFFERS.len()) as u32;
         let read = |bytes: &u64| {
-            let trial = || runtime.reading_trial(*bytes as usize);
-            let bytes_per_second = (2 * *bytes <= room).then(|| rate(trial, each)).flatten()?;
-            Some(Bandwidth { buffer_bytes: *bytes, bytes_per_second })
+            let mut trial = (2 * *bytes <= room).then(|| runtime.reading_trial(*bytes as usize).ok()).flatten()?;
+            Some(Bandwidth { buffer_bytes: *bytes, bytes_per_second: trial.amount() / fastest(&mut trial, each)?.as_secs_f64() })
         };
-        let multiply = |precision: &Precision| {
-            let rates = PRODUCTS.iter().filter_map(|sizes| rate(|| runtime.product_trial(*precision, *sizes), each));
-            Some((*precision, rates.reduce(f64::max)?))
-        };
+        let multiply = |precision: &Precision| Some((*precision, multiplied(runtime, *precision, each)?));
         Self {
             memory: BUFFERS.iter().filter_map(read).collect(),
             operations_per_second: precisions.iter().filter_map(multiply).collect(),
@@ -118,8 +115,9 @@ impl Peaks {
     /// The higher of each.
     #[must_use]
     pub fn or(mut self, other: &Self) -> Self {
-        for (mine, others) in self.memory.iter_mut().zip(&other.memory).filter(|(a, b)| a.buffer_bytes == b.buffer_bytes) {
-            mine.bytes_per_second = mine.bytes_per_second.max(others.bytes_per_second);
+        for mine in &mut self.memory {
+            let same = other.memory.iter().find(|others| others.buffer_bytes == mine.buffer_bytes);
+            mine.bytes_per_second = same.map_or(0.0, |same| same.bytes_per_second).max(mine.bytes_per_second);
         }
         for (precision, rate) in &other.operations_per_second {
             let mine = self.operations_per_second.entry(*precision).or_insert(*rate);
@@ -146,17 +144,30 @@ impl Peaks {
     }
 }
 
-/// Amounts a second of the fastest run.
-fn rate(trial: impl FnOnce() -> Result<Trial, GraphError>, time: Duration) -> Option<f64> {
-    let (mut trial, start) = (trial().ok()?, Instant::now());
-    let mut fastest = Duration::MAX;
+/// Operations a second of the fastest product; nothing where there is no kernel.
+fn multiplied(runtime: &Runtime, precision: Precision, time: Duration) -> Option<f64> {
+    let mut most: Option<f64> = None;
+    for sizes in PRODUCTS {
+        let Some(mut trial) = runtime.product_trial(precision, sizes).ok() else { break };
+        let Some(fastest) = fastest(&mut trial, time) else { break };
+        most = Some(most.unwrap_or(0.0).max(trial.amount() / fastest.as_secs_f64()));
+        if fastest > LONG {
+            break;
+        }
+    }
+    most
+}
+
+/// The shortest of runs that take about so long in all; nothing if one fails.
+fn fastest(trial: &mut Trial, time: Duration) -> Option<Duration> {
+    let (start, mut fastest) = (Instant::now(), Duration::MAX);
     for n in 0.. {
         if n >= RUNS && start.elapsed() >= time {
             break;
         }
         fastest = fastest.min(trial.run().ok()?);
     }
-    Some(trial.amount() / fastest.as_secs_f64())
+    Some(fastest)
 }
 
 impl Limits {
@@ -196,17 +207,17 @@ impl Bound {
     }
 }
 
-/// Such as `float32 140 G operations/s; memory 21.5 GB/s, 1 MB of it 88.1`.
+/// Such as `float32 140 G operations/s; memory 21.5 GB/s (1 MB: 88.1, 8 MB: 85.3)`.
 impl std::fmt::Display for Peaks {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let operations =
-            self.operations_per_second.iter().map(|(precision, rate)| format!("{precision} {:.0} G operations/s", rate / 1e9));
-        f.write_str(&operations.collect::<Vec<_>>().join(", "))?;
+        let rates = self.operations_per_second.iter();
+        let rates = rates.map(|(precision, rate)| format!("{precision} {} G operations/s", shown(Some(rate / 1e9))));
+        f.write_str(&rates.collect::<Vec<_>>().join(", "))?;
         let Some((last, smaller)) = self.memory.split_last() else { return Ok(()) };
-        write!(f, "; memory {:.1} GB/s", last.bytes_per_second / 1e9)?;
-        smaller.iter().try_for_each(|bandwidth| {
-            write!(f, ", {} MB of it {:.1}", bandwidth.buffer_bytes >> 20, bandwidth.bytes_per_second / 1e9)
-        })
+        let rate = |bandwidth: &Bandwidth| shown(Some(bandwidth.bytes_per_second / 1e9));
+        write!(f, "; memory {} GB/s", rate(last))?;
+        let smaller = smaller.iter().map(|buffer| format!("{} MB: {}", buffer.buffer_bytes >> 20, rate(buffer)));
+        write!(f, " ({})", smaller.collect::<Vec<_>>().join(", "))
     }
 }
 
@@ -215,4 +226,71 @@ fn shown(value: Option<f64>) -> String {
     let Some(value) = value.filter(|value| *value > 0.0) else { return "–".into() };
     let digits = (2 - value.log10().floor() as i32).clamp(0, 9) as usize;
     format!("{value:.digits$}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench::report::tests::report;
+
+    fn peaks() -> Peaks {
+        let buffer = |buffer_bytes, bytes_per_second| Bandwidth { buffer_bytes, bytes_per_second };
+        Peaks {
+            memory: vec![buffer(1 << 20, 8e9), buffer(8 << 20, 9e9), buffer(64 << 20, 1e9)],
+            operations_per_second: [(Precision::Float32, 1e9), (Precision::Int8, 4e9)].into(),
+        }
+    }
+
+    fn cost(operations: &[(Precision, u64)], weight_bytes: u64) -> Cost {
+        Cost { operations: operations.iter().copied().collect(), weight_bytes, ..Cost::default() }
+    }
+
+    #[test]
+    fn a_floor_is_the_longer_of_both_times() {
+        let floor = |operations: &[(Precision, u64)], bytes| peaks().floor(&cost(operations, bytes));
+        let found = floor(&[(Precision::Float32, 1_000_000), (Precision::Int8, 4_000_000)], 1000).expect("costs");
+        assert_eq!((found.ms, found.bound), (2.0, Bound::Compute));
+        let found = floor(&[(Precision::Float32, 1_000_000)], 100 << 20).expect("costs");
+        assert_eq!((found.ms, found.compute_ms, found.bound), (f64::from(100 << 20) / 1e6, 1.0, Bound::Memory));
+        // There is no rate for this type, so only its bytes say something.
+        let found = floor(&[(Precision::Float16, 1_000_000)], 9_000_000).expect("costs");
+        assert_eq!((found.ms, found.compute_ms), (1.0, 0.0));
+        assert_eq!(floor(&[], 0), None);
+        assert_eq!(Peaks::default().floor(&cost(&[(Precision::Float32, 1)], 1)), None);
+    }
+
+    #[test]
+    fn bytes_that_caches_may_hold_count_at_the_rate_of_caches() {
+        for (bytes, expected) in [(1000, 9e9), (2 << 20, 9e9), (9 << 20, 9e9), (63 << 20, 9e9), (64 << 20, 1e9), (1 << 40, 1e9)] {
+            assert_eq!(peaks().bandwidth(bytes), Some(expected), "{bytes}");
+        }
+    }
+
+    #[test]
+    fn the_higher_of_two_measurements_counts() {
+        let (mut first, mut second) = (peaks(), peaks());
+        first.memory[0].bytes_per_second = 1e9;
+        second.operations_per_second.insert(Precision::Float32, 2e9);
+        second.memory.remove(2);
+        let found = first.or(&second);
+        assert_eq!((found.memory[0].bytes_per_second, found.memory[2].bytes_per_second), (8e9, 1e9));
+        assert_eq!(found.operations_per_second[&Precision::Float32], 2e9);
+    }
+
+    #[test]
+    fn stages_without_costs_have_a_dash() {
+        let costs = [("vision".to_owned(), cost(&[(Precision::Float32, 20_000_000)], 1_000_000))];
+        let figures = report(70).figures;
+        let limits = Limits::new("avx2".into(), peaks(), &costs, &figures);
+        let row = |limits: &Limits| limits.markdown().lines().nth(2).expect("a row").to_owned();
+        // The median of 10, 11, … is 44.5 milliseconds.
+        assert_eq!(row(&limits), "| vision | 0.0200 | 1.00 | 20.0 | compute | 2.23 |");
+        assert!(limits.markdown().ends_with(
+            "at most (avx2): float32 1.00 G operations/s, int8 4.00 G operations/s; memory 1.00 GB/s (1 MB: 8.00, 8 MB: 9.00)\n"
+        ));
+        let without = Limits::new("avx2".into(), peaks(), &[], &figures);
+        assert_eq!(row(&without), "| vision | – | – | – | – | – |");
+        let json = serde_json::to_string(&limits).expect("limits are JSON");
+        assert_eq!(serde_json::from_str::<Limits>(&json).expect("they were written here"), limits);
+    }
 }

@@ -243,3 +243,94 @@ impl Target for Stages {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::runtime::{Provider, ProviderChoice, RuntimeOptions};
+
+    fn engine(folder: &Path) -> Engine {
+        let provider = ProviderChoice::Only(Provider::Cpu);
+        Engine::open(folder, &RuntimeOptions { provider, ..RuntimeOptions::default() }).expect("a bundle")
+    }
+
+    fn root() -> &'static Path {
+        Path::new(env!("CARGO_MANIFEST_DIR"))
+    }
+
+    fn picture() -> Arc<[u8]> {
+        std::fs::read(root().join("models/samples/0.png")).expect("a sample").into()
+    }
+
+    #[test]
+    fn every_bundle_comes_apart_and_the_costs_are_of_its_stages() {
+        for entry in std::fs::read_dir(root().join("tests/bundles")).expect("a folder").flatten() {
+            if !entry.path().join("bundle.json").exists() {
+                continue;
+            }
+            let steps = Steps { rows: vec![1, 3], past: vec![20] };
+            let stages = Stages::new(engine(&entry.path()), vec![picture()], (Task::Caption, "a star"), &steps);
+            let mut stages = stages.unwrap_or_else(|error| panic!("{}: {error}", entry.path().display()));
+            let (Times(times), _) = stages.round(&picture()).expect("a round");
+            let costs = stages.costs().expect("known operators");
+            let without = ["decode_image", "preprocess", "text"];
+            let named: Vec<&str> = times.iter().map(|(name, _)| name.as_str()).filter(|name| !without.contains(name)).collect();
+            assert_eq!(costs.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), named, "{}", entry.path().display());
+        }
+    }
+
+    /// The most probable tokens of a text, each behind those before it; `between` runs before every step.
+    fn written(engine: &mut Engine, mut between: impl FnMut(&mut LanguageModel)) -> Vec<Vec<f32>> {
+        let picture = Picture::decode(&picture(), &Limits::default()).expect("a picture");
+        let sight = engine.see(&[&picture]).expect("a sight").remove(0);
+        let prompt = engine.context().prompt(&Task::Caption).expect("a prompt");
+        let prefix = Prefix { seen: sight.seen().expect("queries"), prompt: prompt.ids, max_new_tokens: 6 };
+        let model = engine.language();
+        model.reserve(model.room(&prefix)).expect("room");
+        model.prefill(&[prefix]).expect("a prefill");
+        let mut found = vec![model.scores(0..1).expect("scores").row(0).to_vec()];
+        for _ in 0..5 {
+            let token = argmax(&found[found.len() - 1]) as TokenId;
+            between(model);
+            model.step(&[Pick { parent: 0, token }]).expect("a step");
+            found.push(model.scores(0..1).expect("scores").row(0).to_vec());
+        }
+        model.keep(&[]);
+        found
+    }
+
+    #[test]
+    fn steps_that_are_measured_leave_a_text_in_peace_and_rows_as_they_were() {
+        for bundle in ["models/demo-opt", "models/demo-t5"] {
+            let mut engine = engine(&root().join(bundle));
+            let alone = written(&mut engine, |_| ());
+            let steps = Steps { rows: vec![4], past: vec![33] };
+            let mut writing = Writing::new(&mut engine, &picture(), Task::Caption, &steps).expect("a text");
+            let mut blank_scores = Vec::new();
+            let beside = written(&mut engine, |model| {
+                let step = &mut writing.steps[0];
+                step.run(model, 5, &mut Times::default()).expect("a step");
+                let picks: Vec<Pick> = (0..4).map(|parent| Pick { parent, token: 5 }).collect();
+                let scores = model.alone(&mut step.blank, |model| {
+                    model.step(&picks).expect("a step");
+                    model.scores(0..4).expect("scores").row(3).to_vec()
+                });
+                blank_scores.push(scores);
+            });
+            assert_eq!(alone, beside, "{bundle}");
+            assert!(blank_scores.windows(2).all(|pair| pair[0] == pair[1]), "{bundle}: every step is behind the same positions");
+        }
+    }
+
+    #[test]
+    fn steps_that_positions_do_not_allow_are_objected_to() {
+        let bundle = Bundle::open(&root().join("tests/bundles/vqa-opt")).expect("a bundle");
+        let steps = |past: &[usize]| Steps { rows: vec![1], past: past.to_vec() }.objection(&bundle);
+        assert_eq!(steps(&[1, 127]), None);
+        assert!(steps(&[48, 128]).expect("too many").starts_with("128 positions before a step"));
+        assert_eq!(Steps::of(&bundle, Some(7)), Steps { rows: vec![1, 7, 16], past: vec![48, 127] });
+        assert_eq!(Steps::of(&bundle, None).objection(&bundle), None);
+    }
+}

@@ -350,7 +350,7 @@ mod tests {
         let beside = 2 * (4 * 32 + 96 + 32 + 64 + 32) + 2 * 32; // norms and what is added
         let looked_up = 3 * 32 * 2; // of 321 embeddings and 128 positions each
         let small = 3 * 4; // which position has logits
-        assert_eq!(found.weight_bytes, (2 * (2 * layer + 32 * 321 + beside + looked_up) + small) as u64);
+        assert_eq!(found.weight_bytes, 2 * (2 * layer + 32 * 321 + beside + looked_up) + small);
     }
 
     /// Elements of all matrices that are multiplied: those of more than one axis but tables, by their numbers of rows.

@@ -66,9 +66,9 @@ impl Drop for Folder {
 }
 
 /// A picture as its file has it.
-struct Encoded {
-    name: String,
-    bytes: Arc<[u8]>,
+pub(super) struct Encoded {
+    pub name: String,
+    pub bytes: Arc<[u8]>,
 }
 
 /// One picture and what is wanted of it.
@@ -146,7 +146,7 @@ impl Inputs {
 
     /// Every picture with the next of what is wanted; of several, every picture meets each.
     fn pairs<'w, W>(&self, wants: &'w [(String, W)], seed: u64) -> Result<Vec<(Encoded, &'w W)>, Failure> {
-        let pictures = if self.images.is_empty() { self.draw(seed) } else { self.open()? };
+        let pictures = self.pictures(seed)?;
         let pair = |i: usize| {
             let (turn, i) = (i / pictures.len(), i % pictures.len());
             let (Encoded { name, bytes }, (about, want)) = (&pictures[i], &wants[(i + turn) % wants.len()]);
@@ -175,10 +175,9 @@ impl Inputs {
         self.beams.map(NonZeroUsize::get)
     }
 
-    /// The pictures alone, with their names.
-    pub fn pictures(&self, seed: u64) -> Result<(Vec<String>, Vec<Arc<[u8]>>), Failure> {
-        let pictures = if self.images.is_empty() { self.draw(seed) } else { self.open()? };
-        Ok(pictures.into_iter().map(|Encoded { name, bytes }| (name, bytes)).unzip())
+    /// The pictures alone.
+    pub fn pictures(&self, seed: u64) -> Result<Vec<Encoded>, Failure> {
+        if self.images.is_empty() { Ok(self.draw(seed)) } else { self.open() }
     }
 
     /// How texts are searched, in words; nothing where none are written.

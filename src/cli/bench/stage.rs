@@ -1,8 +1,10 @@
 //! `blip2 bench stage`: parts of a request alone, and how far each is from what the machine can do.
 
 use std::num::NonZeroUsize;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::inputs::Encoded;
 use super::plan::Plan;
 use super::{Measure, Opened, seconds};
 use crate::bench::cost::Cost;
@@ -12,6 +14,7 @@ use crate::bench::stages::{Stages, Steps};
 use crate::bundle::Precision;
 use crate::cli::Failure;
 use crate::cli::plain::plain;
+use crate::error::Error;
 use crate::runtime::{Processor, Provider, Runtime};
 
 #[derive(Debug, clap::Args)]
@@ -56,11 +59,16 @@ impl Stage {
         if let Some(why) = steps.objection(&bundle).filter(|_| is_asked) {
             return Err(Failure::Usage(why));
         }
-        let (names, pictures) = inputs.pictures(*seed)?;
+        let pictures = inputs.pictures(*seed)?.into_iter().map(|Encoded { name, bytes }| (name, bytes));
+        let (names, pictures): (Vec<String>, Vec<Arc<[u8]>>) = pictures.unzip();
         let loading = Instant::now();
         let engine = model.load(bundle)?;
         let subject = self.measure.subject(&engine, loading.elapsed());
-        let stages = Stages::new(engine, pictures, (task, &text), &steps)?;
+        let of_first = |error| match error {
+            Error::Picture(source) => Failure::Picture { path: names[0].clone().into(), source },
+            other => other.into(),
+        };
+        let stages = Stages::new(engine, pictures, (task, &text), &steps).map_err(of_first)?;
         let limits = self.limiting(&stages);
         Ok(Opened { target: Box::new(stages), names, subject, folder: None, limits })
     }
