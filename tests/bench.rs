@@ -149,10 +149,11 @@ fn every_field_of_a_report_is_described() {
     let folder = folder("schema");
     let (out, _) = ends(&command(&["schema"]).output().unwrap(), 0);
     let mut schema: Value = serde_json::from_str(&out).unwrap();
-    let report = report(&folder, &few(&["single", "--queries", "4", "--slo", "e2e=500"], T5));
+    let scenarios: [&[&str]; 2] = [&["single", "--queries", "4", "--slo", "e2e=500"], &["stage", "--rounds", "2", "--rows", "1"]];
+    let reports = scenarios.map(|scenario| report(&folder, &few(scenario, T5)));
     let find = |schema: &Value| {
         let mut found = Vec::new();
-        undescribed(schema, schema, &report, "", &mut found);
+        reports.iter().for_each(|report| undescribed(schema, schema, report, "", &mut found));
         found
     };
     assert_eq!(find(&schema), [""; 0]);

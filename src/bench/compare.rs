@@ -71,13 +71,19 @@ impl Condition {
     }
 }
 
-/// Percentiles of latencies, rates and shares of true answers that both reports have.
+/// Percentiles of latencies and stages, rates, and shares of true answers that both reports have.
 pub fn changes(before: &Report, after: &Report) -> Vec<Change> {
     let mut found = Vec::new();
     for (name, summary) in &before.figures.latencies_ms {
         let Some(other) = after.figures.latencies_ms.get(name) else { continue };
         let pairs = summary.percentiles.iter().zip(&other.percentiles);
         found.extend(pairs.filter(|(a, b)| a.rank == b.rank).map(|(a, b)| of_percentiles(name, a, b)));
+    }
+    for (name, summary) in &before.figures.stages_ms {
+        let Some((_, other)) = after.figures.stages_ms.iter().find(|(stage, _)| stage == name) else { continue };
+        // A stage that took no time has no ratio.
+        let pairs = summary.percentiles.iter().zip(&other.percentiles).filter(|(a, b)| a.rank == b.rank && a.value > 0.0);
+        found.extend(pairs.map(|(a, b)| of_percentiles(&format!("stage_{name}"), a, b)));
     }
     let rates = |report: &Report| {
         let (rates, truth) = (report.figures.rates, report.figures.truth.map(Truth::share));
@@ -176,6 +182,10 @@ mod tests {
         ] {
             assert_eq!(condition(typed).meets(&changes).expect("it is there").is_some(), met, "{typed}");
         }
+        let vision = &mut after.figures.stages_ms[0].1.percentiles[0];
+        vision.value *= 1.2;
+        let changes = super::changes(&before, &after);
+        assert!(condition("stage_vision.p50>+10%").meets(&changes).expect("both have it").is_some());
         let unknown = condition("time_to_first_token.p50>+1%").meets(&changes).expect_err("embeddings have none");
         assert!(unknown.to_string().contains("end_to_end.p50"), "{unknown}");
     }

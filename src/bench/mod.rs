@@ -5,16 +5,19 @@
 
 pub mod arrivals;
 pub mod compare;
+pub mod cost;
 pub mod drawn;
 pub mod energy;
 pub mod environment;
 pub mod figures;
 pub mod html;
 pub mod http;
+pub mod limits;
 pub mod load;
 pub mod local;
 pub mod record;
 pub mod report;
+pub mod stages;
 pub mod startup;
 pub mod statistics;
 pub mod truths;

@@ -11,6 +11,7 @@ use super::BenchError;
 use super::energy::Energy;
 use super::environment::{Load, Machine};
 use super::figures::{Figures, Objectives};
+use super::limits::Limits;
 use super::record::Record;
 use super::statistics::{Percentile, Summary};
 
@@ -44,6 +45,9 @@ pub struct Report {
     pub work: Work,
     /// What was found.
     pub figures: Figures,
+    /// How far stages are from what the machine can do at most, where that was measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limits: Option<Limits>,
     /// Of latencies by name, what so many half percents of the sample lie below: the curve of its distribution.
     pub quantiles: BTreeMap<String, Vec<f64>>,
     /// The first queries that counted.
@@ -79,7 +83,7 @@ pub struct Subject {
 /// What it had to do.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Work {
-    /// `single`, `multi`, `offline` or `server`.
+    /// `single`, `multi`, `offline`, `server`, `startup` or `stage`.
     pub scenario: String,
     /// `caption`, `ask`, `match` or `embed`.
     pub task: String,
@@ -169,6 +173,7 @@ impl Report {
             summary.percentiles.iter().try_for_each(|percentile| write!(out, " | {}", shown(percentile)))?;
             writeln!(out, " | {} | {} |", short(summary.max), summary.count)?;
         }
+        self.limits.as_ref().map_or(Ok(()), |limits| write!(out, "\n{}", limits.markdown()))?;
         let rates = figures.rates;
         write!(out, "\n{} images/s, {} tokens/s, {} queries/s", short(rates.images), short(rates.tokens), short(rates.queries))?;
         rates.good.map_or(Ok(()), |good| write!(out, ", {} good ones", short(good)))?;
@@ -240,6 +245,7 @@ pub(super) mod tests {
             figures: figures(&records, Objectives::default()).expect("answers"),
             peak_resident_bytes: None,
             energy: Vec::new(),
+            limits: None,
         }
     }
 

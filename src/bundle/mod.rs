@@ -11,6 +11,7 @@ mod interface;
 mod json;
 mod loss;
 mod memory;
+mod nodes;
 mod onnx;
 mod precision;
 
@@ -26,6 +27,7 @@ pub use json::parse;
 pub(crate) use json::unique;
 pub use loss::{Compared, Difference, LossFacts, StageLoss, TokenLoss};
 pub use memory::{Load, READ_AT_ONCE, Reckoning, SEEN_AT_ONCE, SLOT_STEP};
+pub use nodes::{Element, Node, Nodes, Stored};
 pub use precision::Precision;
 
 /// The bundle format that this engine reads.

@@ -31,29 +31,35 @@ struct OperatorSetProto {
 }
 
 #[derive(Clone, PartialEq, Message)]
-struct GraphProto {
+pub(super) struct GraphProto {
     #[prost(message, repeated, tag = "1")]
-    node: Vec<NodeProto>,
+    pub node: Vec<NodeProto>,
     #[prost(message, repeated, tag = "5")]
-    initializer: Vec<TensorProto>,
+    pub initializer: Vec<TensorProto>,
     #[prost(message, repeated, tag = "15")]
     sparse_initializer: Vec<Unread>,
 }
 
 #[derive(Clone, PartialEq, Message)]
-struct NodeProto {
+pub(super) struct NodeProto {
     #[prost(string, repeated, tag = "1")]
-    input: Vec<String>,
+    pub input: Vec<String>,
     #[prost(string, repeated, tag = "2")]
-    output: Vec<String>,
+    pub output: Vec<String>,
     #[prost(string, tag = "4")]
-    op_type: String,
+    pub op_type: String,
     #[prost(message, repeated, tag = "5")]
-    attribute: Vec<AttributeProto>,
+    pub attribute: Vec<AttributeProto>,
 }
 
 #[derive(Clone, PartialEq, Message)]
-struct AttributeProto {
+pub(super) struct AttributeProto {
+    #[prost(string, tag = "1")]
+    pub name: String,
+    #[prost(int64, tag = "3")]
+    pub i: i64,
+    #[prost(int64, repeated, tag = "8")]
+    pub ints: Vec<i64>,
     #[prost(message, optional, tag = "5")]
     t: Option<TensorProto>,
     #[prost(message, optional, tag = "6")]
@@ -69,13 +75,19 @@ struct AttributeProto {
 }
 
 #[derive(Clone, PartialEq, Message)]
-struct TensorProto {
+pub(super) struct TensorProto {
     #[prost(int64, repeated, tag = "1")]
-    dims: Vec<i64>,
+    pub dims: Vec<i64>,
     #[prost(int32, tag = "2")]
-    data_type: i32,
+    pub data_type: i32,
+    #[prost(int32, repeated, tag = "5")]
+    pub int32_data: Vec<i32>,
+    #[prost(int64, repeated, tag = "7")]
+    pub int64_data: Vec<i64>,
     #[prost(string, tag = "8")]
-    name: String,
+    pub name: String,
+    #[prost(bytes = "vec", tag = "9")]
+    pub raw_data: Vec<u8>,
     #[prost(message, repeated, tag = "13")]
     external_data: Vec<EntryProto>,
     #[prost(int32, tag = "14")]
@@ -83,7 +95,7 @@ struct TensorProto {
 }
 
 #[derive(Clone, PartialEq, Message)]
-struct EntryProto {
+pub(super) struct EntryProto {
     #[prost(string, tag = "1")]
     key: String,
     #[prost(string, tag = "2")]
@@ -92,7 +104,7 @@ struct EntryProto {
 
 /// A message whose presence is all that matters.
 #[derive(Clone, PartialEq, Message)]
-struct Unread {}
+pub(super) struct Unread {}
 
 /// What the weights of a graph come to once it is loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -217,7 +229,7 @@ impl Bundle {
         Ok(GraphMemory::of(&self.proto(graph)?, n_words))
     }
 
-    fn proto(&self, graph: &str) -> Result<GraphProto, BundleError> {
+    pub(super) fn proto(&self, graph: &str) -> Result<GraphProto, BundleError> {
         let file = &self.graph(graph).file;
         let not_onnx = |error: prost::DecodeError| self.refused(file, format!("is not an ONNX file: {error}"));
         let model = ModelProto::decode(self.read(file, MAX_GRAPH_BYTES)?.as_slice()).map_err(not_onnx)?;
@@ -238,7 +250,7 @@ impl Bundle {
         Ok(())
     }
 
-    fn refused(&self, file: &str, reason: String) -> BundleError {
+    pub(super) fn refused(&self, file: &str, reason: String) -> BundleError {
         BundleError::Refused { folder: self.folder.clone(), file: file.into(), reason }
     }
 }

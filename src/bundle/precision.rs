@@ -1,11 +1,11 @@
 //! What the graphs of a bundle compute in.
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use super::{Bundle, BundleError, GraphFacts};
 
 /// What weights are stored in and multiplied as.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Deserialize, Serialize, PartialEq, Eq, PartialOrd, Ord)]
 #[serde(rename_all = "kebab-case")]
 #[allow(missing_docs)]
 pub enum Precision {

@@ -4,6 +4,7 @@ mod inputs;
 mod live;
 mod outputs;
 mod plan;
+mod stage;
 
 use std::io::{Write as _, stdout};
 use std::num::NonZeroUsize;
@@ -37,6 +38,7 @@ use inputs::{Files, Folder, Inputs};
 use live::Live;
 use outputs::Outputs;
 use plan::Plan;
+use stage::{Limiting, Stage};
 
 /// With many more, there is no memory left for what is measured.
 const MOST: usize = 10_000;
@@ -78,6 +80,8 @@ enum Scenario {
         #[command(flatten)]
         measure: Measure,
     },
+    /// Parts of a request alone, in turn: from decoding the picture to the text, and how far each is from what the machine can do at most
+    Stage(Box<Stage>),
     /// Two reports beside each other
     Compare(Compare),
     /// One page with tables and plots of reports
@@ -127,8 +131,8 @@ struct Compare {
 struct Measure {
     #[command(flatten)]
     inputs: Inputs,
-    /// Queries to measure at least
-    #[arg(long, value_name = "N", default_value = "100")]
+    /// Queries to measure at least; of `stage`, rounds
+    #[arg(long, visible_alias = "rounds", value_name = "N", default_value = "100")]
     queries: NonZeroUsize,
     /// Seconds to measure at least
     #[arg(long, value_name = "S", default_value = "10", value_parser = seconds, allow_negative_numbers = true)]
@@ -195,6 +199,7 @@ pub(super) fn run(command: &Bench) -> Result<(), Failure> {
                 Source::Program { cold: *cold },
             )
         }
+        Scenario::Stage(stage) => measured(&stage.measure, &Stage::plan(), Source::Stages(stage)),
         Scenario::Compare(compare) => compared(compare),
         Scenario::Schema => Ok(writeln!(stdout().lock(), "{}", report::schema())?),
         Scenario::Page { reports, html } => {
@@ -211,21 +216,25 @@ struct Opened {
     subject: Subject,
     /// Holds pictures until all is measured.
     folder: Option<Folder>,
+    /// What stages are held against.
+    limits: Option<Limiting>,
 }
 
 /// Who answers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Source {
+#[derive(Clone, Copy, Debug)]
+enum Source<'a> {
     /// An engine in this process, or the server that was named.
     Here,
+    /// The parts of an engine in this process.
+    Stages(&'a Stage),
     /// This program, started for every query.
     Program { cold: bool },
 }
 
-fn measured(measure: &Measure, plan: &Plan, source: Source) -> Result<(), Failure> {
+fn measured(measure: &Measure, plan: &Plan, source: Source<'_>) -> Result<(), Failure> {
     let (began, before, machine) = (Moment::now(), MachineLoad::now(), Machine::detect());
     let mut journal = measure.outputs.open()?;
-    let Opened { mut target, names, subject, folder: _folder } = measure.open(source)?;
+    let Opened { mut target, names, subject, folder: _folder, limits } = measure.open(source)?;
     let truths = measure.inputs.truths(&names)?;
     let (stop, records) = (stopped_by_signals()?, &mut Vec::new());
     let (mut live, mut broken) = (Live::new(plan.n_queries(measure.queries.get())), None);
@@ -244,7 +253,7 @@ fn measured(measure: &Measure, plan: &Plan, source: Source) -> Result<(), Failur
         eprintln!("blip2: {failure}; what is measured goes on without it");
     }
     let figures = figures(records, measure.slo).ok_or_else(|| Failure::Usage(nothing(records)))?;
-    let is_local = source == Source::Here && measure.server.url.is_none();
+    let is_local = matches!(source, Source::Here) && measure.server.url.is_none();
     let is_complete = !stop.load(Ordering::Relaxed);
     measure.outputs.write(&Report {
         schema: report::SCHEMA.into(),
@@ -257,6 +266,7 @@ fn measured(measure: &Measure, plan: &Plan, source: Source) -> Result<(), Failur
         load: [before, MachineLoad::since(&before)],
         subject,
         work: plan.work(measure, names.len()),
+        limits: limits.map(|limits| limits.end(&figures, is_complete)),
         figures,
         quantiles: quantiles(records),
         timeline: timeline(records),
@@ -280,8 +290,9 @@ impl Moment {
 }
 
 impl Measure {
-    fn open(&self, source: Source) -> Result<Opened, Failure> {
+    fn open(&self, source: Source<'_>) -> Result<Opened, Failure> {
         match source {
+            Source::Stages(stage) => stage.open(),
             Source::Here if self.server.url.is_some() => self.connect(),
             Source::Here => self.load(),
             Source::Program { .. } if self.server.url.is_some() => {
@@ -305,7 +316,7 @@ impl Measure {
             threads: self.model.threads.map(NonZeroUsize::get),
             ..of(&bundle)
         };
-        Ok(Opened { target: Box::new(Startup::new(program, paths)), names, subject, folder })
+        Ok(Opened { target: Box::new(Startup::new(program, paths)), names, subject, folder, limits: None })
     }
 
     /// An engine in this process.
@@ -318,7 +329,7 @@ impl Measure {
         let names = inputs.iter().map(|input| input.name.clone()).collect();
         let wanted = inputs.into_iter().map(|input| (input.picture, input.want)).collect();
         let target = Box::new(Local::new(Service::start(engine, default_threads().get()), wanted));
-        Ok(Opened { target, names, subject, folder: None })
+        Ok(Opened { target, names, subject, folder: None, limits: None })
     }
 
     /// A server elsewhere.
@@ -333,7 +344,7 @@ impl Measure {
             provider: server.url.clone(),
             ..Subject::default()
         };
-        Ok(Opened { names, subject, target: Box::new(http), folder: None })
+        Ok(Opened { names, subject, target: Box::new(http), folder: None, limits: None })
     }
 
     fn subject(&self, engine: &Engine, loading: Duration) -> Subject {

@@ -30,6 +30,14 @@ pub struct Decoder {
     opened: Vec<(usize, Tensor)>,
 }
 
+/// Rows in slots of their own, which take the place of the live ones for a while. Their keys and values are zeros.
+#[derive(Debug)]
+pub struct Blank {
+    rows: Rows,
+    lanes: Option<Lanes>,
+    row: Row,
+}
+
 /// What the decoder reads before it writes the first token of a row.
 #[derive(Clone, Copy, Debug)]
 pub struct Opening<'a> {
@@ -42,13 +50,25 @@ pub struct Opening<'a> {
 }
 
 impl Opening<'_> {
-    fn offset(&self) -> usize {
+    /// Positions in the cache that position ids do not count.
+    pub fn offset(&self) -> usize {
         self.cached.map_or(0, QueryCache::n_positions)
     }
 
     /// Positions in the cache before the first token.
     pub fn n_positions(&self) -> usize {
         self.offset() + self.queries.map_or(0, |queries| queries.n_queries()) + self.tokens.len()
+    }
+}
+
+impl Blank {
+    /// Rows, all of them as they were at first.
+    pub fn renew(&mut self) {
+        let n_rows = self.rows.n_slots();
+        self.rows = Rows::new(n_rows);
+        for _ in 0..n_rows {
+            self.rows.open(self.row);
+        }
     }
 }
 
@@ -171,12 +191,33 @@ impl Decoder {
 
     /// Replaces the live rows by `picks`.
     pub fn step(&mut self, picks: &[Pick]) -> Result<(), RuntimeError> {
-        let parents: Vec<usize> = picks.iter().map(|pick| pick.parent).collect();
+        self.fork(&picks.iter().map(|pick| pick.parent).collect::<Vec<_>>())?;
         let lanes = self.lanes.as_mut().expect("rows that are live have lanes");
-        lanes.take(&mut self.mover, &self.rows.fork(&parents))?;
         self.rows.advance();
         self.opened.clear();
         lanes.step(&mut self.graph, &mut self.mover, &self.facts, (self.rows.live(), picks))
+    }
+
+    /// Slots for rows that are as if `past` positions of each had been read, `offset` of them without position ids, and `room.read` encoded.
+    /// What steps and copies take can be measured with them, without the steps before.
+    pub fn blank(&mut self, room: Room, past: usize, offset: usize) -> Result<Blank, RuntimeError> {
+        let n_encoded = self.layouts.encoded.as_ref().map_or(1, |_| room.read);
+        let row = Row { slot: 0, length: past, offset, n_encoded };
+        let lanes = Lanes::new(&self.graph, &mut self.mover, &self.layouts, room)?;
+        Ok(Blank { rows: Rows::new(room.rows), lanes: Some(lanes), row })
+    }
+
+    /// Puts the live rows and those of `blank` in each other's place.
+    pub fn exchange(&mut self, blank: &mut Blank) {
+        std::mem::swap(&mut self.rows, &mut blank.rows);
+        std::mem::swap(&mut self.lanes, &mut blank.lanes);
+        self.opened.clear();
+    }
+
+    /// Copies within the slots what rows need that continue `parents`, as the next step would.
+    pub fn fork(&mut self, parents: &[usize]) -> Result<(), RuntimeError> {
+        let lanes = self.lanes.as_mut().expect("rows that are live have lanes");
+        lanes.take(&mut self.mover, &self.rows.fork(parents))
     }
 
     /// Logits of consecutive rows of the last run.

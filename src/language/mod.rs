@@ -16,6 +16,7 @@ use crate::decode::{Model, Pick, Room, Scores, TokenId};
 use crate::qformer::{Queries, QueryCache};
 use crate::runtime::{Budget, Cancel, Runtime, RuntimeError};
 use cache::Layout;
+pub(crate) use decoder::Blank;
 use decoder::{Decoder, Opening};
 use encoder::{Encoded, Encoder};
 use lanes::capacity;
@@ -115,9 +116,39 @@ impl LanguageModel {
         }
     }
 
-    fn encode(&mut self, prefixes: &[Prefix]) -> Result<Option<Encoded>, RuntimeError> {
+    /// What the encoder makes of prefixes; nothing where there is none.
+    pub(crate) fn encode(&mut self, prefixes: &[Prefix]) -> Result<Option<Encoded>, RuntimeError> {
         let (Some(encoder), Some(layout)) = (&mut self.encoder, &self.decoder.layouts().encoded) else { return Ok(None) };
         encoder.encode(prefixes, layout).map(Some)
+    }
+
+    /// What the decoder reads of prefixes that were encoded where there is an encoder.
+    pub(crate) fn open_rows(&mut self, prefixes: &[Prefix], encoded: Option<Encoded>) -> Result<(), RuntimeError> {
+        let start = self.encoder.is_some().then_some(self.start.as_slice());
+        let openings: Vec<Opening<'_>> = prefixes.iter().map(|prefix| opening(prefix, start)).collect();
+        self.decoder.open_rows(&openings, encoded)
+    }
+
+    /// Slots for rows as if `past` positions of each had been read, to measure with [`alone`](Self::alone).
+    pub(crate) fn blank(&mut self, prefix: &Prefix, n_rows: usize, past: usize) -> Result<Blank, RuntimeError> {
+        let start = self.encoder.is_some().then_some(self.start.as_slice());
+        let offset = opening(prefix, start).offset();
+        let room = Room { rows: n_rows, positions: past + 1, ..self.room(prefix) };
+        if self.bytes(room) > self.allowed_bytes() { Err(self.no_room(room)) } else { self.decoder.blank(room, past, offset) }
+    }
+
+    /// Runs `work` with the rows of `blank`, which are as they were at first, in the place of the live ones.
+    pub(crate) fn alone<T>(&mut self, blank: &mut Blank, work: impl FnOnce(&mut Self) -> T) -> T {
+        blank.renew();
+        self.decoder.exchange(blank);
+        let done = work(self);
+        self.decoder.exchange(blank);
+        done
+    }
+
+    /// Copies what rows need that continue `parents`, as the next step would.
+    pub(crate) fn fork(&mut self, parents: &[usize]) -> Result<(), RuntimeError> {
+        self.decoder.fork(parents)
     }
 
     /// Makes room that is never given up, however little is needed; false if there is not as much.
@@ -207,9 +238,7 @@ impl Model for LanguageModel {
 
     fn prefill(&mut self, prefixes: &[Prefix]) -> Result<(), RuntimeError> {
         let encoded = self.encode(prefixes)?;
-        let start = self.encoder.is_some().then_some(self.start.as_slice());
-        let openings: Vec<Opening<'_>> = prefixes.iter().map(|prefix| opening(prefix, start)).collect();
-        self.decoder.open_rows(&openings, encoded)
+        self.open_rows(prefixes, encoded)
     }
 
     fn step(&mut self, picks: &[Pick]) -> Result<(), RuntimeError> {

@@ -17,6 +17,7 @@ mod rows;
 mod settings;
 mod tensor;
 mod threads;
+mod trial;
 mod turn;
 
 use std::num::NonZeroUsize;
@@ -49,6 +50,7 @@ pub use rows::{Move, Mover, Row};
 pub use settings::ComputeType;
 pub use tensor::{Tensor, f32_from};
 pub use threads::default_threads;
+pub use trial::Trial;
 
 /// What the user decides about the runtime.
 #[derive(Clone, Debug, Default)]

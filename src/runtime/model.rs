@@ -15,6 +15,7 @@ const OPSET: u8 = 18;
 const UINT8: u8 = 2;
 const INT8: u8 = 3;
 const INT32: u8 = 6;
+const MICROSOFT: &[u8] = b"com.microsoft";
 
 /// `x` → `y`, unchanged.
 pub(super) fn identity(dtype: Dtype) -> Vec<u8> {
@@ -44,6 +45,52 @@ pub(super) fn model(nodes: &[Node<'_>], inputs: &[Port<'_>], outputs: &[Port<'_>
     whole(&[nodes.iter().flat_map(node).collect(), ports(11, inputs), ports(12, outputs)])
 }
 
+/// What a product is of: numbers of this type, unsigned bytes with signed ones, or numbers with weights of so many bits in blocks.
+#[derive(Clone, Copy)]
+pub(super) enum Product {
+    Of(Dtype),
+    OfBytes,
+    OfBlocks { bits: usize, size: usize },
+}
+
+/// `x` ([rows, `depth`]) → `y` ([rows, `width`]): its product with a stored matrix of `bytes`, as the type has them.
+pub(super) fn product(kind: Product, [depth, width]: [usize; 2], bytes: &[u8]) -> Vec<u8> {
+    let ports = |x, y| [port(11, "x", x), port(12, "y", y)].concat();
+    match kind {
+        Product::Of(dtype) => {
+            let weight = tensor("w", code(dtype), &[depth, width], bytes);
+            whole(&[node(&("MatMul", &["x", "w"], "y")), weight, ports(code(dtype), code(dtype))])
+        }
+        Product::OfBytes => {
+            let weight = tensor("w", INT8, &[depth, width], bytes);
+            whole(&[node(&("MatMulInteger", &["x", "w"], "y")), weight, ports(UINT8, INT32)])
+        }
+        Product::OfBlocks { bits, size } => {
+            let n_blocks = depth / size;
+            let scales: Vec<u8> = std::iter::repeat_n(0.01f32.to_le_bytes(), width * n_blocks).flatten().collect();
+            let stored = [
+                tensor("w", UINT8, &[width, n_blocks, size * bits / 8], bytes),
+                tensor("s", code(Dtype::Float32), &[width, n_blocks], &scales),
+            ];
+            // As the exporter asks for it: activations become 8-bit numbers.
+            let attributes = [("K", depth), ("N", width), ("bits", bits), ("block_size", size), ("accuracy_level", 4)];
+            let attributes = attributes.map(|(name, number)| attribute(name, number)).concat();
+            let named = ["x", "w", "s"].map(|input| message(1, input.as_bytes())).concat();
+            let node = [named, message(2, b"y"), message(4, b"MatMulNBits"), attributes, message(7, MICROSOFT)].concat();
+            let float = code(Dtype::Float32);
+            whole(&[message(1, &node), stored.concat(), ports(float, float)])
+        }
+    }
+}
+
+/// `x` ([1, side]) → `y`: it goes `n` times through `m` ([side, side]), so that `m` is read as often.
+pub(super) fn read_again(dtype: Dtype, n: usize) -> Vec<u8> {
+    let names: Vec<String> = (1..n).map(|at| format!("t{at}")).collect();
+    let names: Vec<&str> = std::iter::once("x").chain(names.iter().map(String::as_str)).chain(["y"]).collect();
+    let nodes = names.windows(2).flat_map(|pair| node(&("MatMul", &[pair[0], "m"], pair[1])));
+    whole(&[nodes.collect(), port(11, "x", code(dtype)), port(11, "m", code(dtype)), port(12, "y", code(dtype))])
+}
+
 /// `x` (unsigned bytes, [rows, `shape[0]`]) → `y` (int32): its products with a matrix of stored bytes that are all `weight`.
 pub(super) fn byte_product(weight: i8, shape: [u8; 2]) -> Vec<u8> {
     let values = vec![weight.cast_unsigned(); usize::from(shape[0]) * usize::from(shape[1])];
@@ -54,7 +101,17 @@ pub(super) fn byte_product(weight: i8, shape: [u8; 2]) -> Vec<u8> {
 
 fn whole(graph: &[Vec<u8>]) -> Vec<u8> {
     let graph = [graph.concat(), message(2, b"g")].concat();
-    [number(1, IR_VERSION), message(7, &graph), message(8, &number(2, OPSET))].concat()
+    let microsoft = [message(1, MICROSOFT), number(2, 1)].concat();
+    [number(1, IR_VERSION), message(7, &graph), message(8, &number(2, OPSET)), message(8, &microsoft)].concat()
+}
+
+fn tensor(name: &str, code: u8, shape: &[usize], bytes: &[u8]) -> Vec<u8> {
+    let sizes: Vec<u8> = shape.iter().flat_map(|size| large_number(1, *size)).collect();
+    message(5, &[sizes, number(2, code), message(8, name.as_bytes()), message(9, bytes)].concat())
+}
+
+fn attribute(name: &str, value: usize) -> Vec<u8> {
+    message(5, &[message(1, name.as_bytes()), large_number(3, value), vec![20 << 3 & 127 | 128, 20 >> 4, 2]].concat())
 }
 
 fn node((operator, inputs, output): &Node<'_>) -> Vec<u8> {
@@ -80,13 +137,20 @@ fn number(field: u8, value: u8) -> Vec<u8> {
     vec![field << 3, value]
 }
 
+fn large_number(field: u8, value: usize) -> Vec<u8> {
+    [vec![field << 3], varint(value)].concat()
+}
+
 fn message(field: u8, content: &[u8]) -> Vec<u8> {
-    let (mut found, mut length) = (vec![field << 3 | 2], content.len());
-    while length > 127 {
-        found.push(length as u8 | 128);
-        length >>= 7;
+    [vec![field << 3 | 2], varint(content.len()), content.to_vec()].concat()
+}
+
+fn varint(mut value: usize) -> Vec<u8> {
+    let mut found = Vec::new();
+    while value > 127 {
+        found.push(value as u8 | 128);
+        value >>= 7;
     }
-    found.push(length as u8);
-    found.extend_from_slice(content);
+    found.push(value as u8);
     found
 }

@@ -72,9 +72,9 @@ impl Drop for Folder {
 }
 
 /// A picture as its file has it.
-struct Encoded {
-    name: String,
-    bytes: Arc<[u8]>,
+pub(super) struct Encoded {
+    pub name: String,
+    pub bytes: Arc<[u8]>,
 }
 
 /// One picture and what is wanted of it.
@@ -176,13 +176,38 @@ impl Inputs {
 
     /// Every picture with the next of what is wanted; of several, every picture meets each.
     fn pairs<'w, W>(&self, wants: &'w [(String, W)], seed: u64) -> Result<Vec<(Encoded, &'w W)>, Failure> {
-        let pictures = if self.images.is_empty() { self.draw(seed) } else { self.open()? };
+        let pictures = self.pictures(seed)?;
         let pair = |i: usize| {
             let (turn, i) = (i / pictures.len(), i % pictures.len());
             let (Encoded { name, bytes }, (about, want)) = (&pictures[i], &wants[(i + turn) % wants.len()]);
             (Encoded { name: format!("{name}{about}"), bytes: bytes.clone() }, want)
         };
         Ok((0..pictures.len() * wants.len()).map(pair).collect())
+    }
+
+    /// What the parts of an engine write, and what pictures are compared with; an error if the bundle cannot do the task.
+    pub fn asked_of_stages(&self, bundle: &Bundle) -> Result<(prompt::Task, String), Failure> {
+        if self.tokens.is_some() {
+            return Err(Failure::Usage("--tokens is not for stages".into()));
+        }
+        if bundle.facts().language.is_some() || self.task != Task::Caption {
+            self.wants(bundle)?;
+        }
+        let text = |default: &str| self.text.first().map_or(default, String::as_str).to_owned();
+        Ok(match self.task {
+            Task::Ask => (prompt::Task::Ask(text(QUESTION)), TEXT.to_owned()),
+            _ => (prompt::Task::Caption, text(TEXT)),
+        })
+    }
+
+    /// Beams that were asked for.
+    pub fn beams(&self) -> Option<usize> {
+        self.beams.map(NonZeroUsize::get)
+    }
+
+    /// The pictures alone.
+    pub fn pictures(&self, seed: u64) -> Result<Vec<Encoded>, Failure> {
+        if self.images.is_empty() { Ok(self.draw(seed)) } else { self.open() }
     }
 
     /// How texts are searched, in words; nothing where none are written.
