@@ -148,8 +148,10 @@ impl Peaks {
 
 /// Operations a second of the fastest product; nothing where there is no kernel.
 fn multiplied(runtime: &Runtime, precision: Precision, time: Duration) -> Option<f64> {
-    let mut most: Option<f64> = None;
-    for sizes in PRODUCTS {
+    let (mut most, room): (Option<f64>, _) = (None, runtime.room_for_trials());
+    // The matrix lies in the model, in the session and once more as kernels want it.
+    let bytes = |[rows, depth, width]: [usize; 3]| 4 * (rows * depth + 3 * depth * width + rows * width) as u64;
+    for sizes in PRODUCTS.into_iter().filter(|sizes| bytes(*sizes) <= room) {
         let Some(mut trial) = runtime.product_trial(precision, sizes).ok() else { break };
         let Some(fastest) = fastest(&mut trial, time) else { break };
         most = Some(most.unwrap_or(0.0).max(trial.amount() / fastest.as_secs_f64()));

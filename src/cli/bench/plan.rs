@@ -66,7 +66,7 @@ impl Plan {
             pictures: self.n_pictures,
             arrivals: self.arrivals.clone(),
             seed: measure.seed,
-            search: measure.inputs.search(),
+            search: measure.inputs.search().filter(|_| self.scenario != "stage"),
             objectives: measure.slo,
         }
     }
