@@ -3,15 +3,18 @@
 //! Latency counts from when a query was due, whether or not it could be sent then. Every query leaves a [`record::Record`]; figures and
 //! reports are made of those alone. It knows nothing of the command line.
 
+pub mod about;
 pub mod arrivals;
 pub mod compare;
 pub mod drawn;
 pub mod environment;
 pub mod figures;
+pub mod foreign;
 pub mod html;
 pub mod http;
 pub mod load;
 pub mod local;
+pub mod log;
 pub mod record;
 pub mod report;
 pub mod startup;
