@@ -53,10 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rounds", type=work.count(1), default=5, metavar="N", help="default: %(default)s")
     parser.add_argument(
-        "--weights",
-        choices=DTYPES,
-        default="float32",
-        help="in which the checkpoint is stored (default: %(default)s)",
+        "--weights", choices=DTYPES, default="float32", help="how the checkpoint is stored (default: %(default)s)"
     )
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="in which `transformers` computes (default: %(default)s)"

@@ -49,16 +49,15 @@ class Engine:
 
 def _work(work: Work) -> list[str]:
     texts = [word for question in work.questions for word in ("--text", question)]
-    counts = ("--tokens", str(work.n_tokens), "--beams", str(work.n_beams), "--queries", str(work.n_queries))
+    counts = ("--beams", str(work.n_beams), "--queries", str(work.n_queries))
     times = ("--duration", str(work.duration), "--warm-up", str(work.warm_up))
     return [*map(str, work.images), "--task", work.task, *texts, *counts, *times]
 
 
 def _own(scenario: str, work: Work) -> list[str]:
     """Options of one scenario alone."""
-    if scenario == "offline":
-        return ["--concurrency", str(work.n_pictures)]
     if scenario == "stage":
         rows, past = (",".join(map(str, dict.fromkeys(values))) for values in zip(*work.past, strict=True))
         return ["--rows", rows, "--past", past]
-    return []
+    tokens = ["--tokens", str(work.n_tokens)]
+    return [*tokens, "--concurrency", str(work.n_pictures)] if scenario == "offline" else tokens

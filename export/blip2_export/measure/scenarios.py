@@ -62,12 +62,13 @@ class Scenario:
 
     def _work(self) -> dict[str, Any]:
         n = self._n_together
+        alone = "every stage in turn" if self.name == "stage" else "one at a time"
         return {
             "scenario": self.name,
             "task": self.work.task,
             "inputs": len(self.work.inputs),
             "pictures": 1,
-            "arrivals": "one at a time" if n == 1 else f"{n} at a time",
+            "arrivals": alone if n == 1 else f"{n} at a time",
             "concurrency": n,
             "seed": 0,
             "search": self.work.search,

@@ -70,7 +70,7 @@ def of(args: argparse.Namespace) -> Work:
         n_queries=args.queries,
         duration=args.duration,
         warm_up=args.warm_up,
-        past=tuple((rows, past) for rows in args.rows for past in args.past),
+        past=tuple((rows, past) for past in sorted(set(args.past)) for rows in sorted(set(args.rows))),
     )
 
 
@@ -93,12 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser, beams: int, queries: int, dur
     parser.add_argument(
         "--pictures", type=count(1), default=8, metavar="N", help="of `offline`, at once (default: %(default)s)"
     )
-    parser.add_argument(
-        "--rows", type=counts, default=[1], metavar="A,B", help="of the steps that `stage` times (default: 1)"
-    )
-    parser.add_argument(
-        "--past", type=counts, default=[48], metavar="A,B", help="positions before those steps (default: 48)"
-    )
+    _add_steps(parser)
     parser.add_argument(
         "--queries", type=count(1), default=queries, metavar="N", help="to measure at least (default: %(default)s)"
     )
@@ -114,6 +109,15 @@ def add_arguments(parser: argparse.ArgumentParser, beams: int, queries: int, dur
         type=Path,
         default=Path("target/release/blip2"),
         help="the program that makes the reports (default: %(default)s)",
+    )
+
+
+def _add_steps(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--rows", type=counts, default=[1], metavar="A,B", help="of the steps that `stage` times (default: 1)"
+    )
+    parser.add_argument(
+        "--past", type=counts, default=[48], metavar="A,B", help="positions before those steps (default: 48)"
     )
 
 
