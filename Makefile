@@ -121,7 +121,7 @@ parity: setup-export setup build ## GENERATIONS texts of random checkpoints of e
 	PYTHONPATH=export $(MODEL_PYTHON) -m blip2_export parity --all --generations $(GENERATIONS)
 
 bench: WORK ?= target/bench
-bench: setup-export setup build ## the engine and transformers in turns on a random model of SHAPE in RECIPES, ROUNDS times; models stay in WORK
+bench: setup-export setup build ## the engine and transformers in turns on a random model of SHAPE in RECIPES, ROUNDS times; models stay in WORK, reports in WORK/reports
 	PYTHONPATH=export $(MODEL_PYTHON) -m blip2_export bench --shape $(SHAPE) --recipes $(RECIPES) --rounds $(ROUNDS) --work $(WORK)
 
 fuzz: ## FUZZ_COUNT damaged pictures of all formats: none panics, takes 2 seconds or 1 GB

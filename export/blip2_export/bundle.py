@@ -249,13 +249,16 @@ def _source(checkpoint: Checkpoint, cfg: language.Config) -> dict[str, str]:
 
 
 def _prompts(choices: Choices, kind: str, language_kind: str) -> dict[str, str]:
-    """The caller's, else those that the papers evaluate this kind of model with."""
+    usual, chosen = usual_prompts(kind, language_kind), {"caption": choices.caption_prompt, "ask": choices.ask_prompt}
+    return {task: prompt if chosen[task] is None else chosen[task] for task, prompt in usual.items()}
+
+
+def usual_prompts(kind: str, language_kind: str) -> dict[str, str]:
+    """Those that the papers evaluate this kind of model with."""
     long = kind == "blip-2" and language_kind != "t5"
-    caption = "" if kind == "blip-2" else "A short image description:"
-    ask = "Question: {} Answer:" if long else "Question: {} Short answer:"
     return {
-        "caption": caption if choices.caption_prompt is None else choices.caption_prompt,
-        "ask": ask if choices.ask_prompt is None else choices.ask_prompt,
+        "caption": "" if kind == "blip-2" else "A short image description:",
+        "ask": "Question: {} Answer:" if long else "Question: {} Short answer:",
     }
 
 

@@ -58,6 +58,24 @@ pub enum BenchError {
         /// What it is.
         why: String,
     },
+    /// A line of a file of records holds none.
+    #[error("{}: line {line} is no record: {why}", path.display())]
+    NoRecord {
+        /// The file.
+        path: PathBuf,
+        /// The line, from 1.
+        line: usize,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// A file does not tell about records.
+    #[error("{}: it does not tell about records: {why}", path.display())]
+    NoAbout {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
     /// A condition names what reports do not have.
     #[error("both reports have no `{name}`; they have {known}")]
     UnknownFigure {

@@ -3,6 +3,7 @@
 //! Latency counts from when a query was due, whether or not it could be sent then. Every query leaves a [`record::Record`]; figures and
 //! reports are made of those alone. It knows nothing of the command line.
 
+pub mod about;
 pub mod arrivals;
 pub mod compare;
 pub mod cost;
@@ -10,11 +11,13 @@ pub mod drawn;
 pub mod energy;
 pub mod environment;
 pub mod figures;
+pub mod foreign;
 pub mod html;
 pub mod http;
 pub mod limits;
 pub mod load;
 pub mod local;
+pub mod log;
 pub mod record;
 pub mod report;
 pub mod stages;

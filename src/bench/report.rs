@@ -93,6 +93,12 @@ pub struct Work {
     pub pictures: usize,
     /// How queries came, in words.
     pub arrivals: String,
+    /// Queries that were kept under way together, where they did not come by a schedule.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub concurrency: Option<usize>,
+    /// Queries a second that were due, where they came by a schedule.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate: Option<f64>,
     /// Of whatever is drawn.
     pub seed: u64,
     /// How texts are searched.

@@ -4,6 +4,7 @@ mod inputs;
 mod live;
 mod outputs;
 mod plan;
+mod recorded;
 mod stage;
 
 use std::io::{Write as _, stdout};
@@ -84,6 +85,8 @@ enum Scenario {
     Stage(Box<Stage>),
     /// Two reports beside each other
     Compare(Compare),
+    /// A report of queries that were measured before, by this program or another
+    Report(recorded::Recorded),
     /// One page with tables and plots of reports
     Page {
         /// Reports (JSON)
@@ -202,6 +205,7 @@ pub(super) fn run(command: &Bench) -> Result<(), Failure> {
         Scenario::Stage(stage) => measured(&stage.measure, &Stage::plan(), Source::Stages(stage)),
         Scenario::Compare(compare) => compared(compare),
         Scenario::Schema => Ok(writeln!(stdout().lock(), "{}", report::schema())?),
+        Scenario::Report(command) => recorded::run(command),
         Scenario::Page { reports, html } => {
             let reports = reports.iter().map(|path| read(path)).collect::<Result<Vec<_>, _>>()?;
             std::fs::write(html, page(&reports)).map_err(|source| Failure::Report { path: html.clone(), source })
@@ -255,10 +259,10 @@ fn measured(measure: &Measure, plan: &Plan, source: Source<'_>) -> Result<(), Fa
     let figures = figures(records, measure.slo).ok_or_else(|| Failure::Usage(nothing(records)))?;
     let is_local = matches!(source, Source::Here) && measure.server.url.is_none();
     let is_complete = !stop.load(Ordering::Relaxed);
-    measure.outputs.write(&Report {
+    let report = Report {
         schema: report::SCHEMA.into(),
         version: report::VERSION,
-        command: without_key(std::env::args_os().map(|word| word.to_string_lossy().into_owned())),
+        command: typed(),
         started: began.since_1970(),
         took_s: began.1.elapsed().as_secs_f64(),
         is_complete,
@@ -272,7 +276,8 @@ fn measured(measure: &Measure, plan: &Plan, source: Source<'_>) -> Result<(), Fa
         timeline: timeline(records),
         peak_resident_bytes: is_local.then(environment::peak_resident_bytes).flatten(),
         energy,
-    })?;
+    };
+    measure.outputs.write(&report, records)?;
     if is_complete { Ok(()) } else { Err(Failure::Stopped) }
 }
 
@@ -379,6 +384,10 @@ impl At {
 }
 
 /// What was typed, fit for others to read.
+fn typed() -> Vec<String> {
+    without_key(std::env::args_os().map(|word| word.to_string_lossy().into_owned()))
+}
+
 fn without_key(typed: impl Iterator<Item = String>) -> Vec<String> {
     let (mut found, mut is_key) = (Vec::new(), false);
     for word in typed {

@@ -1,17 +1,17 @@
-"""The `baseline` command: `transformers` alone, eager and compiled, in any precision."""
+"""The `baseline` command: `transformers` alone, eager and compiled, in any precision; reports as `blip2 bench` writes them."""
 
 from __future__ import annotations
 
 import argparse
-import json
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from blip2_export.measure import machine, samples, stop, work
+from blip2_export.measure import machine, stop, work
 from blip2_export.measure.peer import Peer
-from blip2_export.measure.samples import Samples
-from blip2_export.measure.work import Work
+from blip2_export.measure.records import Files
+from blip2_export.measure.scenarios import Scenario, say
 from blip2_export.read.checkpoint import CheckpointError
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -20,6 +20,20 @@ DTYPES = tuple(DTYPE_BYTES)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help="folder of a BLIP-2 with a language model")
+    parser.add_argument(
+        "--out",
+        type=work.folder,
+        default=Path("target/baseline"),
+        metavar="DIR",
+        help="gets records and report of every scenario (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--scenarios",
+        type=work.scenarios,
+        default=list(work.SCENARIOS),
+        metavar="A,B",
+        help=f"of {', '.join(work.SCENARIOS)} (default: all)",
+    )
     parser.add_argument(
         "--dtype",
         type=_dtypes,
@@ -31,62 +45,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compile", action="store_true", help="measure `torch.compile` too; it takes minutes to compile"
     )
     parser.add_argument("--device", default="cpu", help="where `transformers` computes, such as cuda:0 (default: cpu)")
-    work.add_arguments(parser)
+    work.add_arguments(parser, beams=1, queries=20, duration=10.0, warm_up=30.0)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Progress to standard error, the table to standard output."""
-    described = machine.describe(args.threads, "torch", "transformers")
-    found: dict[str, Samples] = {}
-    wanted, status = None, 0
+    """Progress to standard error, the reports' tables to standard output."""
+    work.require_engine(args.engine)
+    wanted, command = work.of(args), [sys.executable, "-m", "blip2_export", *sys.argv[1:]]
     try:
         with stop.like_ctrl_c():
-            for wanted in _turns(args, found):
-                if args.json:
-                    content = {"machine": described, "rows": wanted.rows, "samples": found}
-                    args.json.write_text(json.dumps(content, indent=1) + "\n")
+            for label, peer in _peers(args):
+                for name in args.scenarios:
+                    files = Files(args.out / f"transformers-{label}-{name}")
+                    say(f"{label}: {name}")
+                    print(Scenario(name, peer, wanted).measure(args.engine, files, command))
+                    say(f"{shlex.quote(str(files.report))} is written")
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        status = stop.STOPPED
+        say("stopped")
+        return stop.STOPPED
     except CheckpointError as error:
         raise SystemExit(f"error: {error}") from error
-    if wanted is not None:
-        print("\n".join(f"{name}: {value}" for name, value in described.items()))
-        print(f"\n{_table(wanted, found)}")
-    return status
+    return 0
 
 
-def _turns(args: argparse.Namespace, found: dict[str, Samples]) -> Iterator[Work]:
-    """Comes back after every round, eager and perhaps compiled; a model is let go before that of the next precision is loaded."""
+def _peers(args: argparse.Namespace) -> Iterator[tuple[str, Peer]]:
+    """A model is let go before that of the next precision is loaded."""
     for dtype in args.dtype:
+        machine.require_memory(_n_bytes(args.checkpoint, dtype), str(args.checkpoint))
+        machine.forget_peak_memory()
         peer = Peer(args.checkpoint, dtype, args.threads, args.device)
-        wanted = work.of(args, peer.n_prompt_tokens)
-        yield from _rounds(peer, wanted, args.rounds, dtype, found)
+        yield dtype, peer
         if args.compile:
             peer.compile()
-            yield from _rounds(peer, wanted, args.rounds, f"{dtype}, compiled", found)
+            yield f"{dtype}-compiled", peer
         del peer
 
 
-def _rounds(peer: Peer, wanted: Work, n_rounds: int, label: str, found: dict[str, Samples]) -> Iterator[Work]:
-    print(f"{label}: warming up", file=sys.stderr)
-    found[label] = {"first": [peer.warm_up(wanted)]}
-    for i in range(n_rounds):
-        print(f"{label}: round {i + 1} of {n_rounds}", file=sys.stderr)
-        samples.add(found[label], peer.measure(wanted, i))
-        yield wanted
-
-
-def _table(wanted: Work, found: dict[str, Samples]) -> str:
-    rows = {**wanted.rows, "first": "everything once at first, compiling included, s"}
-    cells = [
-        [label, *(cell for one in found.values() for cell in _cells(one.get(name, [])))] for name, label in rows.items()
-    ]
-    return samples.table(["", *(head for name in found for head in (name, "quartiles"))], cells)
-
-
-def _cells(values: list[float]) -> tuple[str, str]:
-    return samples.median(values), samples.spread(values)
+def _n_bytes(checkpoint: Path, dtype: str) -> int:
+    """The least that the weights take in memory: the files that hold them have 4 bytes a number or fewer."""
+    files = [*checkpoint.glob("*.safetensors"), *checkpoint.glob("*.bin")]
+    return sum(path.stat().st_size for path in files) * DTYPE_BYTES[dtype] // 4
 
 
 def _dtypes(text: str) -> list[str]:

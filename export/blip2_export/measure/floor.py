@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from blip2_export import processors
 from blip2_export.engine import run_engine
 from blip2_export.measure import kernels, machine, samples
-from blip2_export.measure.prefill import filled
 from blip2_export.measure.work import SAMPLES, count
 
 _CAPACITY = 64
@@ -124,6 +125,22 @@ def nodes(bundle: Path, graph: dict[str, Any], sizes: dict[str, int]) -> Iterato
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
             yield _node(event["args"])
+
+
+def filled(name: str, shape: list[int], sizes: dict[str, int]) -> np.ndarray:
+    """An input of a prefill of one row; what is not known by name is a buffer of zeros."""
+    match name:
+        case "queries":
+            return np.random.default_rng(0).standard_normal(shape)
+        case "input_ids" | "position_ids":
+            return np.arange(shape[1])[None]
+        case "seqlens_k" | "logits_at":
+            return np.full(shape, sizes["sequence"] - 1)
+        case "total_sequence_length":
+            return np.full(shape, sizes["sequence"])
+        case "lengths" | "encoder_lengths":
+            return np.full(shape, sizes["n_encoder"])
+    return np.zeros(shape)
 
 
 def _node(said: dict[str, Any]) -> Node:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import platform
 import re
 import shutil
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from blip2_export import processors
 
@@ -20,6 +24,51 @@ def describe(n_threads: int, *packages: str) -> dict[str, str]:
         "threads": f"{n_threads} of {processors.count()} processors",
         **{package: version(package) for package in packages},
     }
+
+
+@dataclass(frozen=True)
+class Load:
+    """The machine at a moment; `told` as a report has it."""
+
+    told: dict[str, Any]
+    _ticks: (
+        tuple[int, int, int] | None
+    )  # processor time: used by anyone here or beside here, all there was, this process's
+
+    @classmethod
+    def now(cls) -> Load:
+        last_minute = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+        return cls({"last_minute": last_minute}, _ticks())
+
+    def since(self, earlier: Load) -> dict[str, Any]:
+        """With the share of processor time that others took."""
+        if self._ticks is None or earlier._ticks is None:
+            return self.told
+        used, there, own = (after - before for before, after in zip(earlier._ticks, self._ticks, strict=True))
+        return self.told | {"taken_by_others": max(used - own, 0) / there if there else None}
+
+
+def _ticks() -> tuple[int, int, int] | None:
+    """Of what Linux tells since it started."""
+    everyone, own = _read("/proc/stat").splitlines()[:1], _read("/proc/self/stat")
+    if not everyone or not own:
+        return None
+    user, nice, system, idle, waiting, interrupts, soft, stolen, *_ = map(int, everyone[0].split()[1:])
+    used = user + nice + system + interrupts + soft + stolen
+    fields = own.rpartition(")")[2].split()  # behind the name, which may have spaces
+    return used, used + idle + waiting, int(fields[11]) + int(fields[12])
+
+
+def forget_peak_memory() -> None:
+    """From now on a new peak is looked for, where the system does that."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> int | None:
+    """The most bytes that this process had resident."""
+    peak = _value(_read("/proc/self/status"), "VmHWM:")
+    return peak and peak * 1024
 
 
 def free_memory() -> int | None:

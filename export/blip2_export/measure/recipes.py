@@ -20,11 +20,6 @@ class Recipe:
     n_bytes: float
     flags: tuple[str, ...] = _ON_PROCESSOR
 
-    @property
-    def is_on_processor(self) -> bool:
-        """Whether ONNX Runtime's own kernels run all of it."""
-        return self.flags == _ON_PROCESSOR
-
 
 # OpenVINO has bfloat16 of float32 graphs beside what it reads, and no kernel for attention over a cache: that is left to ONNX
 # Runtime. (Plain operators instead, which OpenVINO runs whole, took half as long again.)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,68 +10,72 @@ from pathlib import Path
 from blip2_export import processors
 
 SAMPLES = Path(__file__).parents[3] / "models" / "samples"
-TEMPLATE = "Question: {} Answer:"
-_PARTS = (
-    ("what colour is", "how large is", "where is", "who owns", "what stands behind", "how old is"),
-    ("the", "a", "this", "that"),
-    ("dog", "star", "ball", "house", "tree", "car", "boat", "ring", "shirt", "table"),
-)
+SCENARIOS = ("stage", "single", "offline")
+QUESTION = "what is in the picture?"  # as `blip2 bench`
+
+
+@dataclass(frozen=True)
+class Input:
+    """A picture and what is asked about it; `name` as the engine's records have it."""
+
+    name: str
+    picture: Path
+    question: str | None
 
 
 @dataclass(frozen=True)
 class Work:
-    """Captions of every image, and questions asked one after another and all at once. Every text has exactly `n_tokens` tokens."""
+    """Every text has exactly `n_tokens` tokens. `past`: rows and past lengths of the steps that are timed alone."""
 
     images: tuple[Path, ...]
+    task: str
     questions: tuple[str, ...]
     n_tokens: int
     n_beams: int
     n_pictures: int
+    n_queries: int
+    duration: float  # seconds that are measured at least
+    warm_up: float  # seconds at most
+    past: tuple[tuple[int, int], ...]
 
     @property
-    def prompts(self) -> list[str]:
-        return [TEMPLATE.format(question) for question in self.questions]
+    def inputs(self) -> list[Input]:
+        """Pictures in turn, each with every question once, as `blip2 bench` pairs them."""
+        if self.task == "caption":
+            return [Input(str(path), path, None) for path in self.images]
+        asked, found = self.questions or (QUESTION,), []
+        for turn in range(len(asked)):
+            for i, path in enumerate(self.images):
+                question = asked[(i + turn) % len(asked)]
+                found.append(Input(f"{path}: {question}", path, question))
+        return found
 
     @property
-    def batch(self) -> list[Path]:
-        """The pictures of one batch; there may be fewer different ones."""
-        return list(itertools.islice(itertools.cycle(self.images), self.n_pictures))
-
-    @property
-    def rates(self) -> tuple[str, ...]:
-        """What is better when it is more."""
-        return ("alone", "together")
-
-    @property
-    def rows(self) -> dict[str, str]:
-        """What both sides measure → how a table calls it."""
-        return {
-            "preprocess": "preprocess: file → pixels, ms",
-            "vision": "vision, ms",
-            "qformer": "Q-Former and projection, ms",
-            "prefill": "prefill, ms",
-            "step": "decode step, ms",
-            "caption": f"caption of {self.n_tokens} tokens, greedy, ms",
-            "beams": f"caption, {self.n_beams} beams, ms",
-            "batch": f"{self.n_pictures} captions at once, ms",
-            "alone": "requests one after another, tokens/s",
-            "together": f"{len(self.questions)} requests at once, tokens/s",
-        }
+    def search(self) -> str:
+        """As the engine's reports call it."""
+        return f"{self.n_beams} beams, {self.n_tokens} tokens"
 
 
-def of(args: argparse.Namespace, n_prompt_tokens: Callable[[str], int]) -> Work:
-    """The questions that are asked have prompts of one length, so that no side gains by how it pads."""
-    asked = [" ".join(words) + "?" for words in itertools.product(*_PARTS)]
-    by_length: dict[int, list[str]] = {}
-    for question in asked:
-        by_length.setdefault(n_prompt_tokens(TEMPLATE.format(question)), []).append(question)
-    most = max(by_length.values(), key=len)
-    if len(most) < args.requests:
-        raise SystemExit(f"--requests {args.requests}: at most {len(most)} questions of one length are at hand")
-    return Work(tuple(args.images), tuple(most[: args.requests]), args.tokens, args.beams, args.pictures)
+def of(args: argparse.Namespace) -> Work:
+    """`args` of `add_arguments`."""
+    if args.text and args.task == "caption":
+        raise SystemExit("--text is not for --task caption")
+    return Work(
+        images=tuple(args.images),
+        task=args.task,
+        questions=tuple(args.text),
+        n_tokens=args.tokens,
+        n_beams=args.beams,
+        n_pictures=args.pictures,
+        n_queries=args.queries,
+        duration=args.duration,
+        warm_up=args.warm_up,
+        past=tuple((rows, past) for past in sorted(set(args.past)) for rows in sorted(set(args.rows))),
+    )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, beams: int, queries: int, duration: float, warm_up: float) -> None:
+    """Names and meanings are those of `blip2 bench`; what follows the parser are defaults."""
     parser.add_argument(
         "--images",
         type=_picture,
@@ -81,36 +84,75 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="default: models/samples/*.png",
     )
-    parser.add_argument("--rounds", type=count(1), default=5, metavar="N", help="default: %(default)s")
+    parser.add_argument("--task", choices=("caption", "ask"), default="caption", help="default: %(default)s")
+    parser.add_argument(
+        "--text", action="append", default=[], metavar="TEXT", help="a question of `ask`; may be given several times"
+    )
     parser.add_argument("--tokens", type=count(2), default=20, metavar="N", help="of every text (default: %(default)s)")
-    parser.add_argument("--beams", type=count(2), default=5, metavar="N", help="default: %(default)s")
+    parser.add_argument("--beams", type=count(1), default=beams, metavar="N", help="default: %(default)s")
     parser.add_argument(
-        "--pictures", type=count(2), default=8, metavar="N", help="captions at once (default: %(default)s)"
+        "--pictures", type=count(1), default=8, metavar="N", help="of `offline`, at once (default: %(default)s)"
+    )
+    _add_steps(parser)
+    parser.add_argument(
+        "--queries", type=count(1), default=queries, metavar="N", help="to measure at least (default: %(default)s)"
     )
     parser.add_argument(
-        "--requests", type=count(2), default=16, metavar="N", help="questions at once (default: %(default)s)"
+        "--duration", type=seconds, default=duration, metavar="S", help="to measure at least (default: %(default)s)"
+    )
+    parser.add_argument("--warm-up", type=seconds, default=warm_up, metavar="S", help="at most (default: %(default)s)")
+    parser.add_argument(
+        "--threads", type=count(1), default=processors.count(), metavar="N", help="default: one a processor"
     )
     parser.add_argument(
-        "--threads",
-        type=count(1),
-        default=processors.count(),
-        metavar="N",
-        help="on both sides (default: one a processor)",
+        "--engine",
+        type=Path,
+        default=Path("target/release/blip2"),
+        help="the program that makes the reports (default: %(default)s)",
     )
-    parser.add_argument("--json", type=_report, metavar="FILE", help="every single value, with machine and versions")
 
 
-def _picture(text: str) -> Path:
-    if not Path(text).is_file():
-        raise argparse.ArgumentTypeError(f"{text}: no such picture")
-    return Path(text)
+def _add_steps(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--rows", type=counts, default=[1], metavar="A,B", help="of the steps that `stage` times (default: 1)"
+    )
+    parser.add_argument(
+        "--past", type=counts, default=[48], metavar="A,B", help="positions before those steps (default: 48)"
+    )
 
 
-def _report(text: str) -> Path:
-    """A file that can be written once everything is measured."""
-    if not Path(text).absolute().parent.is_dir() or Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"{text}: no file can be written there; choose one in a folder that exists")
-    return Path(text)
+def require_engine(path: Path) -> None:
+    if not path.is_file():
+        raise SystemExit(f"{path}: the engine is not there; `make build` makes it")
+
+
+def folder(text: str) -> Path:
+    """One that is there or can be made."""
+    path = Path(text)
+    if any(parent.exists() and not parent.is_dir() for parent in (path, *path.absolute().parents)):
+        raise argparse.ArgumentTypeError(f"{text}: no folder can be there")
+    return path
+
+
+def scenarios(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := next((name for name in names if name not in SCENARIOS), None):
+        raise argparse.ArgumentTypeError(f"{unknown} is none of {', '.join(SCENARIOS)}")
+    return names
+
+
+def counts(text: str) -> list[int]:
+    return [count(1)(part) for part in text.split(",")]
+
+
+def seconds(text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = -1.0
+    if not 0 <= found < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: a number of seconds from 0 is needed")
+    return found
 
 
 def count(least: int) -> Callable[[str], int]:
@@ -120,3 +162,9 @@ def count(least: int) -> Callable[[str], int]:
         return int(text)
 
     return read
+
+
+def _picture(text: str) -> Path:
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"{text}: no such picture")
+    return Path(text)

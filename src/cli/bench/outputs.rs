@@ -3,7 +3,9 @@
 use std::fs::File;
 use std::io::{BufWriter, Write, stdout};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use crate::bench::foreign::Format;
 use crate::bench::html::page;
 use crate::bench::record::Record;
 use crate::bench::report::Report;
@@ -27,10 +29,13 @@ pub(super) struct Outputs {
     /// A page with tables and plots that opens anywhere
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
+    /// Write --json, and --jsonl where there is such a file, as another tool does: aiperf, vllm
+    #[arg(long, value_name = "TOOL", default_value_t = Format::Blip2)]
+    format: Format,
 }
 
 /// Writes every query as it ends.
-pub(super) struct Journal(Option<(PathBuf, BufWriter<File>)>);
+pub(super) struct Journal(Option<(PathBuf, BufWriter<File>)>, Format);
 
 impl Outputs {
     /// Makes sure that all files can be written before anything is measured.
@@ -42,13 +47,17 @@ impl Outputs {
             let file = File::create(path).map_err(|source| unwritable(path, source))?;
             Ok::<_, Failure>((path.clone(), BufWriter::new(file)))
         });
-        Ok(Journal(journal.transpose()?))
+        Ok(Journal(journal.transpose()?, self.format))
     }
 
     /// All that were asked for, the table on standard output among them; where one cannot be written, the others are.
-    pub fn write(&self, report: &Report) -> Result<(), Failure> {
+    /// `records`: all of the run.
+    pub fn write(&self, report: &Report, records: &[Record]) -> Result<(), Failure> {
         let table = report.markdown();
-        let json = || serde_json::to_string_pretty(report).expect("a report is JSON") + "\n";
+        let json = || match self.format {
+            Format::Blip2 => serde_json::to_string_pretty(report).expect("a report is JSON") + "\n",
+            format => format!("{:#}\n", format.document(report, records)),
+        };
         let written = [
             write(self.json.as_deref(), json),
             write(self.csv.as_deref(), || report.csv()),
@@ -61,9 +70,16 @@ impl Outputs {
 }
 
 impl Journal {
+    /// Of a query that ends now.
     pub fn note(&mut self, record: &Record) -> Result<(), Failure> {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        self.note_from(record, now.saturating_sub(Duration::from_secs_f64(record.done_ms.max(0.0) / 1e3)))
+    }
+
+    /// `zero`: since 1970, when the record's times begin.
+    pub fn note_from(&mut self, record: &Record, zero: Duration) -> Result<(), Failure> {
         let Some((path, file)) = &mut self.0 else { return Ok(()) };
-        let line = serde_json::to_string(record).expect("a record is JSON");
+        let line = self.1.line(record, zero);
         writeln!(file, "{line}").and_then(|()| file.flush()).map_err(|source| unwritable(path, source))
     }
 }

@@ -58,6 +58,13 @@ impl Plan {
         records
     }
 
+    /// Queries a second, of a schedule that has a length.
+    fn rate(&self) -> Option<f64> {
+        let Load::Open(schedule) = &self.load else { return None };
+        let end = schedule.last().filter(|end| !end.is_zero())?;
+        Some(schedule.len() as f64 / end.as_secs_f64())
+    }
+
     pub fn work(&self, measure: &Measure, n_inputs: usize) -> Work {
         Work {
             scenario: self.scenario.into(),
@@ -65,6 +72,8 @@ impl Plan {
             inputs: n_inputs,
             pictures: self.n_pictures,
             arrivals: self.arrivals.clone(),
+            concurrency: if let Load::Closed(n) = self.load { Some(n) } else { None },
+            rate: self.rate(),
             seed: measure.seed,
             search: measure.inputs.search().filter(|_| self.scenario != "stage"),
             objectives: measure.slo,
