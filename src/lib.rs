@@ -54,6 +54,7 @@
 //! | an execution provider | `runtime/provider.rs`, a feature in `Cargo.toml`; one that is a plugin: a line in `runtime/plugin.rs` |
 //! | a decoding strategy | `decode/<name>.rs` with a [`decode::Search`] |
 //! | a command | `cli/<name>.rs`, a variant in `cli/args.rs` |
+//! | an operator in graphs | `export/`; what it makes of sizes in `bench/cost/shapes.rs`, and what it costs if it multiplies in `products.rs` |
 //! | what is measured | a [`bench::load::Target`]; a scenario: a variant in `cli/bench.rs` |
 //! | what `cargo bench` times, beside the obvious way | `benches/<name>.rs`, its `[[bench]]` in `Cargo.toml` |
 

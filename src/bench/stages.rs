@@ -163,12 +163,12 @@ impl Writing {
         let sight = engine.see(&[&picture])?.remove(0);
         let seen = engine.seer().seen(&[(&sight, &prompt)])?.remove(0);
         let prefix = Prefix { seen, prompt: prompt.ids.clone(), max_new_tokens: 1 };
-        let model = engine.language();
-        let mut found = Vec::new();
+        let (model, mut found) = (engine.language(), Vec::new());
+        let token = tokens.first().copied().unwrap_or_default();
         for (past, rows) in steps.past.iter().flat_map(|past| steps.rows.iter().map(move |rows| (*past, *rows))) {
             let mut step = Step { rows, past, blank: model.blank(&prefix, rows, past)? };
             for _ in 0..REHEARSALS {
-                step.run(model, tokens[0], &mut Times::default())?;
+                step.run(model, token, &mut Times::default())?;
             }
             found.push(step);
         }

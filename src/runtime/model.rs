@@ -77,8 +77,8 @@ pub(super) fn product(kind: Product, [depth, width]: [usize; 2], bytes: &[u8]) -
             let attributes = attributes.map(|(name, number)| attribute(name, number)).concat();
             let named = ["x", "w", "s"].map(|input| message(1, input.as_bytes())).concat();
             let node = [named, message(2, b"y"), message(4, b"MatMulNBits"), attributes, message(7, MICROSOFT)].concat();
-            let float = code(Dtype::Float32);
-            whole(&[message(1, &node), stored.concat(), ports(float, float)])
+            let (float, domain) = (code(Dtype::Float32), [message(1, MICROSOFT), number(2, 1)].concat());
+            [whole(&[message(1, &node), stored.concat(), ports(float, float)]), message(8, &domain)].concat()
         }
     }
 }
@@ -101,8 +101,7 @@ pub(super) fn byte_product(weight: i8, shape: [u8; 2]) -> Vec<u8> {
 
 fn whole(graph: &[Vec<u8>]) -> Vec<u8> {
     let graph = [graph.concat(), message(2, b"g")].concat();
-    let microsoft = [message(1, MICROSOFT), number(2, 1)].concat();
-    [number(1, IR_VERSION), message(7, &graph), message(8, &number(2, OPSET)), message(8, &microsoft)].concat()
+    [number(1, IR_VERSION), message(7, &graph), message(8, &number(2, OPSET))].concat()
 }
 
 fn tensor(name: &str, code: u8, shape: &[usize], bytes: &[u8]) -> Vec<u8> {

@@ -13,6 +13,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use products::Found;
+
 use crate::bundle::{Bundle, BundleError, Dimension, Element, Node, Nodes, Precision, Stored, TensorFacts};
 
 /// Sizes and numbers that the graph's file leaves open.
@@ -73,6 +75,9 @@ pub enum CostError {
         why: String,
     },
 }
+
+/// More than any memory holds: sizes beyond are a mistake.
+const MOST_ELEMENTS: usize = 1 << 44;
 
 /// What is known of a tensor.
 #[derive(Clone, Debug)]
@@ -202,22 +207,31 @@ impl Run<'_> {
             return Err(self.problem(node, Problem::Unfit(format!("`{name}` comes from nowhere"))));
         }
         let outputs = shapes::outputs(node, &inputs).map_err(|problem| self.problem(node, problem))?;
-        let made_of = |value: &&Value| value.weights.clone();
-        let weights: Option<Vec<Vec<usize>>> = inputs.iter().flatten().map(made_of).collect();
-        let weights = weights.filter(|weights| !weights.is_empty()).map(|weights| weights.concat());
+        if outputs.is_empty() || outputs.iter().any(|value| value.n() > MOST_ELEMENTS) {
+            return Err(self.problem(node, "no memory holds what comes out".into()));
+        }
+        let weights = made_of(&inputs);
+        // What is made of weights alone is made once, before any run.
         if weights.is_none() {
             let found = products::of(node, &inputs, &outputs).map_err(|problem| self.problem(node, problem))?;
-            let read: Vec<(Vec<usize>, f64)> = reads(node, &inputs, &outputs).collect();
-            found.operations.into_iter().for_each(|(precision, n)| *self.cost.operations.entry(precision).or_default() += n);
-            self.cost.cache_bytes += found.cache_bytes;
-            read.iter()
-                .flat_map(|(weights, share)| weights.iter().map(move |weight| (*weight, *share)))
-                .for_each(|(weight, share)| self.read[weight] += share);
+            let read: Vec<(usize, f64)> = reads(node, &inputs, &outputs).collect();
+            self.add(found, read);
         }
         for (name, value) in node.outputs.iter().zip(outputs).filter(|(name, _)| !name.is_empty()) {
             self.values.insert(name.clone(), Value { weights: weights.clone(), ..value });
         }
         Ok(())
+    }
+
+    fn add(&mut self, found: Found, read: Vec<(usize, f64)>) {
+        for (weight, share) in read {
+            self.read[weight] += share;
+        }
+        for (precision, n) in found.operations {
+            let sum = self.cost.operations.entry(precision).or_default();
+            *sum = sum.saturating_add(n);
+        }
+        self.cost.cache_bytes = self.cost.cache_bytes.saturating_add(found.cache_bytes);
     }
 
     fn end(mut self, outputs: &[TensorFacts], sizes: &Sizes) -> Result<Cost, CostError> {
@@ -238,7 +252,7 @@ impl Run<'_> {
             self.moves(&output.name, &value);
         }
         // Numbers that sizes are made of are no weights.
-        let whole = |stored: &Stored| stored.shape.iter().product::<usize>() as f64 * stored.element.size() as f64;
+        let whole = |stored: &Stored| times(&stored.shape) as f64 * stored.element.size() as f64;
         let weights = self.nodes.stored.iter().zip(&self.read).filter(|(stored, _)| stored.values.is_none());
         let read = weights.map(|(stored, share)| whole(stored) * share.min(1.0));
         self.cost.weight_bytes = read.sum::<f64>().round() as u64;
@@ -258,26 +272,38 @@ impl Run<'_> {
 
 impl Value {
     fn n(&self) -> usize {
-        self.shape.iter().product()
+        times(&self.shape)
     }
 
     fn bytes(&self) -> u64 {
-        (self.n() * self.element.size()) as u64
+        self.n().saturating_mul(self.element.size()) as u64
     }
 }
 
+/// Their product, or the largest number where it is larger.
+fn times(numbers: &[usize]) -> usize {
+    numbers.iter().fold(1, |product: usize, number| product.saturating_mul(*number))
+}
+
+/// The weights that all of these are made of; none if inputs have a part in them.
+fn made_of(values: &[Option<&Value>]) -> Option<Vec<usize>> {
+    let weights: Option<Vec<&Vec<usize>>> = values.iter().flatten().map(|value| value.weights.as_ref()).collect();
+    let each: BTreeSet<usize> = weights?.into_iter().flatten().copied().collect();
+    (!each.is_empty()).then(|| each.into_iter().collect())
+}
+
 /// Which weights a node reads, and how much of each: all of it, or of a table what is looked up.
-fn reads<'a>(node: &'a Node, inputs: &'a [Option<&Value>], outputs: &'a [Value]) -> impl Iterator<Item = (Vec<usize>, f64)> + 'a {
+fn reads<'a>(node: &'a Node, inputs: &'a [Option<&Value>], outputs: &'a [Value]) -> impl Iterator<Item = (usize, f64)> + 'a {
+    let n_rows = |table: &Value| table.shape.first().map_or(1, |n| (*n).max(1)) as f64;
     let share = move |at: usize, value: &Value| match (node.operator.as_str(), at) {
         ("Gather" | "GatherElements" | "Slice", 0) => outputs[0].n() as f64 / value.n().max(1) as f64,
-        ("RotaryEmbedding", 2 | 3) => inputs[1].map_or(1.0, |positions| positions.n() as f64 / value.shape[0].max(1) as f64),
-        ("GroupQueryAttention", 7 | 8) => {
-            inputs[0].map_or(1.0, |x| (x.shape[0] * x.shape[1]) as f64 / value.shape[0].max(1) as f64)
-        }
+        ("RotaryEmbedding", 2 | 3) => inputs[1].map_or(1.0, |positions| positions.n() as f64 / n_rows(value)),
+        ("GroupQueryAttention", 7 | 8) => inputs[0].map_or(1.0, |x| times(&x.shape[..2]) as f64 / n_rows(value)),
         _ => 1.0,
     };
-    let weights = inputs.iter().enumerate().filter_map(|(at, value)| Some((at, (*value)?)));
-    weights.filter_map(move |(at, value)| Some((value.weights.clone()?, share(at, value).min(1.0))))
+    let values = inputs.iter().enumerate().filter_map(|(at, value)| Some((at, (*value)?)));
+    let weights = values.filter_map(move |(at, value)| Some((value.weights.clone()?, share(at, value).min(1.0))));
+    weights.flat_map(|(weights, share)| weights.into_iter().map(move |weight| (weight, share)))
 }
 
 #[cfg(test)]
@@ -467,6 +493,10 @@ mod tests {
         assert_eq!(said(alone("Einsum", &[], &[&[2]], Element::Float32)), "alone: what the operator Einsum costs is not known");
         let found = said(alone("MatMul", &[], &[&[2, 3], &[4, 5]], Element::Float32));
         assert_eq!(found, "alone: sizes of `y` (MatMul) do not fit: [2, 3] is not multiplied with [4, 5]");
+        let found = said(alone("MatMul", &[], &[&[1 << 40, 1], &[1, 1 << 40]], Element::Float32));
+        assert!(found.ends_with("no memory holds what comes out"), "{found}");
+        let found = alone("Conv", &[("strides", 0), ("pads", -9)], &[&[1, 1, 4, 4], &[1, 1, 0, 2]], Element::Float32);
+        assert!(said(found).contains("Conv"));
         let found = said(alone("MatMulNBits", &[("K", 3), ("N", 5), ("bits", 2)], &[&[2, 3], &[4, 5]], Element::Uint8));
         assert!(found.ends_with("weights of 2 bits are not known"), "{found}");
         let found = said(cost(&bundle("tests/bundles/t5"), "vision", &Sizes::default()));

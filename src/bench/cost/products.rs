@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::shapes::{attribute, first, input};
-use super::{Problem, Value};
+use super::{Problem, Value, times};
 use crate::bundle::{Element, Node, Precision};
 
 /// What a node has a part in.
@@ -30,19 +30,19 @@ pub(super) struct Attention {
 pub(super) fn of(node: &Node, inputs: &[Option<&Value>], outputs: &[Value]) -> Result<Found, Problem> {
     let (x, n_outputs) = (first(inputs)?, outputs[0].n());
     let multiplied =
-        |depth: usize, precision| Found { operations: [(precision, 2 * (n_outputs * depth) as u64)].into(), cache_bytes: 0 };
+        |depth: usize, precision| Found { operations: [(precision, times(&[2, n_outputs, depth]) as u64)].into(), cache_bytes: 0 };
     Ok(match node.operator.as_str() {
         "MatMul" | "FusedMatMul" | "Gemm" => multiplied(depth(node, x), float(x)?),
         "MatMulInteger" | "MatMulIntegerToFloat" | "DynamicQuantizeMatMul" | "QGemm" => multiplied(depth(node, x), Precision::Int8),
         "MatMulNBits" => multiplied(attribute(node, "K")?, blocks(attribute(node, "bits")?)?),
-        "Conv" => multiplied(input(inputs, 1)?.shape[1..].iter().product(), float(x)?),
+        "Conv" => multiplied(times(&input(inputs, 1)?.shape[1..]), float(x)?),
         "MultiHeadAttention" | "Attention" | "GroupQueryAttention" => {
             let Attention { pairs, query_width, width, cache_bytes, projected } = attention(node, inputs)?;
-            let operations = (2 * pairs * (query_width + width) + projected) as u64;
+            let operations = times(&[2, pairs, query_width + width]).saturating_add(projected) as u64;
             Found { operations: [(float(x)?, operations)].into(), cache_bytes }
         }
         // Some positions of slots are written, and whoever multiplies with them reads them all.
-        "ScatterElements" => Found { cache_bytes: x.bytes() + input(inputs, 2)?.bytes(), ..Found::default() },
+        "ScatterElements" => Found { cache_bytes: x.bytes().saturating_add(input(inputs, 2)?.bytes()), ..Found::default() },
         _ => Found::default(),
     })
 }
@@ -90,13 +90,13 @@ fn plain(node: &Node, inputs: &[Option<&Value>]) -> Result<Attention, Problem> {
     let [batch, rows, query_width] = query[..] else { return Err("a query has three axes".into()) };
     let of = |value: &Value| match value.shape[..] {
         [_, keys, width] => Ok((keys, width)),
-        [_, heads, keys, width] => Ok((keys, heads * width)),
+        [_, heads, keys, width] => Ok((keys, times(&[heads, width]))),
         _ => Err(Problem::from("keys and values have three axes or four")),
     };
     let (keys, _) = of(input(inputs, 1)?)?;
     let (_, width) = of(input(inputs, 2)?)?;
     let is_causal = ["unidirectional", "is_causal"].iter().any(|name| node.attributes.get(*name).is_some_and(|n| n[0] == 1));
-    let pairs = if is_causal { batch * behind(keys.saturating_sub(rows), rows) } else { batch * rows * keys };
+    let pairs = times(&[batch, if is_causal { behind(keys.saturating_sub(rows), rows) } else { times(&[rows, keys]) }]);
     Ok(Attention { pairs, query_width, width, cache_bytes: 0, projected: 0 })
 }
 
@@ -106,8 +106,8 @@ fn projected(node: &Node, inputs: &[Option<&Value>]) -> Result<Attention, Proble
     let [batch, rows, depth] = x[..] else { return Err("attention takes three axes".into()) };
     let width = weight[1] / 3;
     let is_causal = node.attributes.get("unidirectional").is_some_and(|numbers| numbers[0] == 1);
-    let pairs = batch * if is_causal { behind(0, rows) } else { rows * rows };
-    Ok(Attention { pairs, query_width: width, width, cache_bytes: 0, projected: 2 * batch * rows * depth * weight[1] })
+    let pairs = times(&[batch, if is_causal { behind(0, rows) } else { times(&[rows, rows]) }]);
+    Ok(Attention { pairs, query_width: width, width, cache_bytes: 0, projected: times(&[2, batch, rows, depth, weight[1]]) })
 }
 
 /// Over slots `[batch, heads, capacity, head width]`, to which new positions are added: each sees those before it and itself.
@@ -119,12 +119,12 @@ fn over_cache(node: &Node, inputs: &[Option<&Value>]) -> Result<Attention, Probl
     let total = input(inputs, 6)?.numbers.as_ref().and_then(|numbers| usize::try_from(*numbers.first()?).ok());
     let total = total.ok_or("how far attention looks is not known")?;
     let before = total.checked_sub(rows).ok_or("there are more new positions than positions")?;
-    let width = attribute(node, "num_heads")? * head_width;
-    let cache_bytes = (2 * batch * kept_heads * total * head_width * past.element.size()) as u64;
-    Ok(Attention { pairs: batch * behind(before, rows), query_width: width, width, cache_bytes, projected: 0 })
+    let width = times(&[attribute(node, "num_heads")?, head_width]);
+    let cache_bytes = times(&[2, batch, kept_heads, total, head_width, past.element.size()]) as u64;
+    Ok(Attention { pairs: times(&[batch, behind(before, rows)]), query_width: width, width, cache_bytes, projected: 0 })
 }
 
 /// Pairs of `rows` queries that follow each other with the keys before them and their own.
 fn behind(before: usize, rows: usize) -> usize {
-    rows * before + rows * (rows + 1) / 2
+    times(&[rows, before]).saturating_add(times(&[rows, rows.saturating_add(1)]) / 2)
 }

@@ -1,8 +1,11 @@
 //! What each operator makes of the sizes of its inputs. Those are known that graphs of bundles have, and the other forms of their products.
 
 use super::products::attention;
-use super::{Problem, Value};
+use super::{Problem, Value, times};
 use crate::bundle::{Element, Node};
+
+/// No tensor has as many, so more numbers are no shape.
+const MOST_AXES: usize = 64;
 
 type Inputs<'a> = &'a [Option<&'a Value>];
 
@@ -141,10 +144,11 @@ fn concat(node: &Node, inputs: Inputs<'_>) -> Result<Value, Problem> {
         if !alike {
             return Err(Problem::Unfit(format!("{:?} and {:?} cannot be put together", x.shape, value.shape)));
         }
-        shape[at] += value.shape[at];
+        shape[at] = shape[at].saturating_add(value.shape[at]);
     }
     let numbers: Option<Vec<Vec<i64>>> = inputs.iter().flatten().map(|value| value.numbers.clone()).collect();
-    Ok(Value { shape, numbers: numbers.map(|numbers| numbers.concat()), ..plain(x) })
+    let numbers = numbers.map(|numbers| numbers.concat()).filter(|numbers| numbers.len() <= MOST_AXES);
+    Ok(Value { shape, numbers, ..plain(x) })
 }
 
 fn expand(x: &Value, to: &[i64]) -> Result<Value, Problem> {
@@ -167,7 +171,7 @@ fn pad(x: &Value, by: &[i64]) -> Result<Value, Problem> {
     if by.len() != 2 * rank {
         return Err(Problem::Unfit(format!("{} numbers do not pad {rank} axes", by.len())));
     }
-    let size = |axis: usize| x.shape[axis].checked_add_signed((by[axis] + by[axis + rank]) as isize);
+    let size = |axis: usize| x.shape[axis].checked_add_signed(by[axis].saturating_add(by[axis + rank]) as isize);
     let shape = (0..rank).map(size).collect::<Option<Vec<usize>>>();
     Ok(Value { shape: shape.ok_or("more is cut off than there is")?, ..plain(x) })
 }
@@ -198,9 +202,9 @@ fn reshape(x: &Value, to: &[i64]) -> Result<Value, Problem> {
         });
     }
     if let Some(open) = to.iter().position(|size| *size == -1) {
-        shape[open] = x.n() / shape.iter().product::<usize>().max(1);
+        shape[open] = x.n() / times(&shape).max(1);
     }
-    if shape.iter().product::<usize>() != x.n() {
+    if times(&shape) != x.n() {
         return Err(Problem::Unfit(format!("{:?} does not become {to:?}", x.shape)));
     }
     Ok(Value { shape, numbers: x.numbers.clone(), ..plain(x) })
@@ -239,7 +243,8 @@ fn slice(inputs: Inputs<'_>) -> Result<Value, Problem> {
 fn split(node: &Node, inputs: Inputs<'_>) -> Result<Vec<Value>, Problem> {
     let (x, sizes) = (first(inputs)?, numbers(inputs, 1)?);
     let at = axis_of(node, 0, x.shape.len())?;
-    if sizes.iter().sum::<i64>() != x.shape[at] as i64 {
+    if sizes.iter().any(|size| *size < 0) || sizes.iter().fold(0, |sum: i64, size| sum.saturating_add(*size)) != x.shape[at] as i64
+    {
         return Err(Problem::Unfit(format!("{} is not split into {sizes:?}", x.shape[at])));
     }
     let part = |size: &i64| {
@@ -296,13 +301,14 @@ fn convolution(node: &Node, x: &Value, weight: &Value) -> Result<Vec<usize>, Pro
         return Err(Problem::Unfit(format!("{:?} does not go over {:?}", weight.shape, x.shape)));
     };
     let number = |name: &str, at: usize, default: usize| {
-        node.attributes.get(name).and_then(|numbers| numbers.get(at)).map_or(default, |number| *number as usize)
+        let number = node.attributes.get(name).and_then(|numbers| numbers.get(at));
+        number.map_or(default, |number| usize::try_from(*number).unwrap_or(0))
     };
     let size = |at: usize| {
-        let padded = places[at] + number("pads", at, 0) + number("pads", at + places.len(), 0);
-        let reach = (kernel[at] - 1) * number("dilations", at, 1) + 1;
-        padded.checked_sub(reach).map(|room| room / number("strides", at, 1) + 1)
+        let padded = places[at].saturating_add(number("pads", at, 0)).saturating_add(number("pads", at + places.len(), 0));
+        let reach = kernel[at].checked_sub(1)?.saturating_mul(number("dilations", at, 1)).saturating_add(1);
+        Some(padded.checked_sub(reach)?.checked_div(number("strides", at, 1))?.saturating_add(1))
     };
-    let sizes = (0..places.len()).map(size).collect::<Option<Vec<usize>>>().ok_or("the kernel is larger than what it goes over")?;
+    let sizes = (0..places.len()).map(size).collect::<Option<Vec<usize>>>().ok_or("the kernel does not go over it")?;
     Ok([&[x.shape[0], weight.shape[0]], &sizes[..]].concat())
 }
