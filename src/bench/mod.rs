@@ -10,6 +10,7 @@ pub mod environment;
 pub mod figures;
 pub mod html;
 pub mod http;
+pub mod keep;
 pub mod load;
 pub mod local;
 pub mod record;
