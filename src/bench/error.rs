@@ -42,6 +42,14 @@ pub enum BenchError {
         /// What it is.
         why: String,
     },
+    /// A file holds no settings.
+    #[error("{}: {why}", path.display())]
+    NoSettings {
+        /// The file.
+        path: PathBuf,
+        /// What it is.
+        why: String,
+    },
     /// A condition names what reports do not have.
     #[error("both reports have no `{name}`; they have {known}")]
     UnknownFigure {

@@ -13,10 +13,15 @@ pub mod http;
 pub mod keep;
 pub mod load;
 pub mod local;
+pub mod memory;
 pub mod record;
 pub mod report;
+pub mod settings;
+pub mod slope;
 pub mod startup;
 pub mod statistics;
+pub mod sweep;
+pub mod turns;
 
 mod error;
 

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::BenchError;
 use super::environment::{Load, Machine};
 use super::figures::{Figures, Objectives};
+use super::memory::{Drift, Memory};
 use super::record::Record;
 use super::statistics::{Percentile, Summary};
 
@@ -44,10 +45,19 @@ pub struct Report {
     pub figures: Figures,
     /// Of latencies by name, what so many half percents of the sample lie below: the curve of its distribution.
     pub quantiles: BTreeMap<String, Vec<f64>>,
-    /// The first queries that counted.
+    /// The first queries that counted, of those whose records were kept.
     pub timeline: Vec<Record>,
     /// The most memory that the process had resident, where the engine ran in it.
     pub peak_resident_bytes: Option<u64>,
+    /// What it had resident over time, where the run is a soak and the engine ran in it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<Memory>,
+    /// How latency changed, where the run is a soak.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drift: Option<Drift>,
+    /// What tells it from the other settings of a sweep, such as `threads=2`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub label: Option<String>,
 }
 
 /// What was measured.
@@ -74,7 +84,7 @@ pub struct Subject {
 /// What it had to do.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Work {
-    /// `single`, `multi`, `offline` or `server`.
+    /// `single`, `multi`, `offline`, `server`, `startup` or `soak`.
     pub scenario: String,
     /// `caption`, `ask`, `match` or `embed`.
     pub task: String,
@@ -165,6 +175,9 @@ impl Report {
         let counts = figures.counts;
         writeln!(out, "; {} answered, {} failed, {} to warm up", counts.answered, counts.failed, counts.warm_up)?;
         writeln!(out, "`~`: the sample is too small to say so with a certainty of 99 %; ± is the 95 % interval of a percentile")?;
+        let growth = self.memory.as_ref().and_then(|memory| memory.growth);
+        growth.map_or(Ok(()), |growth| writeln!(out, "memory: {growth}"))?;
+        self.drift.map_or(Ok(()), |drift| writeln!(out, "latency: {drift}"))?;
         figures.objections.iter().try_for_each(|why| writeln!(out, "not valid: {why}"))?;
         if self.is_complete { Ok(()) } else { writeln!(out, "not valid: the run was stopped") }
     }
@@ -184,7 +197,7 @@ fn shown(percentile: &Percentile) -> String {
 }
 
 /// Four digits that matter.
-fn short(value: f64) -> String {
+pub(super) fn short(value: f64) -> String {
     let digits = if value == 0.0 { 0 } else { (3 - value.abs().log10().floor() as i32).clamp(0, 6) as usize };
     format!("{value:.digits$}")
 }
@@ -222,6 +235,9 @@ pub(super) mod tests {
             timeline: timeline(&records),
             figures: figures(&records, Objectives::default()).expect("answers"),
             peak_resident_bytes: None,
+            memory: None,
+            drift: None,
+            label: None,
         }
     }
 

@@ -33,6 +33,11 @@ pub(super) struct Outputs {
 pub(super) struct Journal(Option<(PathBuf, BufWriter<File>)>);
 
 impl Outputs {
+    /// Whether any was asked for.
+    pub fn are_named(&self) -> bool {
+        [&self.json, &self.jsonl, &self.csv, &self.markdown, &self.html].into_iter().any(Option::is_some)
+    }
+
     /// Makes sure that all files can be written before anything is measured.
     pub fn open(&self) -> Result<Journal, Failure> {
         for path in [&self.json, &self.csv, &self.markdown, &self.html].into_iter().flatten() {
@@ -73,6 +78,6 @@ fn write(path: Option<&Path>, content: impl FnOnce() -> String) -> Result<(), Fa
     std::fs::write(path, content()).map_err(|source| unwritable(path, source))
 }
 
-fn unwritable(path: &Path, source: std::io::Error) -> Failure {
+pub(super) fn unwritable(path: &Path, source: std::io::Error) -> Failure {
     Failure::Report { path: path.to_path_buf(), source }
 }
