@@ -233,6 +233,17 @@ fn what_is_tuned_is_what_other_commands_take() {
         let shown = |n: &Value| n.as_u64().map_or("the default".into(), |n| n.to_string());
         let last = format!("best: threads {}, batch {}", shown(&found["threads"]), shown(&found["batch"]));
         assert_eq!(out.lines().last(), Some(&*last));
+        for sweep in found["tried"].as_array().unwrap() {
+            let settings = sweep["settings"].as_array().unwrap();
+            let chosen = if settings[0]["options"][0][0] == "threads" { &found["threads"] } else { &found["batch"] };
+            let Some(setting) = settings.iter().find(|setting| setting["options"][0][1] == chosen.to_string().as_str()) else {
+                assert!(chosen.is_null());
+                continue;
+            };
+            let (latency, images) = (&setting["latency"]["interval"], &setting["images"]["interval"]);
+            let is_sure = if goal == "latency" { number(&latency[1]) < 1.0 } else { number(&images[0]) > 1.0 };
+            assert!(is_sure, "the default stays unless another is surely better: {setting}");
+        }
         let (_, err) = ends(&blip2(&["doctor", "--settings", path, "--model", STAGE_1]).output().unwrap(), 0);
         assert!(!err.contains("warning"), "{err}");
     }

@@ -63,21 +63,33 @@ pub struct Watch {
     thread: JoinHandle<Vec<(f64, u64)>>,
 }
 
+/// What was seen, and how long until the next look.
+struct Samples {
+    taken: Vec<(f64, u64)>,
+    interval: Duration,
+}
+
+impl Samples {
+    /// One more, where the system tells. Of too many every second stays, and from then on half as many are taken.
+    fn add(&mut self, sample: Option<(f64, u64)>) {
+        self.taken.extend(sample);
+        if self.taken.len() > MOST_SAMPLES {
+            self.taken = std::mem::take(&mut self.taken).into_iter().step_by(2).collect();
+            self.interval *= 2;
+        }
+    }
+}
+
 impl Watch {
     /// From now on.
     pub fn start() -> Self {
         let (end, ended) = channel();
         let thread = std::thread::spawn(move || {
-            let (start, mut samples) = (Instant::now(), Vec::new());
-            let mut interval = FIRST_INTERVAL;
+            let (start, mut samples) = (Instant::now(), Samples { taken: Vec::new(), interval: FIRST_INTERVAL });
             loop {
-                samples.extend(resident_bytes().map(|bytes| (start.elapsed().as_secs_f64(), bytes)));
-                if samples.len() > MOST_SAMPLES {
-                    samples = samples.into_iter().step_by(2).collect();
-                    interval *= 2;
-                }
-                if ended.recv_timeout(interval) != Err(RecvTimeoutError::Timeout) {
-                    return samples;
+                samples.add(resident_bytes().map(|bytes| (start.elapsed().as_secs_f64(), bytes)));
+                if ended.recv_timeout(samples.interval) != Err(RecvTimeoutError::Timeout) {
+                    return samples.taken;
                 }
             }
         });
@@ -201,7 +213,20 @@ mod tests {
     }
 
     #[test]
-    fn samples_stay_few() {
+    fn samples_of_days_are_few_and_evenly_spread() {
+        let mut samples = Samples { taken: Vec::new(), interval: FIRST_INTERVAL };
+        let mut at = Duration::ZERO;
+        while at < Duration::from_secs(200_000) {
+            samples.add(Some((at.as_secs_f64(), 1)));
+            at += samples.interval;
+        }
+        let gaps: Vec<f64> = samples.taken.windows(2).map(|pair| pair[1].0 - pair[0].0).collect();
+        assert!((250..=500).contains(&samples.taken.len()), "{}", samples.taken.len());
+        assert!(gaps.iter().all(|gap| (gap - gaps[0]).abs() < 1e-6), "{gaps:?}");
+    }
+
+    #[test]
+    fn this_process_is_watched() {
         let watch = Watch::start();
         std::thread::sleep(Duration::from_millis(350));
         let memory = watch.end();

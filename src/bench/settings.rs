@@ -32,6 +32,8 @@ pub struct Settings {
     pub model: String,
     /// SHA-256 over the hashes of its files.
     pub model_sha256: String,
+    /// The execution provider that it ran on.
+    pub provider: String,
     /// Threads inside an operator; none where nothing is surely better than the default.
     pub threads: Option<NonZeroUsize>,
     /// Pictures that are looked at, and texts that are written, together; none as above, and for latency.
@@ -70,8 +72,8 @@ impl Settings {
         serde_json::from_slice(&content).map_err(|error| none(error.to_string()))
     }
 
-    /// Why they may be wrong here; nothing if they were found for this.
-    pub fn doubts(&self, machine: &Machine, model_sha256: &str) -> Option<String> {
+    /// Why they may be wrong here; nothing if they were found for this. A provider that nobody named is taken for theirs.
+    pub fn doubts(&self, machine: &Machine, model_sha256: &str, provider: Option<&str>) -> Option<String> {
         let of = |machine: &Machine| {
             let processor = machine.processor.as_deref().unwrap_or("an unknown processor");
             format!("{processor} ({}), {} processors", machine.instruction_set, machine.usable_processors)
@@ -79,7 +81,8 @@ impl Settings {
         let (there, here) = (of(&self.machine), of(machine));
         let machine = (there != here).then(|| format!("on {there}; this is {here}"));
         let bundle = (self.model_sha256 != model_sha256).then(|| format!("for another bundle, {}", self.model));
-        let doubts: Vec<String> = [bundle, machine].into_iter().flatten().collect();
+        let provider = provider.filter(|named| *named != self.provider).map(|_| format!("with {}", self.provider));
+        let doubts: Vec<String> = [bundle, provider, machine].into_iter().flatten().collect();
         (!doubts.is_empty()).then(|| format!("they were found {}", doubts.join(", and ")))
     }
 }
@@ -91,7 +94,11 @@ pub fn best(sweep: &Sweep, goal: Goal) -> usize {
         Goal::Latency => 1.0 / ratio.value,
         Goal::Throughput => ratio.value,
     };
-    let noise = sweep.noise.unwrap_or(f64::INFINITY);
+    let noise = match goal {
+        Goal::Latency => sweep.noise,
+        Goal::Throughput => sweep.noise_of_images,
+    };
+    let noise = noise.unwrap_or(f64::INFINITY);
     let gains = sweep.settings.iter().enumerate().filter_map(|(i, setting)| {
         let ratio = match goal {
             Goal::Latency => setting.latency,
@@ -116,6 +123,7 @@ mod tests {
             machine: Machine { processor: Some("EPYC".into()), usable_processors: 8, ..Machine::default() },
             model: "demo".into(),
             model_sha256: "ab".into(),
+            provider: "cpu".into(),
             threads: NonZeroUsize::new(4),
             batch: None,
             tried: vec![sweep(&[("a", &[1.0, 1.1])])],
@@ -140,10 +148,11 @@ mod tests {
     #[test]
     fn doubts_name_what_differs() {
         let (found, here) = (settings(), settings().machine);
-        assert_eq!(found.doubts(&here, "ab"), None);
-        let elsewhere = found.doubts(&Machine { usable_processors: 2, ..here.clone() }, "ab").expect("a doubt");
+        assert_eq!((found.doubts(&here, "ab", None), found.doubts(&here, "ab", Some("cpu"))), (None, None));
+        assert_eq!(found.doubts(&here, "ab", Some("cuda")).as_deref(), Some("they were found with cpu"));
+        let elsewhere = found.doubts(&Machine { usable_processors: 2, ..here.clone() }, "ab", None).expect("a doubt");
         assert!(elsewhere.contains("8 processors; this is") && !elsewhere.contains("bundle"), "{elsewhere}");
-        assert!(found.doubts(&here, "cd").expect("a doubt").contains("another bundle, demo"));
+        assert!(found.doubts(&here, "cd", None).expect("a doubt").contains("another bundle, demo"));
     }
 
     #[test]

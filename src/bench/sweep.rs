@@ -42,6 +42,8 @@ pub struct Sweep {
     /// By which share the median latency of a setting's turn differs from that of its turn before, in the median over all settings: the
     /// noise floor. None where no setting had two turns.
     pub noise: Option<f64>,
+    /// The same of pictures a second.
+    pub noise_of_images: Option<f64>,
     /// In the order of their turns. Ratios are to the first.
     pub settings: Vec<Setting>,
 }
@@ -107,6 +109,7 @@ impl Sweep {
         let medians: Vec<_> = self.settings.iter().map(Setting::medians).collect();
         let rates: Vec<_> = self.settings.iter().map(Setting::rates).collect();
         self.noise = noise(medians.iter().map(Vec::as_slice));
+        self.noise_of_images = noise(rates.iter().map(Vec::as_slice));
         for (i, setting) in self.settings.iter_mut().enumerate() {
             setting.noise = noise([medians[i].as_slice()]);
             if i > 0 {
@@ -187,6 +190,7 @@ pub(super) mod tests {
             rounds: settings[0].1.len(),
             apart: false,
             noise: None,
+            noise_of_images: None,
             settings: settings.iter().map(|(name, medians)| setting(name, medians)).collect(),
         };
         found.compare();

@@ -471,7 +471,9 @@ impl Model {
 
     /// Says on standard error where --settings were found elsewhere, or for another bundle.
     pub fn doubt_settings(&self, bundle: &Bundle) {
-        let doubts = self.settings.as_ref().and_then(|settings| settings.doubts(&Machine::without_tools(), &bundle.hash()));
+        let Some(settings) = &self.settings else { return };
+        let named = Some(self.provider.to_string()).filter(|_| self.provider != ProviderChoice::Auto);
+        let doubts = settings.doubts(&Machine::without_tools(), &bundle.hash(), named.as_deref());
         doubts.iter().for_each(|doubts| eprintln!("blip2: warning: --settings may be wrong here: {}", plain(doubts)));
     }
 

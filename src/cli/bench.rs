@@ -11,7 +11,7 @@ mod tune;
 mod turns;
 
 use std::io::{Write as _, stdout};
-use std::num::NonZeroUsize;
+use std::num::{NonZeroU16, NonZeroUsize};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -160,7 +160,7 @@ struct Measure {
     slo: Objectives,
     /// Measure in so many parts, each when a line comes on standard input
     #[arg(long, value_name = "N", hide = true)]
-    turns: Option<NonZeroUsize>,
+    turns: Option<NonZeroU16>,
     #[command(flatten)]
     outputs: Outputs,
     #[command(flatten)]
@@ -272,7 +272,7 @@ fn measured(measure: &Measure, plan: &Plan, source: Source) -> Result<(), Failur
     plan.warm_up(&mut run, measure.warm_up).into_iter().for_each(|record| kept.add(record));
     let is_local = source == Source::Here && measure.server.url.is_none();
     let watch = (plan.soaks && is_local).then(Watch::start);
-    let is_complete = turns::measure(plan, measure, &mut run, &mut kept)?;
+    let is_complete = turns::measure(plan, measure, &mut run, &mut kept);
     let memory = watch.and_then(Watch::end);
     live.end();
     broken.iter().for_each(|failure| eprintln!("blip2: {failure}; what is measured goes on without it"));

@@ -41,7 +41,7 @@ impl Outputs {
     /// Makes sure that all files can be written before anything is measured.
     pub fn open(&self) -> Result<Journal, Failure> {
         for path in [&self.json, &self.csv, &self.markdown, &self.html].into_iter().flatten() {
-            File::options().append(true).create(true).open(path).map_err(|source| unwritable(path, source))?;
+            can_be_written(path)?;
         }
         let journal = self.jsonl.as_ref().map(|path| {
             let file = File::create(path).map_err(|source| unwritable(path, source))?;
@@ -76,6 +76,11 @@ impl Journal {
 fn write(path: Option<&Path>, content: impl FnOnce() -> String) -> Result<(), Failure> {
     let Some(path) = path else { return Ok(()) };
     std::fs::write(path, content()).map_err(|source| unwritable(path, source))
+}
+
+/// Before anything is measured; what it holds stays until then.
+pub(super) fn can_be_written(path: &Path) -> Result<(), Failure> {
+    File::options().append(true).create(true).open(path).map(drop).map_err(|source| unwritable(path, source))
 }
 
 pub(super) fn unwritable(path: &Path, source: std::io::Error) -> Failure {

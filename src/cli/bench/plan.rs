@@ -50,12 +50,13 @@ impl Plan {
     }
 
     /// The load in `n` turns, and how long each is at least. A schedule is cut into pieces of as many arrivals each.
-    pub fn turns(&self, n: usize, whole: Length) -> Vec<(Load, Length)> {
+    pub fn turns(&self, n: u16, whole: Length) -> Vec<(Load, Length)> {
+        let (time, n) = (whole.time / u32::from(n), usize::from(n));
         let queries = whole.queries.div_ceil(n);
         match &self.load {
             Load::Closed(concurrency) => {
                 let queries = if *concurrency > 1 { queries.max(IN_A_TURN * concurrency) } else { queries };
-                vec![(Load::Closed(*concurrency), Length { queries, time: whole.time / n as u32 }); n]
+                vec![(Load::Closed(*concurrency), Length { queries, time }); n]
             }
             Load::Open(schedule) => {
                 let mut before = Duration::ZERO;

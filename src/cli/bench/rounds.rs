@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{BufRead as _, BufReader};
-use std::num::NonZeroUsize;
+use std::num::NonZeroU16;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -31,7 +31,7 @@ pub(super) struct Order<'a> {
     /// What is typed behind `bench` for all.
     pub scenario: &'a [OsString],
     pub choices: &'a [Choice],
-    pub rounds: NonZeroUsize,
+    pub rounds: NonZeroU16,
     /// Where reports are written.
     pub folder: &'a Path,
     /// Whether each turn has a process of its own, even where all fit into memory.
@@ -76,7 +76,7 @@ impl Order<'_> {
         let needed = self.choices.iter().map(|choice| look(self.scenario, choice, needed)).collect::<Result<Vec<_>, _>>()?;
         let apart = self.apart || !do_fit(&needed);
         let mut lanes: Vec<Lane> = self.choices.iter().enumerate().map(|(i, choice)| self.lane(i, choice, apart)).collect();
-        let bar = bar(self.rounds.get() * lanes.len());
+        let bar = bar(usize::from(self.rounds.get()) * lanes.len());
         if apart {
             self.one_by_one(&mut lanes, &bar)
         } else {
@@ -97,13 +97,14 @@ impl Order<'_> {
             command: typed(),
             started: began.since_1970(),
             took_s: began.1.elapsed().as_secs_f64(),
-            is_complete: settings.iter().all(|setting| setting.turns.len() == self.rounds.get()),
+            is_complete: settings.iter().all(|setting| setting.turns.len() == usize::from(self.rounds.get())),
             machine,
             load: [before, MachineLoad::since(&before)],
             scenario: without_key(self.scenario.iter().map(|word| word.to_string_lossy().into_owned())),
-            rounds: self.rounds.get(),
+            rounds: usize::from(self.rounds.get()),
             apart,
             noise: None,
+            noise_of_images: None,
             settings,
         };
         sweep.compare();
@@ -127,7 +128,7 @@ impl Order<'_> {
     fn together(&self, lanes: &mut [Lane], bar: &ProgressBar) {
         // One after another, so that none warms up beside one that loads.
         let mut running: Vec<Option<Process>> = lanes.iter_mut().map(|lane| self.begin(lane, bar)).collect();
-        for _ in 0..self.rounds.get() {
+        for _ in 0..usize::from(self.rounds.get()) {
             for (lane, process) in lanes.iter_mut().zip(&mut running) {
                 self.turn(lane, process, bar);
             }
@@ -136,7 +137,7 @@ impl Order<'_> {
     }
 
     fn one_by_one(&self, lanes: &mut [Lane], bar: &ProgressBar) {
-        for _ in 0..self.rounds.get() {
+        for _ in 0..usize::from(self.rounds.get()) {
             for lane in lanes.iter_mut().filter(|lane| lane.setting.failure.is_none()) {
                 let mut process = self.begin(lane, bar);
                 self.turn(lane, &mut process, bar);
@@ -199,7 +200,7 @@ impl Lane {
     }
 
     /// Its report, with its name and as its file has it.
-    fn finish(&mut self, rounds: NonZeroUsize, apart: bool) -> Result<Option<Report>, Failure> {
+    fn finish(&mut self, rounds: NonZeroU16, apart: bool) -> Result<Option<Report>, Failure> {
         let parts = std::mem::take(&mut self.parts);
         let report = if apart { joined(parts) } else { parts.into_iter().next().map(|(report, _)| report) };
         // It is of no use without the others, and may not be there.
@@ -209,7 +210,7 @@ impl Lane {
             self.setting.report = None;
             return Ok(None);
         };
-        let is_complete = self.setting.turns.len() == rounds.get();
+        let is_complete = self.setting.turns.len() == usize::from(rounds.get());
         let report = Report { label: Some(self.setting.name.clone()), is_complete, ..report };
         let json = serde_json::to_string_pretty(&report).expect("a report is JSON") + "\n";
         std::fs::write(&self.json, json).map_err(|source| unwritable(&self.json, source))?;

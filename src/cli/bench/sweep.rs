@@ -2,13 +2,13 @@
 
 use std::ffi::OsString;
 use std::io::{Write as _, stdout};
-use std::num::NonZeroUsize;
+use std::num::NonZeroU16;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::atomic::Ordering;
 
 use super::inputs::Folder;
-use super::outputs::unwritable;
+use super::outputs::{can_be_written, unwritable};
 use super::rounds::{Choice, Order};
 use super::stopped_by_signals;
 use crate::bench::html::page;
@@ -26,7 +26,7 @@ pub(super) struct Sweep {
     vary: Vec<Varied>,
     /// Turns of each setting, 2 at least. A turn measures its share of the scenario's --queries and --duration
     #[arg(long, value_name = "N", default_value = "5", value_parser = rounds)]
-    rounds: NonZeroUsize,
+    rounds: NonZeroU16,
     /// Start a process for every turn, so that one bundle is in memory at a time; so it is anyway where all do not fit into the
     /// processor's memory. What a GPU has is not looked at
     #[arg(long)]
@@ -58,7 +58,7 @@ pub(super) fn run(command: &Sweep) -> Result<(), Failure> {
     let folder = command.into.as_deref().or(temporary.as_ref().map(Folder::path)).expect("one of both");
     std::fs::create_dir_all(folder).map_err(|source| unwritable(folder, source))?;
     for path in [&command.json, &command.html].into_iter().flatten() {
-        std::fs::write(path, "").map_err(|source| unwritable(path, source))?;
+        can_be_written(path)?;
     }
     let stop = stopped_by_signals()?;
     let Sweep { scenario, rounds, apart, .. } = command;
@@ -121,8 +121,8 @@ fn choices(varied: &[Varied]) -> Result<Vec<Choice>, Failure> {
 }
 
 /// An interval needs two.
-pub(super) fn rounds(typed: &str) -> Result<NonZeroUsize, String> {
-    let n = typed.parse::<NonZeroUsize>().ok().filter(|n| n.get() >= 2);
+pub(super) fn rounds(typed: &str) -> Result<NonZeroU16, String> {
+    let n = typed.parse::<NonZeroU16>().ok().filter(|n| n.get() >= 2);
     n.ok_or_else(|| "2 rounds at least are needed, or nothing tells how much turns differ".into())
 }
 

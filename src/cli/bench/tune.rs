@@ -2,14 +2,14 @@
 
 use std::ffi::OsString;
 use std::io::{Write as _, stdout};
-use std::num::NonZeroUsize;
+use std::num::{NonZeroU16, NonZeroUsize};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::ValueEnum;
 
 use super::inputs::Folder;
-use super::outputs::unwritable;
+use super::outputs::{can_be_written, unwritable};
 use super::rounds::{Choice, Order, look};
 use super::{Moment, stopped_by_signals, sweep};
 use crate::bench::environment::Machine;
@@ -37,7 +37,7 @@ pub(super) struct Tune {
     write: PathBuf,
     /// Turns of each setting, 2 at least
     #[arg(long, value_name = "N", default_value = "5", value_parser = sweep::rounds)]
-    rounds: NonZeroUsize,
+    rounds: NonZeroU16,
     /// What `bench single` takes, or `bench offline` for throughput: --model, --task, pictures and so on, but not what is looked for
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "OPTIONS")]
     options: Vec<OsString>,
@@ -57,11 +57,13 @@ struct Search<'a> {
     /// The scenario, with what all settings have in common.
     scenario: Vec<OsString>,
     goal: Goal,
-    rounds: NonZeroUsize,
+    rounds: NonZeroU16,
     folder: Folder,
     stop: &'a AtomicBool,
     failures: Failures,
     tried: Vec<Sweep>,
+    /// Of the last report.
+    provider: String,
 }
 
 pub(super) fn run(command: &Tune) -> Result<(), Failure> {
@@ -71,10 +73,10 @@ pub(super) fn run(command: &Tune) -> Result<(), Failure> {
     // What is looked for is refused here where it was typed.
     let any = Choice::default().with("threads", "1");
     let bundle = look(&scenario, &any, |measure, _| Bundle::open(&measure.model.folder.path()))?.map_err(Error::from)?;
-    std::fs::File::options().append(true).create(true).open(&command.write).map_err(|source| unwritable(&command.write, source))?;
+    can_be_written(&command.write)?;
     let (folder, stop) = (Folder::new("tune")?, stopped_by_signals()?);
     let (rounds, failures) = (command.rounds, Failures::default());
-    let mut search = Search { scenario, goal, rounds, folder, stop, failures, tried: Vec::new() };
+    let mut search = Search { scenario, goal, rounds, folder, stop, failures, tried: Vec::new(), provider: String::new() };
     let (threads, batch) = search.find(&bundle)?;
     let settings = Settings {
         schema: SCHEMA.into(),
@@ -84,6 +86,7 @@ pub(super) fn run(command: &Tune) -> Result<(), Failure> {
         machine: Machine::detect(),
         model: bundle.facts().name.clone(),
         model_sha256: bundle.hash(),
+        provider: search.provider,
         threads,
         batch,
         tried: search.tried,
@@ -124,7 +127,7 @@ impl Search<'_> {
         let choices: Vec<Choice> = values.iter().map(|value| Choice::default().with(option, &value.to_string())).collect();
         let Self { scenario, rounds, stop, .. } = self;
         let order = Order { scenario, choices: &choices, rounds: *rounds, folder: self.folder.path(), apart: false, stop };
-        let (mut sweep, _) = order.run(&mut self.failures)?;
+        let (mut sweep, reports) = order.run(&mut self.failures)?;
         writeln!(stdout().lock(), "{}", sweep.markdown())?;
         if self.stop.load(Ordering::Relaxed) {
             return Err(Failure::Stopped);
@@ -133,6 +136,7 @@ impl Search<'_> {
             return Err(Failure::Usage(format!("{option} {default}, the default, cannot be measured: nothing was written")));
         }
         sweep.settings.iter_mut().for_each(|setting| setting.report = None);
+        self.provider = reports.into_iter().next().map_or_else(String::new, |report| report.subject.provider);
         let best = best(&sweep, self.goal);
         self.tried.push(sweep);
         Ok(NonZeroUsize::new(values[best]).filter(|_| best > 0))

@@ -1,7 +1,7 @@
 //! Measuring in one go, or in turns with other processes, which whoever started this one gives out line by line.
 
 use std::io::{Write as _, stdin, stdout};
-use std::num::NonZeroUsize;
+use std::num::NonZeroU16;
 
 use serde::{Deserialize, Serialize};
 
@@ -22,31 +22,35 @@ pub(super) enum Said {
     Turn(Option<Turn>),
 }
 
-/// Whether all was measured: a stop ends it, and so does who closes standard input.
-pub(super) fn measure(plan: &Plan, measure: &Measure, run: &mut Run<'_>, kept: &mut Kept) -> std::io::Result<bool> {
+/// Whether all was measured: a stop ends it, and so does who gives out no more turns.
+pub(super) fn measure(plan: &Plan, measure: &Measure, run: &mut Run<'_>, kept: &mut Kept) -> bool {
     let whole = Length { queries: measure.queries.get(), time: measure.duration };
     match measure.turns {
         Some(n) => in_turns(plan, (n, whole), run, kept),
         None => {
             run.each(&plan.load, whole, false, &mut |record| kept.add(record));
-            Ok(!run.is_stopped())
+            !run.is_stopped()
         }
     }
 }
 
-fn in_turns(plan: &Plan, (n, whole): (NonZeroUsize, Length), run: &mut Run<'_>, kept: &mut Kept) -> std::io::Result<bool> {
+fn in_turns(plan: &Plan, (n, whole): (NonZeroU16, Length), run: &mut Run<'_>, kept: &mut Kept) -> bool {
     let mut joined = Joined::default();
-    Said::Ready.say()?;
+    if Said::Ready.say().is_err() {
+        return false;
+    }
     for (load, length) in plan.turns(n.get(), whole) {
-        if !is_asked()? || run.is_stopped() {
-            return Ok(false);
+        if !is_asked() || run.is_stopped() {
+            return false;
         }
         let records: Vec<Record> = run.go(&load, length, false);
         let turn = Turn::of(&records);
         joined.next(records).into_iter().for_each(|record| kept.add(record));
-        Said::Turn(turn).say()?;
+        if Said::Turn(turn).say().is_err() {
+            return false;
+        }
     }
-    Ok(!run.is_stopped())
+    !run.is_stopped()
 }
 
 impl Said {
@@ -57,6 +61,7 @@ impl Said {
     }
 }
 
-fn is_asked() -> std::io::Result<bool> {
-    Ok(stdin().read_line(&mut String::new())? > 0)
+/// For another turn; a closed or broken standard input asks for none.
+fn is_asked() -> bool {
+    stdin().read_line(&mut String::new()).is_ok_and(|n| n > 0)
 }
