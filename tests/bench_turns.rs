@@ -190,6 +190,27 @@ fn a_stopped_sweep_keeps_what_it_measured() {
     }
 }
 
+#[cfg(target_os = "linux")]
+#[test]
+fn a_process_that_dies_leaves_the_others() {
+    let folder = folder("dies");
+    let options = ["--vary", "threads=1,2,1", "--rounds", "40", "--into", folder.to_str().unwrap()];
+    let some = ["--queries", "80", "--tokens", "3", "--beams", "1"];
+    let mut command = bench(&[&["sweep"], &options[..], &["single", "--model", T5], &some, &FEW].concat());
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let children = || std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", child.id())).unwrap();
+    while children().split_whitespace().count() < 3 {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Command::new("kill").args(["-KILL", children().split_whitespace().nth(1).unwrap()]).status().unwrap();
+    let (out, err) = ends(&child.wait_with_output().unwrap(), 2);
+    assert!(err.lines().count() == 1 && err.contains("threads=2: it ended by signal: 9"), "{err}");
+    let sweep = read(&folder.join("sweep.json"));
+    let n_turns: Vec<_> = [0, 2].map(|i| sweep["settings"][i]["turns"].as_array().unwrap().len()).into();
+    assert!(n_turns == [40, 40] && sweep["settings"][1]["figures"].is_null() && out.contains("| threads=2 | – |"), "{out}");
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
 #[test]
 fn sweeps_that_make_no_sense_are_refused_in_one_line() {
     let two = ["--vary", "threads=1,2"];
@@ -206,6 +227,7 @@ fn sweeps_that_make_no_sense_are_refused_in_one_line() {
         (&[two[0], two[1], "soak"], "not measured in turns"),
         (&[two[0], two[1], "single", "--json", "one.json"], "`bench sweep --into DIR` keeps them"),
         (&[two[0], two[1], "server", "--rate", "0"], "0 is no rate"),
+        (&[two[0], two[1], "server", "--rate", "9", "--queries", "3", "--duration", "0"], "arrivals are too few for 5 turns"),
     ] {
         let (out, err) = ends(&bench(&[&["sweep"], args].concat()).output().unwrap(), 2);
         assert!(err.contains(part), "{args:?}: {err}{out}");

@@ -206,7 +206,7 @@ pub(super) fn run(command: &Bench) -> Result<(), Failure> {
             let concurrency = concurrency.or(measure.model.batch_of_settings()).map_or(AT_ONCE, NonZeroUsize::get);
             measured(measure, &Plan::closed("offline", concurrency, 1), Source::Here)
         }
-        Scenario::Server(server) => measured(&server.measure, &server.plan()?, Source::Here),
+        Scenario::Server(server) => measured(&server.measure, &server.plan()?.fit_for(server.measure.turns)?, Source::Here),
         Scenario::Startup { cold, measure } => {
             let how = if *cold { "started anew, the bundle not in memory" } else { "started anew, the bundle in memory" };
             measured(

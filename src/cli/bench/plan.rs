@@ -1,5 +1,6 @@
 //! What a scenario means: how queries come, and how long the engine warms up.
 
+use std::num::NonZeroU16;
 use std::time::{Duration, Instant};
 
 use super::{Measure, Task};
@@ -8,6 +9,7 @@ use crate::bench::load::{Length, Load, Run};
 use crate::bench::record::Record;
 use crate::bench::report::Work;
 use crate::bench::statistics::Sample;
+use crate::cli::Failure;
 
 /// As few as have a median that says something.
 const WINDOW: usize = 5;
@@ -49,7 +51,17 @@ impl Plan {
         if self.soaks { MOST_OF_LONG_RUNS } else { usize::MAX }
     }
 
-    /// The load in `n` turns, and how long each is at least. A schedule is cut into pieces of as many arrivals each.
+    /// Refuses turns in which nothing would come.
+    pub fn fit_for(self, turns: Option<NonZeroU16>) -> Result<Self, Failure> {
+        match (&self.load, turns.map(|n| usize::from(n.get()))) {
+            (Load::Open(schedule), Some(n)) if schedule.len() < n => {
+                Err(Failure::Usage(format!("{} arrivals are too few for {n} turns", schedule.len())))
+            }
+            _ => Ok(self),
+        }
+    }
+
+    /// The load in `n` turns, and how long each is at least. A schedule is cut into pieces of nearly as many arrivals each.
     pub fn turns(&self, n: u16, whole: Length) -> Vec<(Load, Length)> {
         let (time, n) = (whole.time / u32::from(n), usize::from(n));
         let queries = whole.queries.div_ceil(n);
@@ -59,13 +71,13 @@ impl Plan {
                 vec![(Load::Closed(*concurrency), Length { queries, time }); n]
             }
             Load::Open(schedule) => {
-                let mut before = Duration::ZERO;
-                let piece = |piece: &[Duration]| {
-                    let times = piece.iter().map(|at| *at - before).collect();
-                    before = piece[piece.len() - 1];
+                let piece = |i: usize| {
+                    let [from, to] = [i, i + 1].map(|i| schedule.len() * i / n);
+                    let before = from.checked_sub(1).map_or(Duration::ZERO, |last| schedule[last]);
+                    let times = schedule[from..to].iter().map(|at| *at - before).collect();
                     (Load::Open(times), Length { queries: 0, time: Duration::ZERO })
                 };
-                schedule.chunks(schedule.len().div_ceil(n)).map(piece).collect()
+                (0..n).map(piece).collect()
             }
         }
     }
@@ -141,7 +153,7 @@ mod tests {
                 Load::Closed(_) => Vec::new(),
             })
             .collect();
-        assert_eq!(found, [vec![0, 1, 3], vec![3, 7]]);
+        assert_eq!(found, [vec![0, 1], vec![2, 5, 9]]);
     }
 
     #[test]

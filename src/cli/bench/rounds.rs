@@ -20,10 +20,10 @@ use crate::bench::report::Report;
 use crate::bench::sweep::{SCHEMA, Setting, Sweep, VERSION};
 use crate::bench::turns::joined;
 use crate::bundle::{Bundle, Load};
-use crate::cli::Failure;
 use crate::cli::args::{Args, Command};
 use crate::cli::failures::Failures;
 use crate::cli::plain::one_line;
+use crate::cli::{Failure, chain};
 use crate::runtime::{Provider, ProviderChoice, free_memory};
 
 /// What is measured.
@@ -57,6 +57,13 @@ struct Lane {
     parts: Vec<(Report, Vec<Record>)>,
 }
 
+/// Who starts processes, gives out turns, and tells what becomes of them.
+struct Watch<'a> {
+    bar: ProgressBar,
+    failures: &'a mut Failures,
+    stop: &'a AtomicBool,
+}
+
 impl Choice {
     pub fn with(&self, name: &str, value: &str) -> Self {
         let mut options = self.options.clone();
@@ -76,18 +83,15 @@ impl Order<'_> {
         let needed = self.choices.iter().map(|choice| look(self.scenario, choice, needed)).collect::<Result<Vec<_>, _>>()?;
         let apart = self.apart || !do_fit(&needed);
         let mut lanes: Vec<Lane> = self.choices.iter().enumerate().map(|(i, choice)| self.lane(i, choice, apart)).collect();
-        let bar = bar(usize::from(self.rounds.get()) * lanes.len());
+        let mut watch = Watch { bar: bar(usize::from(self.rounds.get()) * lanes.len()), failures, stop: self.stop };
         if apart {
-            self.one_by_one(&mut lanes, &bar)
+            self.one_by_one(&mut lanes, &mut watch);
         } else {
-            self.together(&mut lanes, &bar)
+            self.together(&mut lanes, &mut watch);
         }
-        bar.finish_and_clear();
+        watch.bar.finish_and_clear();
         let mut reports = Vec::new();
         for lane in &mut lanes {
-            if let Some(why) = lane.setting.failure.as_ref().filter(|_| !self.is_stopped()) {
-                failures.note(Failure::Usage(format!("{}: {why}", lane.setting.name)));
-            }
             reports.extend(lane.finish(self.rounds, apart)?);
         }
         let settings: Vec<Setting> = lanes.into_iter().map(|lane| lane.setting).collect();
@@ -125,55 +129,80 @@ impl Order<'_> {
         Lane { setting, args, json, jsonl, parts: Vec::new() }
     }
 
-    fn together(&self, lanes: &mut [Lane], bar: &ProgressBar) {
+    fn together(&self, lanes: &mut [Lane], watch: &mut Watch<'_>) {
         // One after another, so that none warms up beside one that loads.
-        let mut running: Vec<Option<Process>> = lanes.iter_mut().map(|lane| self.begin(lane, bar)).collect();
-        for _ in 0..usize::from(self.rounds.get()) {
+        let mut running: Vec<Option<Process>> = lanes.iter_mut().map(|lane| watch.begin(lane)).collect();
+        for _ in 0..self.rounds.get() {
             for (lane, process) in lanes.iter_mut().zip(&mut running) {
-                self.turn(lane, process, bar);
+                watch.turn(lane, process);
             }
         }
-        lanes.iter_mut().zip(running).for_each(|(lane, process)| lane.end(process));
+        lanes.iter_mut().zip(running).for_each(|(lane, process)| watch.end(lane, process));
     }
 
-    fn one_by_one(&self, lanes: &mut [Lane], bar: &ProgressBar) {
-        for _ in 0..usize::from(self.rounds.get()) {
+    fn one_by_one(&self, lanes: &mut [Lane], watch: &mut Watch<'_>) {
+        for _ in 0..self.rounds.get() {
             for lane in lanes.iter_mut().filter(|lane| lane.setting.failure.is_none()) {
-                let mut process = self.begin(lane, bar);
-                self.turn(lane, &mut process, bar);
-                lane.end(process);
+                let mut process = watch.begin(lane);
+                watch.turn(lane, &mut process);
+                watch.end(lane, process);
             }
         }
     }
+}
 
-    fn begin(&self, lane: &mut Lane, bar: &ProgressBar) -> Option<Process> {
+impl Watch<'_> {
+    fn begin(&mut self, lane: &mut Lane) -> Option<Process> {
         if self.is_stopped() {
             return None;
         }
-        bar.set_message(format!("{} loads and warms up", lane.setting.name));
+        self.bar.set_message(format!("{} loads and warms up", lane.setting.name));
         let mut process = match Process::start(&lane.args) {
             Ok(process) => process,
-            Err(error) => {
-                lane.setting.failure = Some(format!("it cannot be started: {error}"));
-                return None;
-            }
+            Err(error) => return self.note(lane, format!("it cannot be started: {error}")),
         };
-        if process.is_ready() { Some(process) } else { lane.fail(process) }
+        if process.is_ready() { Some(process) } else { self.give_up(lane, process) }
     }
 
     /// The next of a setting, if it lives.
-    fn turn(&self, lane: &mut Lane, running: &mut Option<Process>, bar: &ProgressBar) {
+    fn turn(&mut self, lane: &mut Lane, running: &mut Option<Process>) {
         if self.is_stopped() {
             return;
         }
         let Some(process) = running else { return };
-        bar.set_message(lane.setting.name.clone());
+        self.bar.set_message(lane.setting.name.clone());
         match process.turn() {
             // One that was stopped in the middle is not as long as others.
             Some(turn) => lane.setting.turns.extend(Some(turn).filter(|_| !self.is_stopped())),
-            None => *running = running.take().and_then(|process| lane.fail(process)),
+            None => *running = running.take().and_then(|process| self.give_up(lane, process)),
         }
-        bar.inc(1);
+        self.bar.inc(1);
+    }
+
+    /// Lets a process end, and keeps what it found.
+    fn end(&mut self, lane: &mut Lane, process: Option<Process>) {
+        let Some(process) = process else { return };
+        let report = process.end().and_then(|()| Report::read(&lane.json).map_err(|error| chain(&error)));
+        match report {
+            Ok(report) => lane.parts.push((report, records(&lane.jsonl))),
+            Err(why) => drop(self.note(lane, why)),
+        }
+    }
+
+    /// Says why a process is of no more use.
+    fn give_up(&mut self, lane: &mut Lane, process: Process) -> Option<Process> {
+        let why = process.end().err().unwrap_or_else(|| "it ended before its turn".into());
+        self.note(lane, why)
+    }
+
+    /// There is no process then.
+    fn note(&mut self, lane: &mut Lane, why: String) -> Option<Process> {
+        if !self.is_stopped() {
+            let failure = Failure::Usage(format!("{}: {why}", lane.setting.name));
+            self.bar.suspend(|| self.failures.note(failure));
+        }
+        lane.setting.failure = Some(why);
+        None
     }
 
     fn is_stopped(&self) -> bool {
@@ -182,23 +211,6 @@ impl Order<'_> {
 }
 
 impl Lane {
-    /// Notes why a process is of no more use.
-    fn fail(&mut self, process: Process) -> Option<Process> {
-        let why = process.end().err().unwrap_or_else(|| "it ended before its turn".into());
-        self.setting.failure = Some(why);
-        None
-    }
-
-    /// Lets a process end, and keeps what it found.
-    fn end(&mut self, process: Option<Process>) {
-        let Some(process) = process else { return };
-        let report = process.end().and_then(|()| Report::read(&self.json).map_err(|error| error.to_string()));
-        match report {
-            Ok(report) => self.parts.push((report, records(&self.jsonl))),
-            Err(why) => self.setting.failure = Some(why),
-        }
-    }
-
     /// Its report, with its name and as its file has it.
     fn finish(&mut self, rounds: NonZeroU16, apart: bool) -> Result<Option<Report>, Failure> {
         let parts = std::mem::take(&mut self.parts);
@@ -283,4 +295,25 @@ fn bar(n_turns: usize) -> ProgressBar {
     let bar = ProgressBar::new(n_turns as u64).with_style(style);
     bar.enable_steady_tick(std::time::Duration::from_millis(250));
     bar
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_does_not_fit_into_memory_is_measured_apart() {
+        assert!(do_fit(&[Some(1 << 20), None]) && do_fit(&[]));
+        if cfg!(target_os = "linux") {
+            assert!(!do_fit(&[Some(1 << 60), Some(1)]));
+        }
+    }
+
+    #[test]
+    fn names_become_files_and_options_stand_first() {
+        assert_eq!(of_a_file("model=../a b beams=1"), "model=.._a_b_beams=1");
+        let words = words(&["single".into(), "--".into(), "-x.png".into()], &Choice::default().with("beams", "2"));
+        assert_eq!(words, ["single", "--beams=2", "--", "-x.png"]);
+        assert_eq!(first_paragraph("error: no such thing:\n  --rate\n\nUsage: x"), "no such thing: --rate");
+    }
 }

@@ -93,6 +93,9 @@ impl FromStr for Varied {
         let (name, values) = typed.split_once('=').ok_or_else(bad)?;
         let name = name.trim().trim_start_matches("--");
         let values: Vec<String> = values.split(',').map(|value| value.trim().to_owned()).collect();
+        if name == "api-key" {
+            return Err("keys are not varied: reports would tell them".into());
+        }
         if name.is_empty() || values.iter().any(String::is_empty) {
             return Err(bad());
         }
@@ -152,7 +155,7 @@ mod tests {
 
     #[test]
     fn what_names_no_values_is_refused() {
-        for typed in ["threads", "threads=", "=1,2", "threads=1,,2", "--=1"] {
+        for typed in ["threads", "threads=", "=1,2", "threads=1,,2", "--=1", "api-key=a,b"] {
             assert!(typed.parse::<Varied>().is_err(), "{typed}");
         }
         assert!(rounds("0").is_err() && rounds("1").is_err() && rounds("two").is_err() && rounds("2").is_ok());
