@@ -60,7 +60,7 @@ fn a_soak_tells_of_memory_and_of_latency_over_time() {
     assert!(out.contains("latency: queries of the last tenth took") && number(&report["drift"]["ratio"]["value"]) > 0.0, "{out}");
     if cfg!(target_os = "linux") {
         let samples = report["memory"]["samples"].as_array().unwrap();
-        assert!((20..=500).contains(&samples.len()), "{}", samples.len());
+        assert!((10..=500).contains(&samples.len()), "{}", samples.len());
         assert!(samples.windows(2).all(|pair| number(&pair[0][0]) < number(&pair[1][0])));
         assert!(samples.iter().all(|sample| number(&sample[1]) <= number(&report["peak_resident_bytes"])));
         assert!(out.contains("MB an hour (") && !out.contains("memory grows"), "{out}");
@@ -334,5 +334,8 @@ fn tuning_that_makes_no_sense_is_refused_in_one_line() {
         let (_, err) = ends(&bench(&[&["tune"], args].concat()).output().unwrap(), code);
         assert!(err.contains(part), "{args:?}: {err}");
     }
+    let (_, err) =
+        ends(&bench(&["tune", "--for", "latency", "--write", "x.json", "--url", "http://127.0.0.1:9/v1"]).output().unwrap(), 2);
+    assert!(err.contains("--url names a server"), "{err}");
     assert!(!Path::new(env!("CARGO_MANIFEST_DIR")).join("x.json").exists());
 }

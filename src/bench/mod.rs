@@ -1,7 +1,8 @@
 //! How long things take, and how surely that is known: loads, records of every query, and what they say.
 //!
 //! Latency counts from when a query was due, whether or not it could be sent then. Every query leaves a [`record::Record`]; figures and
-//! reports are made of those alone. It knows nothing of the command line.
+//! reports are made of those alone. Settings are compared in [`turns`], of which a [`sweep`] and [`settings`] tell. It knows nothing of
+//! the command line.
 
 pub mod arrivals;
 pub mod compare;

@@ -72,7 +72,11 @@ pub(super) fn run(command: &Tune) -> Result<(), Failure> {
     let scenario: Vec<OsString> = std::iter::once(name.into()).chain(command.options.iter().cloned()).collect();
     // What is looked for is refused here where it was typed.
     let any = Choice::default().with("threads", "1");
-    let bundle = look(&scenario, &any, |measure, _| Bundle::open(&measure.model.folder.path()))?.map_err(Error::from)?;
+    let (path, url) = look(&scenario, &any, |measure, _| (measure.model.folder.path(), measure.server.url.clone()))?;
+    if url.is_some() {
+        return Err(Failure::Usage("--url names a server, whose threads are its own".into()));
+    }
+    let bundle = Bundle::open(&path).map_err(Error::from)?;
     can_be_written(&command.write)?;
     let (folder, stop) = (Folder::new("tune")?, stopped_by_signals()?);
     let (rounds, failures) = (command.rounds, Failures::default());
@@ -101,14 +105,14 @@ pub(super) fn run(command: &Tune) -> Result<(), Failure> {
 impl Search<'_> {
     /// Threads and pictures together, where others than the defaults are better: threads first, then the number of pictures with them.
     fn find(&mut self, bundle: &Bundle) -> Result<(Option<NonZeroUsize>, Option<NonZeroUsize>), Failure> {
-        let usable = default_threads().get();
-        let fewer = THREADS.into_iter().filter(|n| *n < usable);
+        let (default, most) = (default_threads().get(), std::thread::available_parallelism().map_or(1, NonZeroUsize::get));
+        let others = THREADS.into_iter().filter(|n| *n <= most && *n != default).collect();
         if self.goal == Goal::Latency {
-            return Ok((self.best_of("threads", usable, fewer.collect())?, None));
+            return Ok((self.best_of("threads", default, others)?, None));
         }
         self.scenario.insert(1, format!("--concurrency={DEFAULT_BATCH}").into());
-        let threads = self.best_of("threads", usable, fewer.collect())?;
-        self.scenario[1] = format!("--threads={}", threads.map_or(usable, NonZeroUsize::get)).into();
+        let threads = self.best_of("threads", default, others)?;
+        self.scenario[1] = format!("--threads={}", threads.map_or(default, NonZeroUsize::get)).into();
         let free = free_memory().unwrap_or(u64::MAX);
         let mut fitting = Vec::new();
         for n in BATCHES.into_iter().filter(|n| *n != DEFAULT_BATCH) {
