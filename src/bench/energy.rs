@@ -12,8 +12,6 @@ use nvml_wrapper::Nvml;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::record::Record;
-
 /// Sensors tell power, which is summed up this often. RAPL's counters start again after minutes, never within so little.
 const EVERY: Duration = Duration::from_millis(100);
 
@@ -75,10 +73,8 @@ impl Meter {
         Some(Self { stop, thread })
     }
 
-    /// Ends counting, for the pictures of these records.
-    pub fn stop(self, records: &[Record]) -> Vec<Energy> {
-        let counted = records.iter().filter(|record| !record.warm_up && record.is_answered());
-        let n_images: usize = counted.map(|record| record.n_pictures).sum();
+    /// Ends counting, for so many pictures.
+    pub fn stop(self, n_images: usize) -> Vec<Energy> {
         self.stop.store(true, Ordering::Relaxed);
         self.thread.thread().unpark();
         let sources = self.thread.join().unwrap_or_default();

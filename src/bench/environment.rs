@@ -58,6 +58,17 @@ struct Ticks {
 impl Machine {
     /// This one.
     pub fn detect() -> Self {
+        Self {
+            gpus: said(&["nvidia-smi", "--query-gpu=name,driver_version,power.limit", "--format=csv,noheader"])
+                .map(|text| text.lines().map(str::to_owned).collect())
+                .unwrap_or_default(),
+            power_mode: said(&["nvpmodel", "-q"]).map(|text| text.lines().collect::<Vec<_>>().join(" ")),
+            ..Self::without_tools()
+        }
+    }
+
+    /// This one, as far as its files tell; asking tools takes longer than a caption.
+    pub fn without_tools() -> Self {
         let cpuinfo = read("/proc/cpuinfo");
         Self {
             processor: cpuinfo.as_deref().and_then(|text| field(text, "model name")).or_else(|| read("/proc/device-tree/model")),
@@ -67,10 +78,8 @@ impl Machine {
             memory_bytes: installed_bytes(),
             system: format!("{} {}", std::env::consts::OS, read("/proc/sys/kernel/osrelease").unwrap_or_default()),
             governor: read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
-            gpus: said(&["nvidia-smi", "--query-gpu=name,driver_version,power.limit", "--format=csv,noheader"])
-                .map(|text| text.lines().map(str::to_owned).collect())
-                .unwrap_or_default(),
-            power_mode: said(&["nvpmodel", "-q"]).map(|text| text.lines().collect::<Vec<_>>().join(" ")),
+            gpus: Vec::new(),
+            power_mode: None,
         }
     }
 }
@@ -105,10 +114,10 @@ impl Ticks {
         let ticks: Vec<u64> = all.lines().next()?.split_whitespace().skip(1).filter_map(|number| number.parse().ok()).collect();
         let [user, nice, system, idle, waiting, interrupts, soft, stolen, ..] = ticks[..] else { return None };
         let busy = user + nice + system + interrupts + soft;
-        // Behind the name, which may have spaces, user and system time are the 12th and 13th field.
+        // Behind the name, which may have spaces, user and system time are the 12th and 13th field, and then those of children that ended.
         let own = read("/proc/self/stat")?;
         let fields: Vec<&str> = own.rsplit(')').next()?.split_whitespace().collect();
-        let own = fields.get(11)?.parse::<u64>().ok()? + fields.get(12)?.parse::<u64>().ok()?;
+        let own = fields.get(11..15)?.iter().map(|ticks| ticks.parse::<u64>().ok()).sum::<Option<u64>>()?;
         Some(Self { busy, stolen, all: busy + idle + waiting + stolen, own })
     }
 

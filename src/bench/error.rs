@@ -58,6 +58,14 @@ pub enum BenchError {
         /// What it is.
         why: String,
     },
+    /// A file holds no settings.
+    #[error("{}: {why}", path.display())]
+    NoSettings {
+        /// The file.
+        path: PathBuf,
+        /// What it is.
+        why: String,
+    },
     /// A line of a file of records holds none.
     #[error("{}: line {line} is no record: {why}", path.display())]
     NoRecord {

@@ -1,6 +1,6 @@
 //! Records → what a report says: latencies, rates, where the time went, and whether the run may be believed.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -91,24 +91,105 @@ impl Objectives {
     }
 }
 
+/// What is counted of every query, whether or not its record is kept.
+#[derive(Clone, Debug)]
+pub struct Totals {
+    objectives: Objectives,
+    counts: Counts,
+    n_images: usize,
+    n_tokens: usize,
+    /// The first arrival and the last end, of queries with an answer.
+    span_ms: [f64; 2],
+    truth: Option<Truth>,
+    /// Distinct pairs of input and output, so that longer runs over the same inputs agree.
+    pairs: BTreeSet<(String, String)>,
+}
+
+impl Totals {
+    /// Of nothing yet.
+    pub fn new(objectives: Objectives) -> Self {
+        let counts = Counts { sent: 0, answered: 0, failed: 0, good: (!objectives.is_empty()).then_some(0), warm_up: 0 };
+        Self { objectives, counts, n_images: 0, n_tokens: 0, span_ms: [f64::INFINITY, 0.0], truth: None, pairs: BTreeSet::new() }
+    }
+
+    /// One more.
+    pub fn add(&mut self, record: &Record) {
+        if record.warm_up {
+            self.counts.warm_up += 1;
+            return;
+        }
+        self.counts.sent += 1;
+        if !record.is_answered() {
+            self.counts.failed += 1;
+            return;
+        }
+        self.counts.answered += 1;
+        let good = usize::from(self.objectives.hold(record));
+        self.counts.good = self.counts.good.map(|n| n + good);
+        self.n_images += record.n_pictures;
+        self.n_tokens += record.n_tokens;
+        self.truth = Truth::sum(self.truth.into_iter().chain(record.truth));
+        self.span_ms = [self.span_ms[0].min(record.scheduled_ms), self.span_ms[1].max(record.done_ms)];
+        self.pairs.insert((record.input.clone(), record.output.clone()));
+    }
+
+    /// Queries that count.
+    pub fn n_sent(&self) -> usize {
+        self.counts.sent
+    }
+
+    /// Pictures with an answer.
+    pub fn n_images(&self) -> usize {
+        self.n_images
+    }
+
+    /// What was done a second.
+    pub fn rates(&self) -> Rates {
+        let [begin, end] = self.span_ms;
+        let a_second = |n: usize| n as f64 / ((end - begin) / 1e3);
+        Rates {
+            queries: a_second(self.counts.answered),
+            images: a_second(self.n_images),
+            tokens: a_second(self.n_tokens),
+            good: self.counts.good.map(a_second),
+        }
+    }
+
+    fn digest(&self) -> String {
+        let mut hash = Sha256::new();
+        for part in self.pairs.iter().flat_map(|(input, output)| [input, output]) {
+            hash.update((part.len() as u64).to_le_bytes());
+            hash.update(part);
+        }
+        hexadecimal(hash.finalize())
+    }
+}
+
 /// Of all records of a run, warm-up included; nothing if no query has an answer.
 pub fn figures(records: &[Record], objectives: Objectives) -> Option<Figures> {
-    let (warm_up, counted): (Vec<_>, Vec<_>) = records.iter().partition(|record| record.warm_up);
-    let (answered, failed): (Vec<_>, Vec<_>) = counted.iter().partition(|record| record.is_answered());
+    let mut totals = Totals::new(objectives);
+    records.iter().for_each(|record| totals.add(record));
+    figures_of(records, &totals)
+}
+
+/// The same where records are a sample of those that were counted.
+pub fn figures_of(records: &[Record], totals: &Totals) -> Option<Figures> {
+    let counted: Vec<_> = records.iter().filter(|record| !record.warm_up).collect();
+    let answered: Vec<_> = counted.iter().copied().filter(|record| record.is_answered()).collect();
     let latencies_ms = latencies(&answered);
     let median = latencies_ms.get("end_to_end")?.percentiles[0].value;
-    let good = (!objectives.is_empty()).then(|| answered.iter().filter(|record| objectives.hold(record)).count());
-    let counts = Counts { sent: counted.len(), answered: answered.len(), failed: failed.len(), good, warm_up: warm_up.len() };
     let unaccounted = unaccounted(&answered);
+    let Counts { sent, failed, .. } = totals.counts;
+    let lost = (failed > 0).then(|| format!("{failed} of {sent} queries failed"));
     Some(Figures {
         stages_ms: stages(&answered),
-        rates: rates(&answered, good),
-        truth: Truth::sum(answered.iter().filter_map(|record| record.truth)),
-        outputs: digest(&answered),
-        objections: objections(&counted, median, unaccounted),
+        rates: totals.rates(),
+        truth: totals.truth,
+        outputs: totals.digest(),
+        objections: objections(&counted, median, unaccounted).chain(lost).collect(),
         latencies_ms,
         unaccounted,
-        counts,
+        counts: totals.counts,
     })
 }
 
@@ -163,40 +244,15 @@ fn unaccounted(answered: &[&Record]) -> Option<f64> {
     (whole > 0.0).then(|| left / whole)
 }
 
-fn rates(answered: &[&Record], good: Option<usize>) -> Rates {
-    let begin = answered.iter().map(|record| record.scheduled_ms).fold(f64::INFINITY, f64::min);
-    let end = answered.iter().map(|record| record.done_ms).fold(0.0, f64::max);
-    let a_second = |n: usize| n as f64 / ((end - begin) / 1e3);
-    Rates {
-        queries: a_second(answered.len()),
-        images: a_second(answered.iter().map(|record| record.n_pictures).sum()),
-        tokens: a_second(answered.iter().map(|record| record.n_tokens).sum()),
-        good: good.map(a_second),
-    }
-}
-
-/// Of distinct pairs, so that longer runs over the same inputs agree.
-fn digest(answered: &[&Record]) -> String {
-    let pairs: std::collections::BTreeSet<_> = answered.iter().map(|record| (&record.input, &record.output)).collect();
-    let mut hash = Sha256::new();
-    for part in pairs.into_iter().flat_map(|(input, output)| [input, output]) {
-        hash.update((part.len() as u64).to_le_bytes());
-        hash.update(part);
-    }
-    hexadecimal(hash.finalize())
-}
-
-fn objections(counted: &[&Record], median: f64, unaccounted: Option<f64>) -> Vec<String> {
+fn objections(counted: &[&Record], median: f64, unaccounted: Option<f64>) -> impl Iterator<Item = String> {
     let lag = Sample::new(counted.iter().map(|record| record.lag_ms())).percentile(99.0).value;
-    let failed = counted.iter().filter(|record| !record.is_answered()).count();
     let late = (lag > MOST_LAG * median).then(|| {
         format!("queries were sent late: 99 % within {lag:.3} ms, more than {} % of the median latency", MOST_LAG * 100.0)
     });
     let hidden = unaccounted
         .filter(|share| *share > MOST_UNACCOUNTED)
         .map(|share| format!("{:.1} % of the time belong to no stage, more than {} %", share * 100.0, MOST_UNACCOUNTED * 100.0));
-    let lost = (failed > 0).then(|| format!("{failed} of {} queries failed", counted.len()));
-    [late, hidden, lost].into_iter().flatten().collect()
+    [late, hidden].into_iter().flatten()
 }
 
 #[cfg(test)]

@@ -131,9 +131,16 @@ impl Clock {
 impl Run<'_> {
     /// Sends queries until `length` is reached, or the schedule ends, and waits for all of them. `warm_up` marks the records.
     pub fn go(&mut self, load: &Load, length: Length, warm_up: bool) -> Vec<Record> {
+        let mut ended = Vec::new();
+        self.each(load, length, warm_up, &mut |record| ended.push(record));
+        ended
+    }
+
+    /// The same, where whoever takes the records need not keep them.
+    pub fn each(&mut self, load: &Load, length: Length, warm_up: bool, take_over: &mut dyn FnMut(Record)) {
         let (to, told) = channel();
         let clock = Clock(Instant::now());
-        let (mut pending, mut ended, mut n_sent) = (HashMap::new(), Vec::new(), 0);
+        let (mut pending, mut n_sent) = (HashMap::new(), 0);
         let mut schedule: VecDeque<Duration> = match load {
             Load::Open(schedule) => schedule.iter().copied().collect(),
             Load::Closed(_) => VecDeque::new(),
@@ -149,14 +156,14 @@ impl Run<'_> {
             }
             let next = schedule.front().filter(|_| !self.is_stopped()).map(|at| clock.0 + *at);
             if pending.is_empty() && next.is_none() {
-                return ended;
+                return;
             }
             if let Some(news) = wait(&told, next)
                 && let Some(query) = take(&mut pending, news, &clock)
             {
                 let record = query.end(self.truths);
                 (self.on_record)(&record);
-                ended.push(record);
+                take_over(record);
             }
         }
     }

@@ -10,8 +10,9 @@ use serde::{Deserialize, Serialize};
 use super::BenchError;
 use super::energy::Energy;
 use super::environment::{Load, Machine};
-use super::figures::{Figures, Objectives};
+use super::figures::{Figures, Objectives, quantiles, timeline};
 use super::limits::Limits;
+use super::memory::{Drift, Memory};
 use super::record::Record;
 use super::statistics::{Percentile, Summary};
 
@@ -50,13 +51,22 @@ pub struct Report {
     pub limits: Option<Limits>,
     /// Of latencies by name, what so many half percents of the sample lie below: the curve of its distribution.
     pub quantiles: BTreeMap<String, Vec<f64>>,
-    /// The first queries that counted.
+    /// The first queries that counted, of those whose records were kept.
     pub timeline: Vec<Record>,
     /// The most memory that the process had resident, where the engine ran in it.
     pub peak_resident_bytes: Option<u64>,
     /// Energy while queries counted, as far as counters tell.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub energy: Vec<Energy>,
+    /// What it had resident over time, where the run is a soak and the engine ran in it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<Memory>,
+    /// How latency changed, where the run is a soak.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drift: Option<Drift>,
+    /// What tells it from the other settings of a sweep, such as `threads=2`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub label: Option<String>,
 }
 
 /// What was measured.
@@ -83,7 +93,7 @@ pub struct Subject {
 /// What it had to do.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Work {
-    /// `single`, `multi`, `offline`, `server`, `startup` or `stage`.
+    /// `single`, `multi`, `offline`, `server`, `startup`, `stage` or `soak`.
     pub scenario: String,
     /// `caption`, `ask`, `match` or `embed`.
     pub task: String,
@@ -113,6 +123,31 @@ pub fn schema() -> String {
 }
 
 impl Report {
+    /// What records say, and nothing yet of when and where.
+    pub fn new(subject: Subject, work: Work, figures: Figures, records: &[Record]) -> Self {
+        Self {
+            schema: SCHEMA.into(),
+            version: VERSION,
+            command: Vec::new(),
+            started: 0,
+            took_s: 0.0,
+            is_complete: false,
+            machine: Machine::default(),
+            load: [Load::default(); 2],
+            subject,
+            work,
+            figures,
+            limits: None,
+            quantiles: quantiles(records),
+            timeline: timeline(records),
+            peak_resident_bytes: None,
+            energy: Vec::new(),
+            memory: None,
+            drift: None,
+            label: None,
+        }
+    }
+
     /// Of a file that this program, or one like it, wrote.
     pub fn read(path: &Path) -> Result<Self, BenchError> {
         let content = std::fs::read(path).map_err(|source| BenchError::Unreadable { path: path.to_owned(), source })?;
@@ -193,6 +228,9 @@ impl Report {
             writeln!(out, "an image takes {}", self.energy.iter().map(energy).collect::<Vec<_>>().join(", "))?;
         }
         writeln!(out, "`~`: the sample is too small to say so with a certainty of 99 %; ± is the 95 % interval of a percentile")?;
+        let growth = self.memory.as_ref().and_then(|memory| memory.growth);
+        growth.map_or(Ok(()), |growth| writeln!(out, "memory: {growth}"))?;
+        self.drift.map_or(Ok(()), |drift| writeln!(out, "latency: {drift}"))?;
         figures.objections.iter().try_for_each(|why| writeln!(out, "not valid: {why}"))?;
         if self.is_complete { Ok(()) } else { writeln!(out, "not valid: the run was stopped") }
     }
@@ -212,7 +250,7 @@ fn shown(percentile: &Percentile) -> String {
 }
 
 /// Four digits that matter.
-fn short(value: f64) -> String {
+pub(super) fn short(value: f64) -> String {
     let digits = if value == 0.0 { 0 } else { (3 - value.abs().log10().floor() as i32).clamp(0, 6) as usize };
     format!("{value:.digits$}")
 }
@@ -220,7 +258,7 @@ fn short(value: f64) -> String {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::bench::figures::{figures, quantiles, timeline};
+    use crate::bench::figures::figures;
 
     /// A report of `n` queries whose latencies are 10, 11, … milliseconds.
     pub fn report(n: usize) -> Report {
@@ -235,23 +273,15 @@ pub(super) mod tests {
             ..Record::default()
         };
         let records: Vec<_> = (0..n).map(record).collect();
+        let figures = figures(&records, Objectives::default()).expect("answers");
+        let subject = Subject { model: "demo-opt".into(), provider: "cpu".into(), ..Subject::default() };
+        let work = Work { scenario: "single".into(), task: "caption".into(), arrivals: "one at a time".into(), ..Work::default() };
         Report {
-            schema: SCHEMA.into(),
-            version: VERSION,
             command: vec!["blip2".into(), "bench".into(), "single".into()],
             started: 1_800_000_000,
             took_s: 12.5,
             is_complete: true,
-            machine: Machine::default(),
-            load: [Load::default(); 2],
-            subject: Subject { model: "demo-opt".into(), provider: "cpu".into(), ..Subject::default() },
-            work: Work { scenario: "single".into(), task: "caption".into(), arrivals: "one at a time".into(), ..Work::default() },
-            quantiles: quantiles(&records),
-            timeline: timeline(&records),
-            figures: figures(&records, Objectives::default()).expect("answers"),
-            peak_resident_bytes: None,
-            energy: Vec::new(),
-            limits: None,
+            ..Report::new(subject, work, figures, &records)
         }
     }
 

@@ -4,11 +4,14 @@ use std::ffi::{OsStr, OsString};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
+use clap::builder::{PathBufValueParser, TypedValueParser};
 use clap::{Parser, Subcommand};
 
-use super::Failure;
 use super::bench::Bench;
 use super::plain::plain;
+use super::{Failure, chain};
+use crate::bench::environment::Machine;
+use crate::bench::settings::Settings;
 use crate::bundle::{Bundle, GenerationFacts, Load, TaskName};
 use crate::decode::{EarlyStopping, Processors, Strategy, Warpers};
 use crate::engine::{Engine, Generation};
@@ -19,7 +22,7 @@ use crate::runtime::{ComputeType, Fallback, ProviderChoice, Runtime, RuntimeOpti
 use crate::text::Warning;
 
 /// As `cargo bench --bench batch` finds it.
-const DEFAULT_BATCH: usize = 8;
+pub(super) const DEFAULT_BATCH: usize = 8;
 /// More bring nothing and take memory.
 const MOST_BATCH: usize = 1024;
 
@@ -214,9 +217,9 @@ pub(super) struct Many {
     /// A file with paths of pictures, one a line; `-` reads them from standard input, as they come
     #[arg(long, value_name = "FILE")]
     pub images_from: Option<PathBuf>,
-    /// Pictures that are looked at, and texts that are written, together; 1024 at most
-    #[arg(long, value_name = "N", default_value_t = DEFAULT_BATCH, value_parser = batch, hide_short_help = true)]
-    pub batch: usize,
+    /// Pictures that are looked at, and texts that are written, together; 1024 at most [default: --settings', else 8]
+    #[arg(long, value_name = "N", value_parser = batch, hide_short_help = true)]
+    pub batch: Option<usize>,
 }
 
 /// Pictures where texts are typed.
@@ -379,9 +382,12 @@ pub(super) struct Model {
     /// Which of the provider's devices
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub device: u32,
-    /// Threads inside an operator, 256 at most [default: one a core that this process may use]
+    /// Threads inside an operator, 256 at most [default: --settings', else one a core that this process may use]
     #[arg(long, value_name = "N", value_parser = threads)]
     pub threads: Option<NonZeroUsize>,
+    /// What `bench tune` found to be best here: defaults of --threads and --batch, and of --concurrency in `bench offline`
+    #[arg(long, value_name = "FILE", env = "BLIP2_SETTINGS", value_parser = settings())]
+    settings: Option<Settings>,
     /// ONNX Runtime's library or its folder; searched for if absent (ORT_DYLIB_PATH, beside the executable, virtual environments)
     #[arg(long, value_name = "PATH")]
     pub onnxruntime: Option<PathBuf>,
@@ -429,6 +435,10 @@ fn bytes(typed: &str) -> Result<u64, String> {
     found.ok_or_else(|| "a number of bytes is needed, such as 2GiB, 500MB or 1000000".into())
 }
 
+fn settings() -> impl TypedValueParser<Value = Settings> {
+    PathBufValueParser::new().try_map(|path| Settings::read(&path).map_err(|error| chain(&error)))
+}
+
 fn threads(typed: &str) -> Result<NonZeroUsize, String> {
     let n: usize = typed.parse().map_err(|error: std::num::ParseIntError| error.to_string())?;
     NonZeroUsize::new(n).ok_or_else(|| "an operator runs on 1 thread at least".into())
@@ -454,7 +464,27 @@ impl Images {
 impl Model {
     /// The bundle, its facts checked.
     pub fn bundle(&self) -> Result<Bundle, Error> {
-        Ok(Bundle::open(&self.folder.path())?)
+        let bundle = Bundle::open(&self.folder.path())?;
+        self.doubt_settings(&bundle);
+        Ok(bundle)
+    }
+
+    /// Says on standard error where --settings were found elsewhere, or for another bundle.
+    pub fn doubt_settings(&self, bundle: &Bundle) {
+        let Some(settings) = &self.settings else { return };
+        let named = Some(self.provider.to_string()).filter(|_| self.provider != ProviderChoice::Auto);
+        let doubts = settings.doubts(&Machine::without_tools(), &bundle.hash(), named.as_deref());
+        doubts.iter().for_each(|doubts| eprintln!("blip2: warning: --settings may be wrong here: {}", plain(doubts)));
+    }
+
+    /// Threads inside an operator, if anybody named a number.
+    pub fn threads(&self) -> Option<NonZeroUsize> {
+        self.threads.or_else(|| self.settings.as_ref()?.threads)
+    }
+
+    /// Pictures together, as the settings have it.
+    pub fn batch_of_settings(&self) -> Option<NonZeroUsize> {
+        self.settings.as_ref()?.batch
     }
 
     /// What graphs run on. Where nobody named it, standard error says what it is, and why it is nothing faster.
@@ -466,8 +496,10 @@ impl Model {
         Ok(runtime)
     }
 
-    /// As many pictures together, of those wanted, as --memory-limit leaves room for; standard error says so where that is less.
-    pub fn batch(&self, bundle: &Bundle, wanted: usize) -> Result<usize, Error> {
+    /// As many pictures together, of those typed or else of the default, as --memory-limit leaves room for; standard error says so where
+    /// that is less.
+    pub fn batch(&self, bundle: &Bundle, typed: Option<usize>) -> Result<usize, Error> {
+        let wanted = typed.unwrap_or_else(|| self.batch_of_settings().map_or(DEFAULT_BATCH, NonZeroUsize::get));
         let Some(limit) = self.memory_limit else { return Ok(wanted) };
         for batch in (1..=wanted).rev() {
             if bundle.memory(Load { batch: batch as u64, ..Load::LEAST })?.peak() <= limit {
@@ -498,7 +530,7 @@ impl Model {
             ("--model", Some(self.folder.path().into_os_string())),
             ("--provider", Some(text(&self.provider))),
             ("--device", Some(text(&self.device))),
-            ("--threads", self.threads.as_ref().map(|n| text(n))),
+            ("--threads", self.threads().as_ref().map(|n| text(n))),
             ("--onnxruntime", self.onnxruntime.as_ref().map(path)),
             ("--ep-library", self.ep_library.as_ref().map(path)),
             ("--precision", self.precision.as_ref().map(|precision| text(precision))),
@@ -531,7 +563,7 @@ impl From<&Model> for RuntimeOptions {
             library: model.onnxruntime.clone(),
             provider: model.provider,
             device: model.device,
-            threads: model.threads,
+            threads: model.threads(),
             ep_library: model.ep_library.clone(),
             ep_options: model.ep_option.clone(),
             precision: model.precision,

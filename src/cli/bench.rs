@@ -4,11 +4,16 @@ mod inputs;
 mod live;
 mod outputs;
 mod plan;
+mod process;
 mod recorded;
+mod rounds;
 mod stage;
+mod sweep;
+mod tune;
+mod turns;
 
 use std::io::{Write as _, stdout};
-use std::num::NonZeroUsize;
+use std::num::{NonZeroU16, NonZeroUsize};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -22,11 +27,13 @@ use crate::bench::arrivals::{Rate, Spacing, trace};
 use crate::bench::compare::{self, Condition};
 use crate::bench::energy::Meter;
 use crate::bench::environment::{self, Load as MachineLoad, Machine};
-use crate::bench::figures::{Objectives, figures, quantiles, timeline};
+use crate::bench::figures::{Figures, Objectives};
 use crate::bench::html::page;
 use crate::bench::http::{self, Http};
-use crate::bench::load::{Length, Load, Run, Target};
+use crate::bench::keep::Kept;
+use crate::bench::load::{Load, Run, Target};
 use crate::bench::local::Local;
+use crate::bench::memory::{Drift, Memory, Watch};
 use crate::bench::number;
 use crate::bench::record::Record;
 use crate::bench::report::{self, Report, Subject};
@@ -44,6 +51,8 @@ use stage::{Limiting, Stage};
 /// With many more, there is no memory left for what is measured.
 const MOST: usize = 10_000;
 const KEY_OPTION: &str = "--api-key";
+/// Queries that `offline` has under way together.
+const AT_ONCE: usize = 16;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Bench {
@@ -65,9 +74,9 @@ enum Scenario {
     },
     /// Everything at once: how much is done in a second (MLPerf's Offline)
     Offline {
-        /// Queries that are under way together
-        #[arg(long, value_name = "N", default_value = "16", value_parser = few)]
-        concurrency: NonZeroUsize,
+        /// Queries that are under way together [default: --settings', else 16]
+        #[arg(long, value_name = "N", value_parser = few)]
+        concurrency: Option<NonZeroUsize>,
         #[command(flatten)]
         measure: Measure,
     },
@@ -83,6 +92,19 @@ enum Scenario {
     },
     /// Parts of a request alone, in turn: from decoding the picture to the text, and how far each is from what the machine can do at most
     Stage(Box<Stage>),
+    /// A few at a time for hours: whether memory grows, and latency
+    #[command(mut_arg("duration", |arg| arg.default_value("3600")))]
+    Soak {
+        /// Queries that are under way together
+        #[arg(long, value_name = "N", default_value = "4", value_parser = few)]
+        concurrency: NonZeroUsize,
+        #[command(flatten)]
+        measure: Measure,
+    },
+    /// Settings of a scenario beside each other, measured in turns
+    Sweep(sweep::Sweep),
+    /// Find the best number of threads, and of pictures together, for this machine and bundle
+    Tune(tune::Tune),
     /// Two reports beside each other
     Compare(Compare),
     /// A report of queries that were measured before, by this program or another
@@ -149,6 +171,9 @@ struct Measure {
     /// Answers that are good enough: `e2e=500,ttft=200,tpot=50`, in milliseconds
     #[arg(long, value_name = "LIMITS", value_parser = objectives, default_value = "", hide_default_value = true)]
     slo: Objectives,
+    /// Measure in so many parts, each when a line comes on standard input
+    #[arg(long, value_name = "N", hide = true)]
+    turns: Option<NonZeroU16>,
     #[command(flatten)]
     outputs: Outputs,
     #[command(flatten)]
@@ -191,9 +216,10 @@ pub(super) fn run(command: &Bench) -> Result<(), Failure> {
         Scenario::Single(measure) => measured(measure, &Plan::closed("single", 1, 1), Source::Here),
         Scenario::Multi { pictures, measure } => measured(measure, &Plan::closed("multi", 1, pictures.get()), Source::Here),
         Scenario::Offline { concurrency, measure } => {
-            measured(measure, &Plan::closed("offline", concurrency.get(), 1), Source::Here)
+            let concurrency = concurrency.or(measure.model.batch_of_settings()).map_or(AT_ONCE, NonZeroUsize::get);
+            measured(measure, &Plan::closed("offline", concurrency, 1), Source::Here)
         }
-        Scenario::Server(server) => measured(&server.measure, &server.plan()?, Source::Here),
+        Scenario::Server(server) => measured(&server.measure, &server.plan()?.fit_for(server.measure.turns)?, Source::Here),
         Scenario::Startup { cold, measure } => {
             let how = if *cold { "started anew, the bundle not in memory" } else { "started anew, the bundle in memory" };
             measured(
@@ -203,12 +229,36 @@ pub(super) fn run(command: &Bench) -> Result<(), Failure> {
             )
         }
         Scenario::Stage(stage) => measured(&stage.measure, &Stage::plan(), Source::Stages(stage)),
+        Scenario::Soak { concurrency, measure } => {
+            measured(measure, &Plan { soaks: true, ..Plan::closed("soak", concurrency.get(), 1) }, Source::Here)
+        }
+        Scenario::Sweep(command) => sweep::run(command),
+        Scenario::Tune(command) => tune::run(command),
         Scenario::Compare(compare) => compared(compare),
         Scenario::Schema => Ok(writeln!(stdout().lock(), "{}", report::schema())?),
         Scenario::Report(command) => recorded::run(command),
         Scenario::Page { reports, html } => {
             let reports = reports.iter().map(|path| read(path)).collect::<Result<Vec<_>, _>>()?;
             std::fs::write(html, page(&reports)).map_err(|source| Failure::Report { path: html.clone(), source })
+        }
+    }
+}
+
+impl Scenario {
+    /// What it measures, and how many queries are under way together; nothing where it is none that can be measured in turns.
+    fn in_turns(&self) -> Option<(&Measure, usize)> {
+        match self {
+            Self::Single(measure) | Self::Server(Server { measure, .. }) | Self::Startup { measure, .. } => Some((measure, 1)),
+            Self::Multi { pictures, measure } => Some((measure, pictures.get())),
+            Self::Offline { concurrency, measure } => Some((measure, concurrency.map_or(AT_ONCE, NonZeroUsize::get))),
+            Self::Stage(stage) => Some((&stage.measure, 1)),
+            Self::Soak { .. }
+            | Self::Sweep(_)
+            | Self::Tune(_)
+            | Self::Compare(_)
+            | Self::Report(_)
+            | Self::Page { .. }
+            | Self::Schema => None,
         }
     }
 }
@@ -240,7 +290,7 @@ fn measured(measure: &Measure, plan: &Plan, source: Source<'_>) -> Result<(), Fa
     let mut journal = measure.outputs.open()?;
     let Opened { mut target, names, subject, folder: _folder, limits } = measure.open(source)?;
     let truths = measure.inputs.truths(&names)?;
-    let (stop, records) = (stopped_by_signals()?, &mut Vec::new());
+    let (stop, mut kept) = (stopped_by_signals()?, Kept::new(measure.slo, plan.most_records()));
     let (mut live, mut broken) = (Live::new(plan.n_queries(measure.queries.get())), None);
     let mut on_record = |record: &Record| {
         live.note(record);
@@ -248,37 +298,44 @@ fn measured(measure: &Measure, plan: &Plan, source: Source<'_>) -> Result<(), Fa
     };
     let (truths, n_pictures) = (truths.as_ref(), plan.n_pictures);
     let mut run = Run { target: &mut *target, inputs: &names, n_pictures, stop, truths, on_record: &mut on_record };
-    records.extend(plan.warm_up(&mut run, measure.warm_up));
-    let meter = measure.server.url.is_none().then(Meter::start).flatten();
-    records.extend(run.go(&plan.load, Length { queries: measure.queries.get(), time: measure.duration }, false));
-    let energy = meter.map(|meter| meter.stop(records)).unwrap_or_default();
+    plan.warm_up(&mut run, measure.warm_up).into_iter().for_each(|record| kept.add(record));
+    let is_here = measure.server.url.is_none();
+    let is_local = is_here && matches!(source, Source::Here);
+    let (watch, meter) = ((plan.soaks && is_local).then(Watch::start), is_here.then(Meter::start).flatten());
+    let is_complete = turns::measure(plan, measure, &mut run, &mut kept);
+    let (memory, energy) = (watch.and_then(Watch::end), meter.map(|meter| meter.stop(kept.n_images())).unwrap_or_default());
     live.end();
-    if let Some(failure) = broken {
-        eprintln!("blip2: {failure}; what is measured goes on without it");
-    }
-    let figures = figures(records, measure.slo).ok_or_else(|| Failure::Usage(nothing(records)))?;
-    let is_local = matches!(source, Source::Here) && measure.server.url.is_none();
-    let is_complete = !stop.load(Ordering::Relaxed);
+    broken.iter().for_each(|failure| eprintln!("blip2: {failure}; what is measured goes on without it"));
+    let figures = figures(&kept, memory.as_ref())?;
     let report = Report {
-        schema: report::SCHEMA.into(),
-        version: report::VERSION,
         command: typed(),
         started: began.since_1970(),
         took_s: began.1.elapsed().as_secs_f64(),
         is_complete,
         machine,
         load: [before, MachineLoad::since(&before)],
-        subject,
-        work: plan.work(measure, names.len()),
         limits: limits.map(|limits| limits.end(&figures, is_complete)),
-        figures,
-        quantiles: quantiles(records),
-        timeline: timeline(records),
         peak_resident_bytes: is_local.then(environment::peak_resident_bytes).flatten(),
         energy,
+        memory,
+        drift: Some(kept.records()).filter(|_| plan.soaks).and_then(Drift::of),
+        ..Report::new(subject, plan.work(measure, names.len()), figures, kept.records())
     };
-    measure.outputs.write(&report, records)?;
+    measure.outputs.write(&report, kept.records())?;
     if is_complete { Ok(()) } else { Err(Failure::Stopped) }
+}
+
+/// What was found, and what memory has against it.
+fn figures(kept: &Kept, memory: Option<&Memory>) -> Result<Figures, Failure> {
+    let mut figures = kept.figures().ok_or_else(|| Failure::Usage(nothing(kept.records())))?;
+    let growth = memory.and_then(|memory| memory.growth);
+    figures.objections.extend(growth.and_then(|growth| growth.objection()));
+    Ok(figures)
+}
+
+/// The command line, fit for others to read.
+fn typed() -> Vec<String> {
+    without_key(std::env::args_os().map(|word| word.to_string_lossy().into_owned()))
 }
 
 /// A time that can be told and one that can be counted from.
@@ -318,7 +375,7 @@ impl Measure {
         let program = Program { path: std::env::current_exe().map_err(unknown)?, args: [before, behind], forgets };
         let subject = Subject {
             provider: self.model.provider.to_string(),
-            threads: self.model.threads.map(NonZeroUsize::get),
+            threads: self.model.threads().map(NonZeroUsize::get),
             ..of(&bundle)
         };
         Ok(Opened { target: Box::new(Startup::new(program, paths)), names, subject, folder, limits: None })
@@ -357,7 +414,7 @@ impl Measure {
         Subject {
             provider: runtime.provider().to_string(),
             runtime: Some(runtime.library().version.clone()),
-            threads: Some(self.model.threads.unwrap_or_else(default_threads).get()),
+            threads: Some(self.model.threads().unwrap_or_else(default_threads).get()),
             loading_s: Some(loading.as_secs_f64()),
             ..of(engine.bundle())
         }
@@ -381,11 +438,6 @@ impl At {
         let url = self.url.clone().expect("it is asked only where there is one");
         http::Server { url, model: self.served_model.clone(), key: self.api_key.clone() }
     }
-}
-
-/// What was typed, fit for others to read.
-fn typed() -> Vec<String> {
-    without_key(std::env::args_os().map(|word| word.to_string_lossy().into_owned()))
 }
 
 fn without_key(typed: impl Iterator<Item = String>) -> Vec<String> {

@@ -19,8 +19,9 @@ pub(super) fn run(command: &Doctor) -> Result<(), Failure> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     writeln!(out, "blip2        {} on {} {}", env!("CARGO_PKG_VERSION"), std::env::consts::OS, std::env::consts::ARCH)?;
     describe_processor(&mut out, cores)?;
-    let (threads, said) = match command.model.threads {
-        Some(threads) => (threads, "as --threads says"),
+    let (threads, said) = match command.model.threads() {
+        Some(threads) if command.model.threads.is_some() => (threads, "as --threads says"),
+        Some(threads) => (threads, "as --settings say"),
         None => (default_threads(), "one a core that this process may use"),
     };
     writeln!(out, "threads      {threads} inside an operator, {said}")?;
@@ -34,7 +35,10 @@ pub(super) fn run(command: &Doctor) -> Result<(), Failure> {
     writeln!(out, "auto         takes {auto}")?;
     let folder = command.model.folder.path();
     match Bundle::open(&folder) {
-        Ok(bundle) => writeln!(out, "bundle       {}: {} is complete", folder.display(), bundle.facts().name)?,
+        Ok(bundle) => {
+            command.model.doubt_settings(&bundle);
+            writeln!(out, "bundle       {}: {} is complete", folder.display(), bundle.facts().name)?;
+        }
         Err(error) => writeln!(out, "bundle       {}", chain(&error))?,
     }
     match asked.provider {

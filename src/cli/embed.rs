@@ -48,8 +48,8 @@ pub(super) fn run(command: &Embed) -> Result<(), Failure> {
     bundle.require(TaskName::Embed).map_err(Error::from)?;
     let npy = command.npy.as_deref().map(Npy::create).transpose()?;
     let rows = Rows::new(command, bundle.facts());
-    let pictures = command.pictures(&bundle)?;
     let batch = command.model.batch(&bundle, command.many.batch)?;
+    let pictures = command.pictures(&bundle, batch)?;
     let engine = command.model.load(bundle)?;
     let mut embeddings = Embeddings { command, engine, batch, rows, failures: Failures::default() };
     match (command.kind, pictures) {
@@ -69,10 +69,10 @@ impl Embed {
     }
 
     /// Pictures on their way, where they are what is embedded.
-    fn pictures(&self, bundle: &Bundle) -> Result<Option<Pictures>, Failure> {
+    fn pictures(&self, bundle: &Bundle, batch: usize) -> Result<Option<Pictures>, Failure> {
         let start = || {
             let named = self.items.iter().map(PathBuf::from).collect();
-            Pictures::start(named, &self.many, &self.input, (bundle, None))
+            Pictures::start(named, (&self.many, batch), &self.input, (bundle, None))
         };
         (self.kind == EmbedKind::Image).then(start).transpose()
     }

@@ -34,8 +34,8 @@ pub(super) fn run(command: &args::Match) -> Result<(), Failure> {
     let bundle = model.bundle()?;
     bundle.require(TaskName::Match).map_err(Error::from)?;
     let (named, texts) = images.sort(first, rest)?;
-    let mut pictures = Pictures::start(named, &images.many, input, (&bundle, None))?;
     let batch = model.batch(&bundle, images.many.batch)?;
+    let mut pictures = Pictures::start(named, (&images.many, batch), input, (&bundle, None))?;
     let mut engine = model.load(bundle)?;
     let mut failures = Failures::default();
     let check = |text: &str| {

@@ -54,8 +54,13 @@ struct Prepared {
 type Named = (PathBuf, Option<std::io::Error>);
 
 impl Pictures {
-    /// Begins to read, before any graph is loaded; `again` is a second bundle that will look at the same pictures.
-    pub fn start(named: Vec<PathBuf>, many: &Many, input: &Input, bundles: (&Bundle, Option<&Bundle>)) -> Result<Self, Failure> {
+    /// Begins to read, before any graph is loaded, no more than a batch ahead; a second bundle will look at the same pictures.
+    pub fn start(
+        named: Vec<PathBuf>,
+        (many, batch): (&Many, usize),
+        input: &Input,
+        bundles: (&Bundle, Option<&Bundle>),
+    ) -> Result<Self, Failure> {
         let reader = Reader::new(input, bundles);
         let is_input = |path: &PathBuf| path == Path::new("-");
         if many.images_from.as_ref().is_some_and(is_input) && named.iter().any(is_input) {
@@ -65,7 +70,7 @@ impl Pictures {
         let listed = many.images_from.as_deref().map(list).transpose()?;
         let n_threads = default_threads().get().min(count.unwrap_or(usize::MAX));
         let named = named.into_iter().map(|path| (path, None)).chain(listed.into_iter().flatten());
-        let ahead = Ahead::new(named, Reach { n_threads, depth: many.batch }, move |named| reader.prepare(named));
+        let ahead = Ahead::new(named, Reach { n_threads, depth: batch }, move |named| reader.prepare(named));
         Ok(Self { ahead, count })
     }
 

@@ -82,7 +82,7 @@ impl<'a> Job<'a> {
         }
         let (reranks_with, (named, many)) = (rerank::bundle(write)?, pictures);
         let batch = model.batch(&bundle, many.batch)?;
-        let pictures = Pictures::start(named, many, &write.input, (&bundle, reranks_with.as_ref()))?;
+        let pictures = Pictures::start(named, (many, batch), &write.input, (&bundle, reranks_with.as_ref()))?;
         Ok(Self { model, write, bundle, reranks_with, generation, pictures, batch })
     }
 

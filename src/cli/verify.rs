@@ -13,6 +13,7 @@ pub(super) fn run(command: &Verify) -> Result<(), Failure> {
     let folder = command.bundle.clone().unwrap_or_else(|| command.model.folder.path());
     let mut out = stdout().lock();
     let bundle = Bundle::open(&folder).map_err(Error::from)?;
+    command.model.doubt_settings(&bundle);
     let (mut n_files, mut n_bytes) = (0, 0);
     let hashes = bundle.check_hashes(|_, bytes| {
         n_files += 1;

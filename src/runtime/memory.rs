@@ -29,7 +29,7 @@ fn free_bytes() -> u64 {
 }
 
 /// Bytes that a process may still take: the smaller of what the machine and what its control group has left.
-pub(super) fn free() -> Option<u64> {
+pub fn free() -> Option<u64> {
     let machine = of_machine("MemAvailable:");
     let groups = GROUPS.iter().filter_map(|group| group.free(Path::new("/sys/fs/cgroup")));
     machine.into_iter().chain(groups).min()

@@ -41,7 +41,7 @@ pub use copies::Copies;
 pub use engines::Purpose;
 pub use graph::{Binding, Graph, Outputs, Place};
 pub use library::{Library, LibraryError, Source};
-pub use memory::{Budget, installed_bytes};
+pub use memory::{Budget, free as free_memory, installed_bytes};
 pub use plugin::{Known, Offer, PLUGINS, Plugin};
 pub use processor::{Extension, Gain, Processor};
 pub use provider::{Choice, Fallback, Provider, ProviderChoice, ProviderError};

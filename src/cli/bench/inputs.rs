@@ -64,6 +64,19 @@ pub(super) struct Files {
 /// A folder of this process, which goes with this.
 pub(super) struct Folder(PathBuf);
 
+impl Folder {
+    /// For a purpose, among the system's temporary ones.
+    pub fn new(purpose: &str) -> Result<Self, Failure> {
+        let path = std::env::temp_dir().join(format!("blip2-bench-{}-{purpose}", std::process::id()));
+        std::fs::create_dir_all(&path).map_err(|source| Failure::Report { path: path.clone(), source })?;
+        Ok(Self(path))
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
 impl Drop for Folder {
     fn drop(&mut self) {
         // What is left of it does no harm.
@@ -118,10 +131,8 @@ impl Inputs {
             let names = self.images.iter().map(|path| plain(&path.to_string_lossy()).into_owned()).collect();
             return Ok(Files { names, paths: self.images.clone(), folder: None });
         }
-        let path = std::env::temp_dir().join(format!("blip2-bench-{}-drawn", std::process::id()));
         let unwritable = |path: &Path, source| Failure::Report { path: path.to_path_buf(), source };
-        std::fs::create_dir_all(&path).map_err(|source| unwritable(&path, source))?;
-        let folder = Folder(path);
+        let folder = Folder::new("drawn")?;
         let write = |(i, Encoded { name, bytes }): (usize, Encoded)| {
             let path = folder.0.join(format!("{i}.jpg"));
             std::fs::write(&path, bytes).map_err(|source| unwritable(&path, source))?;

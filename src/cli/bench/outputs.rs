@@ -38,10 +38,15 @@ pub(super) struct Outputs {
 pub(super) struct Journal(Option<(PathBuf, BufWriter<File>)>, Format);
 
 impl Outputs {
+    /// Whether any was asked for.
+    pub fn are_named(&self) -> bool {
+        [&self.json, &self.jsonl, &self.csv, &self.markdown, &self.html].into_iter().any(Option::is_some)
+    }
+
     /// Makes sure that all files can be written before anything is measured.
     pub fn open(&self) -> Result<Journal, Failure> {
         for path in [&self.json, &self.csv, &self.markdown, &self.html].into_iter().flatten() {
-            File::options().append(true).create(true).open(path).map_err(|source| unwritable(path, source))?;
+            can_be_written(path)?;
         }
         let journal = self.jsonl.as_ref().map(|path| {
             let file = File::create(path).map_err(|source| unwritable(path, source))?;
@@ -89,6 +94,11 @@ fn write(path: Option<&Path>, content: impl FnOnce() -> String) -> Result<(), Fa
     std::fs::write(path, content()).map_err(|source| unwritable(path, source))
 }
 
-fn unwritable(path: &Path, source: std::io::Error) -> Failure {
+/// Before anything is measured; what it holds stays until then.
+pub(super) fn can_be_written(path: &Path) -> Result<(), Failure> {
+    File::options().append(true).create(true).open(path).map(drop).map_err(|source| unwritable(path, source))
+}
+
+pub(super) fn unwritable(path: &Path, source: std::io::Error) -> Failure {
     Failure::Report { path: path.to_path_buf(), source }
 }

@@ -1,12 +1,15 @@
 //! What a scenario means: how queries come, and how long the engine warms up.
 
+use std::num::NonZeroU16;
 use std::time::{Duration, Instant};
 
 use super::{Measure, Task};
+use crate::bench::keep::MOST_OF_LONG_RUNS;
 use crate::bench::load::{Length, Load, Run};
 use crate::bench::record::Record;
 use crate::bench::report::Work;
 use crate::bench::statistics::Sample;
+use crate::cli::Failure;
 
 /// As few as have a median that says something.
 const WINDOW: usize = 5;
@@ -22,12 +25,17 @@ pub(super) struct Plan {
     pub arrivals: String,
     /// Queries of the warm-up between two looks at whether latencies stay.
     pub window: usize,
+    /// Whether it goes on for hours, and memory is watched.
+    pub soaks: bool,
 }
+
+/// Queries of a turn for each that is under way together: fewer are mostly beginning and end.
+const IN_A_TURN: usize = 4;
 
 impl Plan {
     pub fn closed(scenario: &'static str, concurrency: usize, n_pictures: usize) -> Self {
         let arrivals = if concurrency == 1 { "one at a time".into() } else { format!("{concurrency} at a time") };
-        Self { scenario, load: Load::Closed(concurrency), n_pictures, arrivals, window: WINDOW }
+        Self { scenario, load: Load::Closed(concurrency), n_pictures, arrivals, window: WINDOW, soaks: false }
     }
 
     /// Queries that are measured at least, where so many are wanted.
@@ -35,6 +43,42 @@ impl Plan {
         match &self.load {
             Load::Closed(_) => wanted,
             Load::Open(schedule) => schedule.len(),
+        }
+    }
+
+    /// Records that are kept of those that count.
+    pub fn most_records(&self) -> usize {
+        if self.soaks { MOST_OF_LONG_RUNS } else { usize::MAX }
+    }
+
+    /// Refuses turns in which nothing would come.
+    pub fn fit_for(self, turns: Option<NonZeroU16>) -> Result<Self, Failure> {
+        match (&self.load, turns.map(|n| usize::from(n.get()))) {
+            (Load::Open(schedule), Some(n)) if schedule.len() < n => {
+                Err(Failure::Usage(format!("{} arrivals are too few for {n} turns", schedule.len())))
+            }
+            _ => Ok(self),
+        }
+    }
+
+    /// The load in `n` turns, and how long each is at least. A schedule is cut into pieces of nearly as many arrivals each.
+    pub fn turns(&self, n: u16, whole: Length) -> Vec<(Load, Length)> {
+        let (time, n) = (whole.time / u32::from(n), usize::from(n));
+        let queries = whole.queries.div_ceil(n);
+        match &self.load {
+            Load::Closed(concurrency) => {
+                let queries = if *concurrency > 1 { queries.max(IN_A_TURN * concurrency) } else { queries };
+                vec![(Load::Closed(*concurrency), Length { queries, time }); n]
+            }
+            Load::Open(schedule) => {
+                let piece = |i: usize| {
+                    let [from, to] = [i, i + 1].map(|i| schedule.len() * i / n);
+                    let before = from.checked_sub(1).map_or(Duration::ZERO, |last| schedule[last]);
+                    let times = schedule[from..to].iter().map(|at| *at - before).collect();
+                    (Load::Open(times), Length { queries: 0, time: Duration::ZERO })
+                };
+                (0..n).map(piece).collect()
+            }
         }
     }
 
@@ -101,6 +145,25 @@ fn is_stable(medians: &[f64]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn turns_make_the_whole() {
+        let whole = Length { queries: 10, time: Duration::from_secs(9) };
+        let turns = Plan::closed("single", 1, 1).turns(3, whole);
+        assert!(turns.len() == 3 && turns.iter().all(|(_, one)| one.queries == 4 && one.time == Duration::from_secs(3)));
+        assert!(Plan::closed("offline", 8, 1).turns(3, whole).iter().all(|(_, one)| one.queries == 32));
+        let schedule: Vec<_> = [0, 1, 3, 6, 10].map(Duration::from_secs).into();
+        let plan = Plan { load: Load::Open(schedule), ..Plan::closed("server", 1, 1) };
+        let found: Vec<Vec<u64>> = plan
+            .turns(2, whole)
+            .iter()
+            .map(|(load, _)| match load {
+                Load::Open(times) => times.iter().map(Duration::as_secs).collect(),
+                Load::Closed(_) => Vec::new(),
+            })
+            .collect();
+        assert_eq!(found, [vec![0, 1], vec![2, 5, 9]]);
+    }
 
     #[test]
     fn three_medians_within_a_tenth_are_stable() {

@@ -8,10 +8,10 @@ use super::{Failure, nothing, objectives, plain, typed};
 use crate::bench::BenchError;
 use crate::bench::about::About;
 use crate::bench::environment::{Load, Machine};
-use crate::bench::figures::{Figures, Objectives, figures, quantiles, timeline};
+use crate::bench::figures::{Figures, Objectives, figures};
 use crate::bench::log::Log;
 use crate::bench::record::Record;
-use crate::bench::report::{self, Report, Subject, Work};
+use crate::bench::report::{Report, Subject, Work};
 
 const UNKNOWN: &str = "unknown";
 
@@ -61,23 +61,16 @@ impl Recorded {
         let mut work = about.work.unwrap_or_else(|| work(records));
         work.objectives = self.slo.unwrap_or(work.objectives);
         let took_s = about.took_s.unwrap_or_else(|| length_s(records));
+        let figures = self.figures(records, work.objectives)?;
         Ok(Report {
-            schema: report::SCHEMA.into(),
-            version: report::VERSION,
             command: about.command.unwrap_or_else(typed),
             started: about.started.unwrap_or_else(|| written(&self.records).saturating_sub(took_s as u64)),
             took_s,
             is_complete: about.is_complete && !log.is_cut,
             machine: about.machine.unwrap_or_else(Machine::detect),
             load: about.load.unwrap_or([now; 2]),
-            subject: about.subject.unwrap_or_else(subject),
-            figures: self.figures(records, work.objectives)?,
-            work,
-            quantiles: quantiles(records),
-            timeline: timeline(records),
             peak_resident_bytes: about.peak_resident_bytes,
-            energy: Vec::new(),
-            limits: None,
+            ..Report::new(about.subject.unwrap_or_else(subject), work, figures, records)
         })
     }
 
