@@ -55,6 +55,7 @@
 //! | a decoding strategy | `decode/<name>.rs` with a [`decode::Search`] |
 //! | a command | `cli/<name>.rs`, a variant in `cli/args.rs` |
 //! | what is measured | a [`bench::load::Target`]; a scenario: a variant in `cli/bench.rs` |
+//! | results in another tool's form | `bench/foreign/<name>.rs`, a variant of [`bench::foreign::Format`] |
 //! | what `cargo bench` times, beside the obvious way | `benches/<name>.rs`, its `[[bench]]` in `Cargo.toml` |
 
 pub mod bench;

@@ -221,12 +221,12 @@ def test_a_stopped_baseline_keeps_what_it_measured(
 
 
 def test_a_baseline_that_is_stopped_at_once_says_so(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stopped_at(1, monkeypatch)
     given = (str(checkpoint), "--engine", str(ENGINE), "--out", str(tmp_path), "--scenarios", "single")
-    with pytest.raises(SystemExit, match="stopped before anything was measured"):
-        baseline.run(parsed(baseline, *given))
+    assert baseline.run(parsed(baseline, *given)) == stop.STOPPED
+    assert "stopped before anything was measured" in capsys.readouterr().err
 
 
 STAND_IN = """#!{python}
