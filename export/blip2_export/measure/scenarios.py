@@ -91,8 +91,8 @@ class Scenario:
     def _warm_up(self) -> Iterator[Record]:
         """Until latencies stay, or the time is over; two batches at least, for the first may take all of it to compile."""
         latencies: list[float] = []
-        most = self.work.warm_up
-        for batch in self._batches(lambda _, spent: spent < most or 0 < most and len(latencies) < 2):
+        least = 2 if self.work.warm_up else 0
+        for batch in self._batches(lambda _, spent: spent < self.work.warm_up or len(latencies) < least):
             yield from ({**record, "warm_up": True} for record in batch)
             latencies.append(batch[0]["done_ms"] - batch[0]["sent_ms"])
             last = latencies[-_WINDOW:]
