@@ -56,6 +56,7 @@
 //! | a command | `cli/<name>.rs`, a variant in `cli/args.rs` |
 //! | an operator in graphs | `export/`; what it makes of sizes in `bench/cost/shapes.rs`, and what it costs if it multiplies in `products.rs` |
 //! | what is measured | a [`bench::load::Target`]; a scenario: a variant in `cli/bench.rs` |
+//! | results in another tool's form | `bench/foreign/<name>.rs`, a variant of [`bench::foreign::Format`] |
 //! | what `cargo bench` times, beside the obvious way | `benches/<name>.rs`, its `[[bench]]` in `Cargo.toml` |
 
 pub mod bench;

@@ -175,6 +175,7 @@ fn what_is_no_record_is_told_in_one_line() {
         (&[&good, "--about", &no_work], 2, "no_work: it does not tell about records: missing field `scenario`"),
         (&[&good, "--slo", "fast"], 2, "`fast` is no limit"),
         (&[&good, "--format", "xml"], 2, "`xml` is none of blip2, aiperf, vllm"),
+        (&[&good, "--jsonl", &good], 2, "good: the records would be overwritten"),
         (&[&good, "--json", "nowhere/report.json"], 1, "nowhere/report.json cannot be written"),
     ] {
         let (out, err) = bench(&[&["report"], args].concat(), code);

@@ -33,6 +33,7 @@ from blip2_export.measure import baseline, bench, binary, floor, machine, models
 from blip2_export.measure.peer import Peer, Written
 from blip2_export.measure.recipes import RECIPES
 from blip2_export.measure.records import Files, Report
+from blip2_export.measure.scenarios import Scenario
 from blip2_export.measure.table import Value
 
 PICTURES = [str(path) for path in sorted(work.SAMPLES.glob("*.png"))[:2]]
@@ -103,6 +104,26 @@ def test_a_round_of_stages_is_a_record(baselines: Path) -> None:
     assert len(pasts) == 2 and names == [*STAGES, *(f"step_{rows}x{past}" for past in pasts for rows in (1, 2))]
     assert len(each) == 4 and found["work"]["scenario"] == "stage" and abs(found["figures"]["unaccounted"]) < 1e-6
     assert all(time > 0 for one in each for _, time in one["stages_ms"])
+
+
+def test_warm_up_ends_when_latencies_stay_or_its_time_is_over(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = work.of(parsed(baseline, str(checkpoint)))
+    for latencies, seconds, n_batches in (
+        ([900.0, 100.0, 105.0, 109.0, 1.0], 60.0, 4),
+        ([900.0, 500.0, 300.0], 1e-9, 2),
+        ([900.0], 0.0, 0),
+    ):
+        for name, n_together in (("single", 1), ("offline", 8)):
+            left = iter(latencies)
+            texts, tokens = ["a"] * n_together, [[1]] * n_together
+            monkeypatch.setattr(
+                Peer, "write", lambda *_, to=(texts, tokens), left=left: Written(*to, {}, [], next(left))
+            )
+            monkeypatch.setattr(Peer, "prompt", lambda *_: "")
+            scenario = Scenario(name, Peer.__new__(Peer), replace(wanted, warm_up=seconds))
+            assert len(list(itertools.islice(scenario._warm_up(), 100))) == n_batches * n_together
 
 
 def test_a_step_is_the_one_behind_so_many_positions(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,12 +242,12 @@ def test_a_stopped_baseline_keeps_what_it_measured(
 
 
 def test_a_baseline_that_is_stopped_at_once_says_so(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stopped_at(1, monkeypatch)
     given = (str(checkpoint), "--engine", str(ENGINE), "--out", str(tmp_path), "--scenarios", "single")
-    with pytest.raises(SystemExit, match="stopped before anything was measured"):
-        baseline.run(parsed(baseline, *given))
+    assert baseline.run(parsed(baseline, *given)) == stop.STOPPED
+    assert "stopped before anything was measured" in capsys.readouterr().err
 
 
 STAND_IN = """#!{python}

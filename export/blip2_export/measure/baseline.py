@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Progress to standard error, the reports' tables to standard output."""
     work.require_engine(args.engine)
-    wanted, command = work.of(args), [sys.executable, "-m", "blip2_export", *sys.argv[1:]]
+    wanted, command = work.of(args), ["python", "-m", "blip2_export", *sys.argv[1:]]
     try:
         with stop.like_ctrl_c():
             for label, peer in _peers(args):

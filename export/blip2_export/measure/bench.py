@@ -151,7 +151,7 @@ class Turns:
         }
         there = [found for reports in joined.values() for found in reports.values()]
         if not there:
-            raise SystemExit("stopped before anything was measured")
+            return "stopped before anything was measured\n"
         rounds = {side: {name: self._reports(side, name) for name in self.jobs} for side in self.sides}
         sides = {_PEER: rounds[_PEER], **{f"engine, {name}": rounds[name] for name in self.engines}}
         rows = list(table.rows({name: job.label for name, job in self.jobs.items()}, self._stages(joined)))

@@ -38,7 +38,8 @@ class Scenario:
             is_complete = True
         except KeyboardInterrupt:
             if not n:
-                raise SystemExit("stopped before anything was measured") from None
+                say("stopped before anything was measured")
+                raise
         log.close()
         about = {
             "command": command,
@@ -88,9 +89,10 @@ class Scenario:
                 raise SystemExit(f"--past {past}: this model has {room} positions before a step")
 
     def _warm_up(self) -> Iterator[Record]:
-        """Until latencies stay, or the time is over."""
+        """Until latencies stay, or the time is over; two batches at least, for the first may take all of it to compile."""
         latencies: list[float] = []
-        for batch in self._batches(lambda _, spent: spent < self.work.warm_up):
+        least = 2 if self.work.warm_up else 0
+        for batch in self._batches(lambda _, spent: spent < self.work.warm_up or len(latencies) < least):
             yield from ({**record, "warm_up": True} for record in batch)
             latencies.append(batch[0]["done_ms"] - batch[0]["sent_ms"])
             last = latencies[-_WINDOW:]

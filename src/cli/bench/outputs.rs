@@ -55,6 +55,13 @@ impl Outputs {
         Ok(Journal(journal.transpose()?, self.format))
     }
 
+    /// Whether a file that is read would be written.
+    pub fn are_over(&self, read: &Path) -> bool {
+        let place = |path: &Path| path.canonicalize().ok();
+        let written = [&self.json, &self.jsonl, &self.csv, &self.markdown, &self.html].into_iter().flatten();
+        place(read).is_some_and(|read| written.filter_map(|path| place(path)).any(|path| path == read))
+    }
+
     /// All that were asked for, the table on standard output among them; where one cannot be written, the others are.
     /// `records`: all of the run.
     pub fn write(&self, report: &Report, records: &[Record]) -> Result<(), Failure> {

@@ -32,6 +32,10 @@ pub(super) struct Recorded {
 }
 
 pub(super) fn run(command: &Recorded) -> Result<(), Failure> {
+    if command.outputs.are_over(&command.records) {
+        let path = command.records.to_string_lossy();
+        return Err(Failure::Usage(format!("{}: the records would be overwritten", plain(&path))));
+    }
     let about = command.about.as_deref().map_or_else(|| Ok(About::default()), About::read).map_err(usage)?;
     let log = Log::read(&command.records).map_err(usage)?;
     let report = command.report(about, &log)?;
