@@ -232,7 +232,6 @@ fn time_per_token_of_streamed_texts_is_that_of_vllm_but_for_the_end() {
     let (ours, theirs) =
         (number(&report["figures"]["latencies_ms"]["time_per_output_token"]["mean"]), number(&vllm["mean_tpot_ms"]));
     assert!(ends >= 0.0 && (theirs - ours - ends).abs() < 1e-6, "{theirs} − {ours} is not {ends}");
-    assert!(ends < 0.2 * ours, "what comes behind the last token is little: {ends} of {ours}");
     let gaps = &report["figures"]["latencies_ms"]["inter_token"]["percentiles"][0]["value"];
     assert!((number(gaps) - number(&vllm["median_itl_ms"])).abs() < 1e-6);
 }

@@ -19,7 +19,6 @@ _COMMANDS = {
     "emulate": ("blip2_export.check.emulate", "verify bundles on an emulated processor"),
     "baseline": ("blip2_export.measure.baseline", "measure `transformers` as `blip2 bench` measures the engine"),
     "bench": ("blip2_export.measure.bench", "measure the engine and `transformers` in turns and print the ratios"),
-    "floor": ("blip2_export.measure.floor", "what stages must take at least on this machine, beside what they take"),
     "evaluate": ("blip2_export.scenes.evaluate", "measure on held-out scenes how often a bundle is right"),
 }
 

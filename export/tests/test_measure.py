@@ -28,8 +28,7 @@ from blip2_export import processors
 from blip2_export.bundle import Choices, convert
 from blip2_export.check import emulation, random_checkpoint
 from blip2_export.engine import run_engine
-from blip2_export.graphs.precision import Precision, Precisions
-from blip2_export.measure import baseline, bench, binary, floor, machine, models, records, samples, stop, table, work
+from blip2_export.measure import baseline, bench, binary, machine, models, records, samples, stop, table, work
 from blip2_export.measure.peer import Peer, Written
 from blip2_export.measure.recipes import RECIPES
 from blip2_export.measure.records import Files, Report
@@ -597,25 +596,3 @@ def test_the_widest_instruction_set_comes_first(cpuinfo: str, wanted: str) -> No
 @pytest.mark.parametrize(("shape", "millions"), [("medium", 761), ("medium-t5", 1189)])
 def test_a_model_to_measure_on_has_the_size_it_is_named_for(shape: str, millions: int) -> None:
     assert round(random_checkpoint.n_parameters(shape) / 1e6) == millions
-
-
-def test_the_floor_counts_what_a_stage_multiplies_and_reads(tmp_path: Path) -> None:
-    side, patch, width, inner, layers = 28, 14, 64, 96, 2
-    vision = {"hidden_size": width, "intermediate_size": inner, "image_size": side, "patch_size": patch}
-    random_checkpoint.write(tmp_path / "checkpoint", {"vision_config": {**vision, "num_hidden_layers": layers}}, seed=0)
-    n_patches = (side // patch) ** 2
-    n_positions = n_patches + 1
-    in_patches, in_layers = 3 * patch**2 * width, layers * (4 * width**2 + 2 * width * inner)
-    operations = 2 * (n_patches * in_patches + n_positions * in_layers) + 4 * layers * n_positions**2 * width
-    for precision, n_bytes in ((Precision.FLOAT32, 4), (Precision.INT8, 1)):
-        bundle = tmp_path / precision
-        convert(tmp_path / "checkpoint", bundle, Choices("b", golden=False, precisions=Precisions(precision)))
-        found = dict(floor.stages(bundle, json.loads((bundle / "bundle.json").read_text())))
-        assert list(found) == ["vision", "qformer", "prefill", "step"]
-        assert sum(node.n_operations for node in found["vision"]) == operations
-        in_int8 = sum(node.n_operations for node in found["vision"] if node.is_int8)
-        assert in_int8 == (0 if n_bytes == 4 else 2 * n_positions * in_layers)
-        least = 4 * in_patches + n_bytes * in_layers
-        assert (
-            least < sum(node.n_bytes for node in found["vision"]) < 1.15 * least
-        )  # norms, biases and scales come on top

@@ -6,6 +6,7 @@ use serde::Deserialize;
 
 use super::BenchError;
 use super::environment::{Load, Machine};
+use super::limits::Limits;
 use super::report::{Subject, Work};
 
 /// As fields of the same name in a [`super::report::Report`]; each may be missing.
@@ -30,6 +31,8 @@ pub struct About {
     pub work: Option<Work>,
     /// The most memory that the measured process had resident.
     pub peak_resident_bytes: Option<u64>,
+    /// How far stages are from what the machine can do, of each run that the records are from.
+    pub limits: Vec<Limits>,
 }
 
 impl About {

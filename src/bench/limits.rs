@@ -186,6 +186,19 @@ impl Limits {
         Self { stages: stages.collect(), instruction_set, peaks }
     }
 
+    /// With the higher peaks of both.
+    #[must_use]
+    pub fn or(self, other: &Self) -> Self {
+        Self { peaks: self.peaks.or(&other.peaks), ..self }
+    }
+
+    /// The same costs beside other figures.
+    #[must_use]
+    pub fn of(self, figures: &Figures) -> Self {
+        let costs = self.stages.into_iter().filter_map(|limit| Some((limit.stage, limit.cost?)));
+        Self::new(self.instruction_set, self.peaks, &costs.collect::<Vec<_>>(), figures)
+    }
+
     /// A table for people, in Markdown.
     pub fn markdown(&self) -> String {
         let mut out = String::from("| | G operations | MB | floor, ms | bound by | p50 / floor |\n|---|---|---|---|---|---|\n");
@@ -279,6 +292,14 @@ mod tests {
         let found = first.or(&second);
         assert_eq!((found.memory[0].bytes_per_second, found.memory[2].bytes_per_second), (8e9, 1e9));
         assert_eq!(found.operations_per_second[&Precision::Float32], 2e9);
+    }
+
+    #[test]
+    fn limits_of_several_runs_become_those_of_all() {
+        let costs = [("vision".to_owned(), cost(&[(Precision::Float32, 20_000_000)], 1_000_000))];
+        let faster = Peaks { operations_per_second: [(Precision::Float32, 2e9)].into(), ..peaks() };
+        let limits = |peaks, n| Limits::new("avx2".into(), peaks, &costs, &report(n).figures);
+        assert_eq!(limits(peaks(), 70).or(&limits(faster.clone(), 70)).of(&report(90).figures), limits(peaks().or(&faster), 90));
     }
 
     #[test]

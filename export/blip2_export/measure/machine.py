@@ -1,29 +1,14 @@
-"""The machine and the versions that numbers hold for, and whether there is room to take them."""
+"""The machine while something is measured on it, and whether there is room."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import re
 import shutil
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-from blip2_export import processors
-
-
-def describe(n_threads: int, *packages: str) -> dict[str, str]:
-    """What the numbers depend on, beside the model."""
-    said = re.search(r"^model name\s*:\s*(.+)$", processors.told(), re.MULTILINE)
-    return {
-        "processor": said[1].strip() if said else platform.machine(),
-        "instruction set": processors.instruction_set(),
-        "threads": f"{n_threads} of {processors.count()} processors",
-        **{package: version(package) for package in packages},
-    }
 
 
 @dataclass(frozen=True)

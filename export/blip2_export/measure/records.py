@@ -97,6 +97,7 @@ def joined(engine: Path, runs: Iterable[Files], files: Files, command: list[str]
         "is_complete": all(one["is_complete"] for one in reports),
         "load": [reports[0]["load"][0], reports[-1]["load"][1]],
         "peak_resident_bytes": max(peaks, default=None),
+        "limits": [one["limits"] for one in reports if "limits" in one],
     }
     report(engine, files, about)
     return files.read()

@@ -1,8 +1,8 @@
 //! What one run of a graph costs at least: operations of its products, by the type that they are computed in, and bytes that must move.
 //!
 //! Sizes of the inputs go from node to node; weights are never read. An operation is a multiplication or an addition, so that a product of
-//! matrices has two for each pair of numbers. Weights count once in the type that they are stored in, of tables only the rows that are
-//! looked up; inputs and outputs count once; of keys and values what attention reads and what it adds. What lies between the nodes counts
+//! matrices has two for each pair of numbers. Weights count once, as they are when what is made of them alone was made (the runtime does so
+//! once, when it loads), of tables only the rows that are looked up; inputs and outputs count once; of keys and values what attention reads and what it adds. What lies between the nodes counts
 //! as nothing, for it may stay in caches.
 
 mod products;
@@ -30,7 +30,7 @@ pub struct Cost {
     /// Multiplications and additions of products, by what they are computed in.
     #[schemars(with = "BTreeMap<String, u64>")]
     pub operations: BTreeMap<Precision, u64>,
-    /// Bytes of weights, as they are stored.
+    /// Bytes of weights, as the runtime has them: those that are stored in fewer bits and lifted when it loads count as lifted.
     pub weight_bytes: u64,
     /// Bytes of keys and values that are read and written.
     pub cache_bytes: u64,
@@ -86,8 +86,8 @@ struct Value {
     element: Element,
     /// The numbers themselves, where shapes may be made of them.
     numbers: Option<Vec<i64>>,
-    /// Which weights it is made of alone; none if inputs have a part in it.
-    weights: Option<Vec<usize>>,
+    /// Whether weights have made it alone, and inputs no part in it.
+    is_weight: bool,
 }
 
 /// Why a node has no sizes.
@@ -140,8 +140,7 @@ pub fn cost(bundle: &Bundle, graph: &str, sizes: &Sizes) -> Result<Cost, CostErr
     let cross = language.and_then(|language| language.cross_attention.as_ref());
     let cross = cross.into_iter().flat_map(|cross| cross.tensors().map(|(layer, side)| cross.name(layer, side)));
     let roles = Roles { growing: past.chain(present).collect(), kept: cross.collect() };
-    let mut run =
-        Run { graph, nodes: &nodes, roles, values: BTreeMap::new(), read: vec![0.0; nodes.stored.len()], cost: Cost::default() };
+    let mut run = Run { graph, nodes: &nodes, roles, values: BTreeMap::new(), read: BTreeMap::new(), cost: Cost::default() };
     run.begin(&facts.inputs, sizes)?;
     nodes.nodes.iter().try_for_each(|node| run.node(node))?;
     run.end(&facts.outputs, sizes)
@@ -161,16 +160,15 @@ struct Run<'a> {
     nodes: &'a Nodes,
     roles: Roles,
     values: BTreeMap<String, Value>,
-    /// How often each weight is read, at most once in the end.
-    read: Vec<f64>,
+    /// Of weights, as they are once what is made of them alone was made: bytes, and how much of them is read, at most once in the end.
+    read: BTreeMap<String, (u64, f64)>,
     cost: Cost,
 }
 
 impl Run<'_> {
     fn begin(&mut self, inputs: &[TensorFacts], sizes: &Sizes) -> Result<(), CostError> {
-        for (index, stored) in self.nodes.stored.iter().enumerate() {
-            let Stored { name, shape, element, values } = stored.clone();
-            self.values.insert(name, Value { shape, element, numbers: values, weights: Some(vec![index]) });
+        for Stored { name, shape, element, values } in self.nodes.stored.iter().cloned() {
+            self.values.insert(name, Value { shape, element, numbers: values, is_weight: true });
         }
         for input in inputs {
             let size = |axis: &Dimension| match axis {
@@ -183,7 +181,7 @@ impl Run<'_> {
             };
             let shape = input.shape.iter().map(size).collect::<Result<Vec<_>, _>>()?;
             let numbers = sizes.numbers.get(input.name.as_str()).map(|number| vec![*number]);
-            let value = Value { shape, element: input.dtype.into(), numbers, weights: None };
+            let value = Value { shape, element: input.dtype.into(), numbers, is_weight: false };
             self.moves(&input.name, &value);
             self.values.insert(input.name.clone(), value);
         }
@@ -210,22 +208,22 @@ impl Run<'_> {
         if outputs.is_empty() || outputs.iter().any(|value| value.n() > MOST_ELEMENTS) {
             return Err(self.problem(node, "no memory holds what comes out".into()));
         }
-        let weights = made_of(&inputs);
+        let is_weight = inputs.iter().flatten().next().is_some() && inputs.iter().flatten().all(|value| value.is_weight);
         // What is made of weights alone is made once, before any run.
-        if weights.is_none() {
+        if !is_weight {
             let found = products::of(node, &inputs, &outputs).map_err(|problem| self.problem(node, problem))?;
-            let read: Vec<(usize, f64)> = reads(node, &inputs, &outputs).collect();
+            let read: Vec<(String, u64, f64)> = reads(node, &inputs, &outputs).collect();
             self.add(found, read);
         }
         for (name, value) in node.outputs.iter().zip(outputs).filter(|(name, _)| !name.is_empty()) {
-            self.values.insert(name.clone(), Value { weights: weights.clone(), ..value });
+            self.values.insert(name.clone(), Value { is_weight, ..value });
         }
         Ok(())
     }
 
-    fn add(&mut self, found: Found, read: Vec<(usize, f64)>) {
-        for (weight, share) in read {
-            self.read[weight] += share;
+    fn add(&mut self, found: Found, read: Vec<(String, u64, f64)>) {
+        for (weight, n_bytes, share) in read {
+            self.read.entry(weight).or_insert((n_bytes, 0.0)).1 += share;
         }
         for (precision, n) in found.operations {
             let sum = self.cost.operations.entry(precision).or_default();
@@ -251,10 +249,7 @@ impl Run<'_> {
             };
             self.moves(&output.name, &value);
         }
-        // Numbers that sizes are made of are no weights.
-        let whole = |stored: &Stored| times(&stored.shape) as f64 * stored.element.size() as f64;
-        let weights = self.nodes.stored.iter().zip(&self.read).filter(|(stored, _)| stored.values.is_none());
-        let read = weights.map(|(stored, share)| whole(stored) * share.min(1.0));
+        let read = self.read.values().map(|(n_bytes, share)| *n_bytes as f64 * share.min(1.0));
         self.cost.weight_bytes = read.sum::<f64>().round() as u64;
         Ok(self.cost)
     }
@@ -285,15 +280,9 @@ fn times(numbers: &[usize]) -> usize {
     numbers.iter().fold(1, |product: usize, number| product.saturating_mul(*number))
 }
 
-/// The weights that all of these are made of; none if inputs have a part in them.
-fn made_of(values: &[Option<&Value>]) -> Option<Vec<usize>> {
-    let weights: Option<Vec<&Vec<usize>>> = values.iter().flatten().map(|value| value.weights.as_ref()).collect();
-    let each: BTreeSet<usize> = weights?.into_iter().flatten().copied().collect();
-    (!each.is_empty()).then(|| each.into_iter().collect())
-}
-
-/// Which weights a node reads, and how much of each: all of it, or of a table what is looked up.
-fn reads<'a>(node: &'a Node, inputs: &'a [Option<&Value>], outputs: &'a [Value]) -> impl Iterator<Item = (usize, f64)> + 'a {
+/// Which weights a node reads, with their bytes and how much of each: all of it, or of a table what is looked up. Numbers that sizes are made
+/// of are no weights.
+fn reads<'a>(node: &'a Node, inputs: &'a [Option<&Value>], outputs: &'a [Value]) -> impl Iterator<Item = (String, u64, f64)> + 'a {
     let n_rows = |table: &Value| table.shape.first().map_or(1, |n| (*n).max(1)) as f64;
     let share = move |at: usize, value: &Value| match (node.operator.as_str(), at) {
         ("Gather" | "GatherElements" | "Slice", 0) => outputs[0].n() as f64 / value.n().max(1) as f64,
@@ -302,8 +291,8 @@ fn reads<'a>(node: &'a Node, inputs: &'a [Option<&Value>], outputs: &'a [Value])
         _ => 1.0,
     };
     let values = inputs.iter().enumerate().filter_map(|(at, value)| Some((at, (*value)?)));
-    let weights = values.filter_map(move |(at, value)| Some((value.weights.clone()?, share(at, value).min(1.0))));
-    weights.flat_map(|(weights, share)| weights.into_iter().map(move |weight| (weight, share)))
+    let weights = values.filter(|(_, value)| value.is_weight && value.numbers.is_none());
+    weights.map(move |(at, value)| (node.inputs[at].clone(), value.bytes(), share(at, value).min(1.0)))
 }
 
 #[cfg(test)]
@@ -359,9 +348,10 @@ mod tests {
         // 4 patches of 3×14×14 and a class token, width 32, two layers with 48 in between, and 5×5 pairs that attend.
         let layer = 2 * 5 * (4 * 32 * 32 + 2 * 32 * 48) + 4 * 5 * 5 * 32;
         let operations = 2 * 4 * 32 * 588 + 2 * layer;
-        // Of 16 bits: patches, and of a layer norms, products and what is added behind them; of 32 bits: positions and the class token.
+        // Patches, positions and the class token, and of a layer norms, products and what is added behind them: most are stored in 16 bits
+        // and lifted to 32.
         let layer = 2 * 64 + 4 * (32 * 32 + 32) + 2 * 32 * 48 + 48 + 32;
-        let weights = 2 * (32 * 588 + 32 + 2 * layer + 64) + 4 * (4 * 32 + 32);
+        let weights = 4 * (32 * 588 + 32 + 2 * layer + 64 + 4 * 32 + 32);
         let tensors = 4 * (3 * 28 * 28 + 5 * 32);
         let expected = Cost {
             operations: [(Precision::Float32, operations)].into(),
@@ -381,9 +371,9 @@ mod tests {
         // Keys and values of two layers, 48 positions read and one written.
         assert_eq!(found.cache_bytes, 3 * 2 * 2 * 32 * 49 * 4);
         let beside = 2 * (4 * 32 + 96 + 32 + 64 + 32) + 2 * 32; // norms and what is added
-        let looked_up = 3 * 32 * 2; // of 321 embeddings and 128 positions each
+        let looked_up = 3 * 32 * 4 + 3 * 32 * 2; // of 128 positions and 321 embeddings; these are lifted once they are looked up
         let small = 3 * 4; // which position has logits
-        assert_eq!(found.weight_bytes, 2 * (2 * layer + 32 * 321 + beside + looked_up) + small);
+        assert_eq!(found.weight_bytes, 4 * (2 * layer + 32 * 321 + beside) + looked_up + small);
     }
 
     /// Elements of all matrices that are multiplied: those of more than one axis but tables, by their numbers of rows.
@@ -446,7 +436,7 @@ mod tests {
             nodes: &nodes,
             roles: Roles { growing: BTreeSet::new(), kept: BTreeSet::new() },
             values: BTreeMap::new(),
-            read: vec![0.0; nodes.stored.len()],
+            read: BTreeMap::new(),
             cost: Cost::default(),
         };
         run.begin(&[x], &Sizes::default())?;

@@ -48,7 +48,7 @@ pub(super) fn outputs(node: &Node, inputs: Inputs<'_>) -> Result<Vec<Value>, Pro
 
 fn product(node: &Node, inputs: Inputs<'_>) -> Result<Vec<Value>, Problem> {
     let x = first(inputs)?;
-    let of = |shape: Vec<usize>, element| Ok(vec![Value { shape, element, numbers: None, weights: None }]);
+    let of = |shape: Vec<usize>, element| Ok(vec![Value { shape, element, numbers: None, is_weight: false }]);
     match node.operator.as_str() {
         "MatMul" | "FusedMatMul" => of(matrices(node, x, input(inputs, 1)?)?, x.element),
         "MatMulInteger" => of(matrices(node, x, input(inputs, 1)?)?, Element::Int32),
@@ -63,7 +63,7 @@ fn product(node: &Node, inputs: Inputs<'_>) -> Result<Vec<Value>, Problem> {
         "MultiHeadAttention" | "Attention" | "GroupQueryAttention" => {
             let width = attention(node, inputs)?.width;
             let rows = x.shape.get(..2).ok_or("attention takes three axes")?;
-            let attended = Value { shape: [rows, &[width]].concat(), element: x.element, numbers: None, weights: None };
+            let attended = Value { shape: [rows, &[width]].concat(), element: x.element, numbers: None, is_weight: false };
             let carried = [3, 4].into_iter().filter_map(|at| inputs.get(at).copied().flatten()).map(plain);
             let carries = node.operator == "GroupQueryAttention";
             Ok(std::iter::once(attended).chain(carried.filter(|_| carries)).collect())
@@ -91,7 +91,7 @@ fn flag(node: &Node, name: &str) -> bool {
 }
 
 fn plain(value: &Value) -> Value {
-    Value { numbers: None, weights: None, ..value.clone() }
+    Value { numbers: None, is_weight: false, ..value.clone() }
 }
 
 fn numbers<'a>(inputs: &[Option<&'a Value>], at: usize) -> Result<&'a [i64], Problem> {
@@ -218,7 +218,7 @@ fn shape(node: &Node, x: &Value) -> Value {
     };
     let (start, end) = (limit("start", 0), limit("end", rank));
     let sizes: Vec<i64> = x.shape[start.min(end)..end].iter().map(|size| *size as i64).collect();
-    Value { shape: vec![sizes.len()], element: Element::Int64, numbers: Some(sizes), weights: None }
+    Value { shape: vec![sizes.len()], element: Element::Int64, numbers: Some(sizes), is_weight: false }
 }
 
 fn slice(inputs: Inputs<'_>) -> Result<Value, Problem> {

@@ -21,7 +21,7 @@ pub(super) struct Recorded {
     #[arg(value_name = "RECORDS")]
     records: PathBuf,
     /// What is known of the run (JSON): any of command, started, took_s, is_complete, machine, load, subject, work and
-    /// peak_resident_bytes, as a report has them. Machine and load are those of now where it does not say
+    /// peak_resident_bytes, as a report has them, and a list of limits. Machine and load are those of now where it does not say
     #[arg(long, value_name = "FILE")]
     about: Option<PathBuf>,
     /// Answers that are good enough, if not those of --about: `e2e=500,ttft=200,tpot=50`, in milliseconds
@@ -73,6 +73,7 @@ impl Recorded {
             is_complete: about.is_complete && !log.is_cut,
             machine: about.machine.unwrap_or_else(Machine::detect),
             load: about.load.unwrap_or([now; 2]),
+            limits: about.limits.into_iter().reduce(|limits, others| limits.or(&others)).map(|limits| limits.of(&figures)),
             peak_resident_bytes: about.peak_resident_bytes,
             ..Report::new(about.subject.unwrap_or_else(subject), work, figures, records)
         })
