@@ -19,23 +19,26 @@ pub enum Stage {
     Qformer,
     /// Pictures beside texts in the Q-Former of stage 1.
     Match,
+    /// The text in front of the answer → token ids.
+    Prompt,
     /// In line, until the language model had room and time.
     Waiting,
     /// Language model over query tokens and prompt, up to the first token.
     Prefill,
-    /// Language model, one token at a time.
+    /// Language model, one token at a time, up to the text.
     Decode,
 }
 
 impl Stage {
     /// Every stage in order.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Queue,
         Self::DecodeImage,
         Self::Preprocess,
         Self::Vision,
         Self::Qformer,
         Self::Match,
+        Self::Prompt,
         Self::Waiting,
         Self::Prefill,
         Self::Decode,
@@ -50,6 +53,7 @@ impl Stage {
             Self::Vision => "vision",
             Self::Qformer => "qformer",
             Self::Match => "match",
+            Self::Prompt => "prompt",
             Self::Waiting => "waiting",
             Self::Prefill => "prefill",
             Self::Decode => "decode",

@@ -86,8 +86,13 @@ impl Seer {
         if pictures.is_empty() {
             return Vec::new();
         }
-        match self.see_pixels(Pixels::stack(pictures)) {
-            Ok(sights) => sights.into_iter().map(Ok).collect(),
+        let mut timings = Timings::default();
+        let stacked = timings.time(Stage::Vision, || Pixels::stack(pictures));
+        match self.see_pixels(stacked) {
+            Ok(mut sights) => {
+                sights.iter_mut().for_each(|sight| sight.add_timings(&timings));
+                sights.into_iter().map(Ok).collect()
+            }
             Err(error) if pictures.len() == 1 => vec![Err(error)],
             Err(_) => pictures.iter().map(|picture| Ok(self.see_pixels((*picture).clone())?.remove(0))).collect(),
         }
@@ -141,14 +146,15 @@ impl Seer {
     /// What requests about pictures that this bundle saw become for the half that writes; questions that the Q-Former reads are read
     /// together.
     pub fn orders(&mut self, requests: &[Request<'_>]) -> Vec<Result<Order, Error>> {
-        let prompts: Vec<_> = requests.iter().map(|request| self.prompt(request)).collect();
+        let mut timings = Timings::default();
+        let prompts: Vec<_> = timings.time(Stage::Prompt, || requests.iter().map(|request| self.prompt(request)).collect());
         let sound = requests.iter().zip(&prompts).filter_map(|(request, prompt)| Some((request.sight, prompt.as_ref().ok()?)));
-        let (sound, mut timings): (Vec<_>, _) = (sound.collect(), Timings::default());
-        let mut seen = timings.time(Stage::Qformer, || self.seen_each(&sound)).into_iter();
-        let timings = self.reads_questions().then_some(&timings);
+        let sound: Vec<_> = sound.collect();
+        let stage = if self.reads_questions() { Stage::Qformer } else { Stage::Prompt };
+        let mut seen = timings.time(stage, || self.seen_each(&sound)).into_iter();
         let orders = requests.iter().zip(prompts).map(|(request, prompt)| {
             let prompt = prompt?;
-            Ok(self.order(request, prompt, seen.next().expect("every prompt was read")?, timings))
+            Ok(self.order(request, prompt, seen.next().expect("every prompt was read")?, &timings))
         });
         orders.collect()
     }
@@ -159,9 +165,9 @@ impl Seer {
         Ok(prompt)
     }
 
-    fn order(&self, request: &Request<'_>, prompt: Prompt, seen: Seen, read: Option<&Timings>) -> Order {
+    fn order(&self, request: &Request<'_>, prompt: Prompt, seen: Seen, read: &Timings) -> Order {
         let mut timings = request.sight.timings().clone();
-        timings.merge(read.unwrap_or(&Timings::default()));
+        timings.merge(read);
         let max_new_tokens = self.context.n_new(request, &prompt);
         let prefix = Prefix { seen, prompt: prompt.ids, max_new_tokens };
         Order { prefix, work: Work::Write(Box::new(request.generation.clone())), warnings: prompt.warnings, timings }

@@ -95,6 +95,7 @@ impl Writer {
     /// Puts a request in line; an error if it is larger than the memory can ever hold. It is taken in by a later [`step`](Self::step), in
     /// the order of coming, once there is room beside those that are live.
     pub fn join(&mut self, order: Order) -> Result<RequestId, Error> {
+        let joined = Instant::now();
         let Order { prefix, work, warnings, timings } = order;
         let search = self.search(&prefix, &work)?;
         let n_rows = work.n_rows();
@@ -106,8 +107,8 @@ impl Writer {
         };
         let writing = Writing::new(text, eos, stop);
         let id = self.decoding.join(prefix, search, n_rows);
-        let (joined, gaps) = (Instant::now(), Vec::new());
-        let running = Running { writing, n_return, warnings, timings, joined, read: None, last: None, first_token: None, gaps };
+        let (read, last, first_token, gaps) = (None, None, None, Vec::new());
+        let running = Running { writing, n_return, warnings, timings, joined, read, last, first_token, gaps };
         self.running.insert(id, running);
         Ok(id)
     }
@@ -189,7 +190,8 @@ impl Writer {
     fn check_room(&mut self, prefix: &Prefix, n_rows: usize) -> Result<(), StrategyError> {
         let model = self.decoding.model();
         let room = Room { rows: n_rows, ..model.room(prefix) };
-        if model.bytes(room) <= model.allowed_bytes() { Ok(()) } else { Err(self.too_large(room)) }
+        // To ask the system what is free takes longer than a small step.
+        if model.holds(room) || model.bytes(room) <= model.allowed_bytes() { Ok(()) } else { Err(self.too_large(room)) }
     }
 
     fn too_large(&mut self, room: Room) -> StrategyError {
@@ -246,7 +248,7 @@ impl Running {
 
     fn answer(mut self, texts: Vec<(Candidate, Vec<TokenLogProb>)>) -> Answer {
         if let Some(read) = self.read {
-            self.timings.add(Stage::Decode, self.last.unwrap_or_else(Instant::now) - read);
+            self.timings.add(Stage::Decode, read.elapsed());
         }
         let (mut candidates, mut log_probs): (Vec<Candidate>, Vec<_>) = texts.into_iter().take(self.n_return).unzip();
         let Candidate { text, tokens, finish, score, .. } = candidates.first().cloned().unwrap_or_default();

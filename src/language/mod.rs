@@ -189,6 +189,12 @@ impl LanguageModel {
     pub fn allowed_bytes(&self) -> u64 {
         self.budget.allowed(self.bytes(self.decoder.room()))
     }
+
+    /// Whether there is so much room already.
+    pub fn holds(&self, room: Room) -> bool {
+        let now = self.decoder.room();
+        now.rows >= room.rows && now.positions >= room.positions && now.read >= room.read
+    }
 }
 
 /// What the decoder reads of a prefix: behind an encoder only what a text starts with.
@@ -212,7 +218,7 @@ impl Model for LanguageModel {
     fn reserve(&mut self, wanted: Room) -> Result<bool, RuntimeError> {
         let (now, least) = (self.decoder.room(), wanted.or(self.least));
         let is_idle = self.decoder.is_idle();
-        let has = now.rows >= wanted.rows && now.positions >= wanted.positions && now.read >= wanted.read;
+        let has = self.holds(wanted);
         // Slots without a row cost little, but they cost. What was recorded is lost with its slots.
         let is_wasteful = is_idle && !self.decoder.records() && now.rows / 4 >= least.rows;
         if has && !is_wasteful {

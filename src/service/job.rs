@@ -119,9 +119,10 @@ impl Outcome {
 }
 
 impl Waiting {
-    pub fn new(Job { picture, limits, want, tell }: Job) -> Self {
+    /// It waits `since` then.
+    pub fn new(Job { picture, limits, want, tell }: Job, since: Instant) -> Self {
         let job = Taken { picture, limits, want, tell: Some(tell) };
-        Self { job, timings: Timings::default(), since: Instant::now() }
+        Self { job, timings: Timings::default(), since }
     }
 
     /// Its turn has come: the time in line goes to `stage`.

@@ -11,6 +11,7 @@ mod write;
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use crate::engine::{Context, Engine};
 use crate::error::Error;
@@ -48,10 +49,11 @@ impl Service {
 
     /// Takes a job in line; an error if the bundle cannot do it. Whatever goes wrong later is told to the job.
     pub fn submit(&self, job: Job) -> Result<(), Error> {
+        let since = Instant::now();
         job.check(&self.context)?;
         let jobs = self.jobs.as_ref().expect("it is not being dropped");
         // Where threads have panicked nobody takes it any more, and so it is told when it is dropped.
-        let _ = jobs.send(job::Waiting::new(job));
+        let _ = jobs.send(job::Waiting::new(job, since));
         Ok(())
     }
 }
