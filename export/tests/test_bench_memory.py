@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_engine import ENGINE, ROOT
+from test_engine import ENGINE, ROOT
 
 # A small process in between: a child's count begins with the memory of the process that started it.
 _MEASURE = """
