@@ -74,6 +74,9 @@ pub struct Report {
 pub struct Subject {
     /// The program and its version.
     pub engine: String,
+    /// The revision of the source that it was built from, where it is a release.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revision: Option<String>,
     /// The bundle, or the model's name at a server.
     pub model: String,
     /// SHA-256 over the hashes of the bundle's files.

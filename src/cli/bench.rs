@@ -82,7 +82,8 @@ enum Scenario {
     },
     /// Queries come at a rate, whether or not earlier ones have ended (MLPerf's Server); latency counts from when each was due
     Server(Server),
-    /// The program is started anew for every caption or answer: from its start to the answer
+    /// The program is started anew for every caption or answer: from its start to the answer. TensorRT's engines are those that `blip2 build`
+    /// keeps
     Startup {
         /// Let the page cache forget the bundle before each start, as after the machine's own
         #[arg(long)]
@@ -426,6 +427,7 @@ fn of(bundle: &Bundle) -> Subject {
     let graphs = bundle.facts().graphs.iter();
     Subject {
         engine: format!("blip2 {}", env!("CARGO_PKG_VERSION")),
+        revision: option_env!("BLIP2_REVISION").map(str::to_owned),
         model: bundle.facts().name.clone(),
         model_sha256: Some(bundle.hash()),
         precisions: graphs.map(|(name, graph)| (name.clone(), graph.precision.to_string())).collect(),
