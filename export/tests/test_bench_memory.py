@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from test_engine import ENGINE, ROOT
 
 # A small process in between: a child's count begins with the memory of the process that started it.
