@@ -2,9 +2,12 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod browser;
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use browser::Browser;
 use serde_json::Value;
 
 const OPT: &str = "models/demo-opt";
@@ -139,24 +142,14 @@ fn no_stage_is_faster_than_its_floor() {
     }
 }
 
-/// What a browser makes of a page; nothing where there is none.
-fn drawn(page: &str) -> Option<String> {
-    let args = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000", "--dump-dom"];
-    let browsers = ["chromium", "chromium-browser", "google-chrome"].into_iter();
-    let mut found = browsers.filter_map(|browser| Command::new(browser).args(args).arg(format!("file://{page}")).output().ok());
-    found.find(|output| output.status.success()).map(|output| String::from_utf8_lossy(&output.stdout).into_owned())
-}
-
 #[test]
 fn the_page_has_a_roof_and_a_point_for_every_stage_that_multiplies() {
     let folder = Folder::new("page");
     let html = folder.file("page.html");
     let args = few(&["--rows", "1,2", "--past", "48", "--limits", "0.1", "--html", &html], "tests/bundles/int8-vqa-opt");
     let (_, report) = folder.run(&args);
-    let Some(page) = drawn(&html) else {
-        eprintln!("skipped: there is no browser here that opens {html}");
-        return;
-    };
+    let Some(browser) = Browser::find() else { return };
+    let page = browser.drawn(Path::new(&html).parent().unwrap(), Path::new(&html), &[]);
     let stages = report["limits"]["stages"].as_array().unwrap();
     let multiply = stages.iter().filter(|limit| limit["cost"]["operations"].as_object().is_some_and(|all| !all.is_empty()));
     assert_eq!(page.matches("<circle").count(), multiply.count(), "{page}");

@@ -3,8 +3,12 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::path::{Path, PathBuf};
+mod browser;
+
+use std::path::Path;
 use std::process::Command;
+
+use browser::Browser;
 
 const T5: &str = "tests/bundles/t5";
 const LIGHT: &str = "rgb(251, 251, 250)";
@@ -18,11 +22,6 @@ const PROBE: &str = "<script>
 /// It must stand before what it listens to.
 const LISTENER: &str =
     "<script>addEventListener('error', event => document.documentElement.dataset.fault = event.message);</script>";
-
-fn browser() -> Option<PathBuf> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/browser/unpacked/usr/lib/chromium/chromium-headless-shell");
-    path.is_file().then_some(path)
-}
 
 /// A page about runs of these scenarios.
 fn page(folder: &Path, scenarios: &[&[&str]]) -> String {
@@ -49,24 +48,16 @@ fn page(folder: &Path, scenarios: &[&[&str]]) -> String {
 }
 
 /// What stands in the page after its script ran, in a window of this size.
-fn drawn(browser: &Path, folder: &Path, page: &str, [width, height]: [usize; 2], dark: bool) -> String {
+fn drawn(browser: &Browser, folder: &Path, page: &str, [width, height]: [usize; 2], dark: bool) -> String {
     let file = folder.join("probed.html");
     std::fs::write(&file, page.replacen("<main", &format!("{LISTENER}<main"), 1) + PROBE).unwrap();
-    let mut command = Command::new(browser);
-    let libraries = browser.ancestors().nth(2).unwrap().join(format!("{}-linux-gnu", std::env::consts::ARCH));
-    command.env("LD_LIBRARY_PATH", libraries).args(["--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom"]);
-    command.arg(format!("--user-data-dir={}", folder.join("profile").display())).arg(format!("--window-size={width},{height}"));
-    command.args(dark.then_some("--blink-settings=preferredColorScheme=0"));
-    let output = command.arg(format!("file://{}", file.display())).output().unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).unwrap()
+    let colours = dark.then(|| "--blink-settings=preferredColorScheme=0".to_owned());
+    browser.drawn(folder, &file, &[[format!("--window-size={width},{height}")].as_slice(), colours.as_slice()].concat())
 }
 
 #[test]
 fn a_page_opens_anywhere() {
-    let Some(browser) = browser() else {
-        return eprintln!("skipped: there is no browser; `make setup-browser` unpacks one");
-    };
+    let Some(browser) = Browser::find() else { return };
     let folder = std::env::temp_dir().join(format!("blip2-page-{}", std::process::id()));
     std::fs::create_dir_all(&folder).unwrap();
     let server = |rate| ["server", "--rate", rate, "--queries", "6"];
