@@ -8,13 +8,34 @@ use blip2::cli::{self, Failure};
 use blip2::prompt::PromptError;
 use blip2::runtime::UnavailableError;
 
+/// ONNX Runtime reads it when it is loaded.
+const NO_TELEMETRY: &str = "ORT_DISABLE_TELEMETRY";
+
 fn main() -> ExitCode {
+    without_telemetry();
     match cli::run(&cli::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             cli::report(&failure);
             exit_code(&failure)
         }
+    }
+}
+
+/// ONNX Runtime's packages send reports to their makers, and keep an identity of the machine under the user's cache folder, unless the
+/// environment forbids it before the library is loaded. A process cannot safely change its own, so this one begins anew with it.
+fn without_telemetry() {
+    #[cfg(unix)]
+    if std::env::var_os(NO_TELEMETRY).is_none() {
+        use std::os::unix::process::CommandExt as _;
+        let mut typed = std::env::args_os();
+        let name = typed.next().unwrap_or_default();
+        let begun = std::env::current_exe();
+        let error = match begun {
+            Ok(program) => std::process::Command::new(program).arg0(name).args(typed).env(NO_TELEMETRY, "1").exec(),
+            Err(error) => error,
+        };
+        eprintln!("blip2: warning: ONNX Runtime may send reports to its makers, for {NO_TELEMETRY}=1 cannot be set: {error}");
     }
 }
 

@@ -2,6 +2,7 @@
 # The engine built for arm64 and tried under emulation. Compiler, toolchain and libraries are unpacked in target/arm64, so that nobody has
 # to be root and nothing of the system changes. Where one of them cannot be had, says so and succeeds.
 set -euo pipefail
+export ORT_DISABLE_TELEMETRY=1 # and no start of the program that the emulator does not see
 cd "$(dirname "$0")/.."
 target=aarch64-unknown-linux-gnu
 work=$PWD/target/arm64

@@ -368,9 +368,9 @@ impl Measure {
     /// This program, for every query.
     fn start(&self, cold: bool) -> Result<Opened, Failure> {
         let bundle = self.model.bundle()?;
+        let [before, behind] = self.inputs.typed(&self.model)?;
         let Files { names, paths, folder } = self.inputs.files(&bundle, self.seed)?;
         let unknown = |error: std::io::Error| Failure::Usage(format!("this program's own file is not known: {error}"));
-        let [before, behind] = self.inputs.typed(&self.model)?;
         let files = bundle.facts().files.keys().map(|file| bundle.path(file));
         let forgets = if cold { files.collect() } else { Vec::new() };
         let program = Program { path: std::env::current_exe().map_err(unknown)?, args: [before, behind], forgets };

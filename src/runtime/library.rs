@@ -90,7 +90,8 @@ pub(super) fn load(named: Option<&Path>, threads: Threads) -> Result<Loaded, Lib
             false => Err(LibraryError::Another { path, loaded: loaded.library.path.clone() }),
         };
     }
-    let builder = ort::init_from(&path).map_err(LibraryError::Unloadable)?.with_name("blip2");
+    // On Windows this is enough; elsewhere only ORT_DISABLE_TELEMETRY in the environment is, which the program sees to.
+    let builder = ort::init_from(&path).map_err(LibraryError::Unloadable)?.with_name("blip2").with_telemetry(false);
     let environment = threads.pool().and_then(|pool| builder.with_global_thread_pool(pool).build());
     let environment = environment.map_err(LibraryError::Environment)?;
     // Every error comes back as one; ONNX Runtime would print it a second time, with its stack.

@@ -1,14 +1,11 @@
 //! `blip2 bench stage` as its users meet it: which parts there are, how far each is from its floor, and what is refused.
 
-#![allow(clippy::unwrap_used)]
+use std::path::Path;
 
-mod browser;
-
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
-
-use browser::Browser;
 use serde_json::Value;
+
+use crate::browser::Browser;
+use crate::program::{Folder, bench as command, ends};
 
 const OPT: &str = "models/demo-opt";
 const T5: &str = "tests/bundles/t5";
@@ -16,49 +13,6 @@ const STAGE_1: &str = "tests/bundles/stage1";
 const FEW: [&str; 8] = ["--drawn", "2", "--image-size", "64x48", "--duration", "0", "--warm-up", "0"];
 /// A busy machine may be slower while its limits are sought than while stages run.
 const NOISE: f64 = 0.5;
-
-fn command(args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_blip2"));
-    command.arg("bench").args(args).env_remove("BLIP2_MODEL").env("BLIP2_PROVIDER", "cpu").current_dir(env!("CARGO_MANIFEST_DIR"));
-    command
-}
-
-#[track_caller]
-fn ends(output: &Output, code: i32) -> (String, String) {
-    let [out, err] = [&output.stdout, &output.stderr].map(|bytes| String::from_utf8_lossy(bytes).into_owned());
-    assert_eq!(output.status.code(), Some(code), "{out}{err}");
-    assert!(!err.contains("panicked"), "{err}");
-    (out, err)
-}
-
-/// A folder of a test's own, which goes with it.
-struct Folder(PathBuf);
-
-impl Folder {
-    fn new(name: &str) -> Self {
-        let folder = std::env::temp_dir().join(format!("blip2-stage-{}-{name}", std::process::id()));
-        std::fs::create_dir_all(&folder).unwrap();
-        Self(folder)
-    }
-
-    fn file(&self, name: &str) -> String {
-        self.0.join(name).to_str().unwrap().to_owned()
-    }
-
-    /// What a run prints, and its report.
-    #[track_caller]
-    fn run(&self, args: &[&str]) -> (String, Value) {
-        let json = self.file("report.json");
-        let (out, _) = ends(&command(&[args, &["--json", &json]].concat()).output().unwrap(), 0);
-        (out, serde_json::from_slice(&std::fs::read(json).unwrap()).unwrap())
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
 
 fn few<'a>(args: &[&'a str], model: &'a str) -> Vec<&'a str> {
     let limits: &[&str] = if args.contains(&"--limits") { &[] } else { &["--limits", "0"] };
@@ -178,7 +132,7 @@ fn stages_are_compared() {
 
 /// A copy of the stage-1 bundle without what writes.
 fn silent(folder: &Folder) -> String {
-    let (from, to) = (Path::new(env!("CARGO_MANIFEST_DIR")).join(STAGE_1), folder.0.join("silent"));
+    let (from, to) = (Path::new(env!("CARGO_MANIFEST_DIR")).join(STAGE_1), folder.path("silent"));
     std::fs::create_dir_all(&to).unwrap();
     let mut facts: Value = serde_json::from_slice(&std::fs::read(from.join("bundle.json")).unwrap()).unwrap();
     let files = facts["files"].as_object_mut().unwrap();

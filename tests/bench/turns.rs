@@ -1,12 +1,12 @@
 //! `blip2 bench soak`, `sweep` and `tune` as their users meet them, and the settings files that other commands take.
 
-#![allow(clippy::unwrap_used)]
-
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use serde_json::Value;
+
+use crate::program::{bench, blip2, ends, folder, number};
 
 const T5: &str = "tests/bundles/t5";
 const STAGE_1: &str = "tests/bundles/stage1";
@@ -14,38 +14,8 @@ const STAGE_1: &str = "tests/bundles/stage1";
 const FEW: [&str; 8] = ["--drawn", "4", "--image-size", "64x48", "--duration", "0", "--warm-up", "0"];
 const SHORT: [&str; 4] = ["--queries", "8", "--tokens", "3"];
 
-fn blip2(args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_blip2"));
-    command.args(args).env_remove("BLIP2_MODEL").env_remove("BLIP2_SETTINGS").env("BLIP2_PROVIDER", "cpu");
-    command.current_dir(env!("CARGO_MANIFEST_DIR"));
-    command
-}
-
-fn bench(args: &[&str]) -> Command {
-    blip2(&[&["bench"], args].concat())
-}
-
-#[track_caller]
-fn ends(output: &Output, code: i32) -> (String, String) {
-    let [out, err] = [&output.stdout, &output.stderr].map(|bytes| String::from_utf8_lossy(bytes).into_owned());
-    assert_eq!(output.status.code(), Some(code), "{out}{err}");
-    assert!(!err.contains("panicked"), "{err}");
-    (out, err)
-}
-
-/// A folder of a test's own.
-fn folder(name: &str) -> PathBuf {
-    let folder = std::env::temp_dir().join(format!("blip2-turns-{}-{name}", std::process::id()));
-    std::fs::create_dir_all(&folder).unwrap();
-    folder
-}
-
 fn read(path: &Path) -> Value {
     serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
-}
-
-fn number(value: &Value) -> f64 {
-    value.as_f64().unwrap_or_else(|| panic!("{value} is no number"))
 }
 
 #[test]

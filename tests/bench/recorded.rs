@@ -1,12 +1,12 @@
 //! `blip2 bench report` and `--format`: what records say without the run that left them, and in the forms of other tools.
 
-#![allow(clippy::unwrap_used)]
-
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::path::Path;
+use std::process::Stdio;
 use std::time::Duration;
 
 use serde_json::{Value, json};
+
+use crate::program::{Folder, bench as command, ends, number};
 
 const RUN: [&str; 15] = [
     "--model",
@@ -26,49 +26,9 @@ const RUN: [&str; 15] = [
     "--queries",
 ];
 
-fn command(args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_blip2"));
-    command.arg("bench").args(args).env_remove("BLIP2_MODEL").env("BLIP2_PROVIDER", "cpu").current_dir(env!("CARGO_MANIFEST_DIR"));
-    command
-}
-
-#[track_caller]
-fn ends(output: &Output, code: i32) -> (String, String) {
-    let [out, err] = [&output.stdout, &output.stderr].map(|bytes| String::from_utf8_lossy(bytes).into_owned());
-    assert_eq!(output.status.code(), Some(code), "{out}{err}");
-    assert!(!err.contains("panicked"), "{err}");
-    (out, err)
-}
-
 #[track_caller]
 fn bench(args: &[&str], code: i32) -> (String, String) {
     ends(&command(args).output().unwrap(), code)
-}
-
-/// A folder of a test's own, which goes with this.
-struct Folder(PathBuf);
-
-impl Folder {
-    fn new(name: &str) -> Self {
-        let path = std::env::temp_dir().join(format!("blip2-bench-report-{}-{name}", std::process::id()));
-        std::fs::create_dir_all(&path).unwrap();
-        Self(path)
-    }
-
-    fn file(&self, name: &str) -> String {
-        self.0.join(name).to_str().unwrap().to_owned()
-    }
-
-    fn write(&self, name: &str, content: &str) -> String {
-        std::fs::write(self.file(name), content).unwrap();
-        self.file(name)
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        std::fs::remove_dir_all(&self.0).unwrap();
-    }
 }
 
 fn json(path: &str) -> Value {
@@ -77,10 +37,6 @@ fn json(path: &str) -> Value {
 
 fn lines(path: &str) -> Vec<Value> {
     std::fs::read_to_string(path).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
-}
-
-fn number(value: &Value) -> f64 {
-    value.as_f64().unwrap_or_else(|| panic!("{value} is no number"))
 }
 
 /// A run of `n` queries with its report and its records.

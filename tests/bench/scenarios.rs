@@ -1,38 +1,17 @@
 //! `blip2 bench` as its users meet it: every scenario and task, what it leaves behind, what it refuses, and a stop in the middle.
 
-#![allow(clippy::unwrap_used)]
-
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use serde_json::Value;
+
+use crate::program::{bench as command, ends, folder};
 
 const T5: &str = "tests/bundles/t5";
 const STAGE_1: &str = "tests/bundles/stage1";
 /// Few small pictures and no warm-up: what is right with them is right with more.
 const FEW: [&str; 8] = ["--drawn", "4", "--image-size", "64x48", "--duration", "0", "--warm-up", "0"];
-
-fn command(args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_blip2"));
-    command.arg("bench").args(args).env_remove("BLIP2_MODEL").env("BLIP2_PROVIDER", "cpu").current_dir(env!("CARGO_MANIFEST_DIR"));
-    command
-}
-
-#[track_caller]
-fn ends(output: &Output, code: i32) -> (String, String) {
-    let [out, err] = [&output.stdout, &output.stderr].map(|bytes| String::from_utf8_lossy(bytes).into_owned());
-    assert_eq!(output.status.code(), Some(code), "{out}{err}");
-    assert!(!err.contains("panicked"), "{err}");
-    (out, err)
-}
-
-/// A folder of a test's own.
-fn folder(name: &str) -> PathBuf {
-    let folder = std::env::temp_dir().join(format!("blip2-bench-{}-{name}", std::process::id()));
-    std::fs::create_dir_all(&folder).unwrap();
-    folder
-}
 
 /// The report of a run.
 #[track_caller]
@@ -169,13 +148,17 @@ fn a_start_is_measured_to_the_answer() {
         |report: &Value| report["timeline"].as_array().unwrap().iter().map(|row| row["output"].clone()).collect::<Vec<_>>();
     let beside = written(&report(&folder, &few(&["single", "--queries", "2"], T5)));
     for cold in [&["startup"][..], &["startup", "--cold"]] {
-        let report = report(&folder, &[&few(cold, T5)[..], &["--queries", "2"]].concat());
+        let json = folder.join("report.json");
+        let args = [&few(cold, T5)[..], &["--queries", "2", "--json", json.to_str().unwrap()]].concat();
+        ends(&command(&args).env("TMPDIR", &folder).output().unwrap(), 0);
+        let report: Value = serde_json::from_slice(&std::fs::read(json).unwrap()).unwrap();
         let stages = report["figures"]["stages_ms"].as_array().unwrap();
         assert!(stages[0][0] == "start_and_load" && stages[0][1]["min"].as_f64().unwrap() > 1.0, "{stages:?}");
         assert_eq!(written(&report), beside);
     }
-    let left = std::fs::read_dir(std::env::temp_dir()).unwrap().flatten();
-    assert!(!left.into_iter().any(|entry| entry.file_name().to_string_lossy().ends_with("-drawn")));
+    // Pictures that were drawn for it are gone.
+    let left: Vec<_> = std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert!(left.iter().all(|name| !name.to_string_lossy().ends_with("drawn")), "{left:?}");
     for (args, part) in [
         (&["startup", "--task", "embed", "--model", STAGE_1][..], "not for --task embed"),
         (&["startup", "--url", "http://127.0.0.1:9/v1"], "which is not started"),
@@ -274,13 +257,13 @@ fn what_makes_no_sense_is_refused_in_one_line() {
         (&["single", "--task", "caption", "--text", "what?"], 2, "--text is not for --task caption"),
         (&["single", "nowhere.png"], 3, "nowhere.png"),
         (&["single", "--json", "nowhere/report.json"], 1, "nowhere/report.json cannot be written"),
-        (&["single", "README.md", "--queries", "2"], 2, "no query got an answer"),
+        (&["single", "README.md", "--queries", "2", "--duration", "0"], 2, "no query got an answer"),
     ] {
         let model = ["--model", T5, "--warm-up", "0"];
         let (out, err) = ends(&command(&[args, &model].concat()).output().unwrap(), code);
         assert!(out.is_empty() && err.contains(part), "{args:?}: {err}");
     }
-    let (_, err) = ends(&command(&["single", "--url", "http://127.0.0.1:9/v1"]).output().unwrap(), 2);
+    let (_, err) = ends(&command(&["single", "--url", "http://127.0.0.1:9/v1", "--drawn", "1"]).output().unwrap(), 2);
     assert!(err.contains("http://127.0.0.1:9/v1/models: "), "{err}");
     std::fs::remove_dir_all(folder).unwrap();
 }

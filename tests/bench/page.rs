@@ -1,14 +1,10 @@
 //! The report's page in a browser, as `make setup-browser` unpacks one: wide and narrow, light and dark. Without it the test says so and
 //! passes.
 
-#![allow(clippy::unwrap_used)]
-
-mod browser;
-
 use std::path::Path;
-use std::process::Command;
 
-use browser::Browser;
+use crate::browser::Browser;
+use crate::program::{self, ends};
 
 const T5: &str = "tests/bundles/t5";
 const LIGHT: &str = "rgb(251, 251, 250)";
@@ -25,17 +21,7 @@ const LISTENER: &str =
 
 /// A page about runs of these scenarios.
 fn page(folder: &Path, scenarios: &[&[&str]]) -> String {
-    let bench = |args: &[&str]| {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_blip2"));
-        command
-            .arg("bench")
-            .args(args)
-            .env_remove("BLIP2_MODEL")
-            .env("BLIP2_PROVIDER", "cpu")
-            .current_dir(env!("CARGO_MANIFEST_DIR"));
-        let output = command.output().unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    };
+    let bench = |args: &[&str]| ends(&program::bench(args).output().unwrap(), 0);
     let reports: Vec<String> =
         (0..scenarios.len()).map(|i| folder.join(format!("{i}.json")).to_str().unwrap().to_owned()).collect();
     for (scenario, report) in scenarios.iter().zip(&reports) {
