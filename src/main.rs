@@ -8,10 +8,8 @@ use blip2::cli::{self, Failure};
 use blip2::prompt::PromptError;
 use blip2::runtime::UnavailableError;
 
-/// ONNX Runtime reads it when it is loaded.
-const NO_TELEMETRY: &str = "ORT_DISABLE_TELEMETRY";
-
 fn main() -> ExitCode {
+    #[cfg(unix)]
     without_telemetry();
     match cli::run(&cli::parse()) {
         Ok(()) => ExitCode::SUCCESS,
@@ -24,14 +22,14 @@ fn main() -> ExitCode {
 
 /// ONNX Runtime's packages send reports to their makers, and keep an identity of the machine under the user's cache folder, unless the
 /// environment forbids it before the library is loaded. A process cannot safely change its own, so this one begins anew with it.
+#[cfg(unix)]
 fn without_telemetry() {
-    #[cfg(unix)]
+    use std::os::unix::process::CommandExt as _;
+    const NO_TELEMETRY: &str = "ORT_DISABLE_TELEMETRY";
     if std::env::var_os(NO_TELEMETRY).is_none() {
-        use std::os::unix::process::CommandExt as _;
         let mut typed = std::env::args_os();
         let name = typed.next().unwrap_or_default();
-        let begun = std::env::current_exe();
-        let error = match begun {
+        let error = match std::env::current_exe() {
             Ok(program) => std::process::Command::new(program).arg0(name).args(typed).env(NO_TELEMETRY, "1").exec(),
             Err(error) => error,
         };

@@ -1,5 +1,6 @@
 //! A server that speaks OpenAI's chat completions as a target: our own, vLLM's, any other. Answers are streamed, so that the first token
-//! and every gap are seen as a client sees them.
+//! and every gap are seen as a client sees them. Scores and vectors are asked for as vLLM's `/v1/score` and `/v1/embeddings` take pictures
+//! (its documentation, "Pooling models").
 
 use std::io::{BufRead, BufReader};
 use std::sync::Arc;
@@ -12,6 +13,7 @@ use serde_json::{Value, json};
 
 use super::BenchError;
 use super::load::{Query, Target, Told, What};
+use super::local::digest;
 
 /// A server that takes longer to answer is as good as gone.
 const PATIENCE: Duration = Duration::from_secs(600);
@@ -35,19 +37,40 @@ pub struct Server {
 pub struct Asked {
     /// The encoded picture.
     pub picture: Arc<[u8]>,
-    /// The text beside it.
-    pub text: String,
-    /// Exactly so many tokens, where the server can be told so.
-    pub tokens: Option<usize>,
-    /// Beam search, where the server knows it by vLLM's name.
-    pub beams: Option<usize>,
+    /// What is wanted of it.
+    pub wanted: Wanted,
+}
+
+/// What is wanted of a picture.
+#[derive(Clone, Debug)]
+pub enum Wanted {
+    /// A text.
+    Text {
+        /// The text beside the picture.
+        text: String,
+        /// Exactly so many tokens, where the server can be told so.
+        tokens: Option<usize>,
+        /// Beam search, where the server knows it by vLLM's name.
+        beams: Option<usize>,
+    },
+    /// How well each text fits.
+    Scores(Vec<String>),
+    /// Its vector.
+    Vector,
 }
 
 /// A server with requests that are made once.
 pub struct Http {
     agent: ureq::Agent,
     server: Server,
-    bodies: Vec<Arc<str>>,
+    requests: Vec<Request>,
+}
+
+/// A request as it is sent.
+#[derive(Clone)]
+struct Request {
+    route: &'static str,
+    body: Arc<str>,
 }
 
 #[derive(Deserialize)]
@@ -79,6 +102,18 @@ struct Delta {
     content: Option<String>,
 }
 
+/// What comes back at once.
+#[derive(Deserialize)]
+struct Found {
+    data: Vec<Numbers>,
+}
+
+#[derive(Deserialize)]
+struct Numbers {
+    score: Option<f32>,
+    embedding: Option<Vec<f32>>,
+}
+
 #[derive(Deserialize)]
 struct Usage {
     completion_tokens: usize,
@@ -96,9 +131,9 @@ impl Http {
             .build();
         let agent = ureq::Agent::new_with_config(config);
         let model = model(&agent, &server)?;
-        let bodies = inputs.iter().map(|asked| asked.body(&model).into()).collect();
+        let requests = inputs.iter().map(|asked| asked.request(&model)).collect();
         server.model = Some(model);
-        Ok(Self { agent, server, bodies })
+        Ok(Self { agent, server, requests })
     }
 
     /// The server, with the model that is asked.
@@ -110,10 +145,10 @@ impl Http {
 impl Target for Http {
     fn send(&mut self, query: &Query, to: Told) {
         for (place, input) in query.inputs.iter().enumerate() {
-            let (agent, server, body, told) =
-                (self.agent.clone(), self.server.clone(), self.bodies[*input].clone(), to.about(place));
+            let (agent, server, request, told) =
+                (self.agent.clone(), self.server.clone(), self.requests[*input].clone(), to.about(place));
             std::thread::spawn(move || {
-                let end = match ask(&agent, &server, &body, &told) {
+                let end = match ask(&agent, &server, &request, &told) {
                     Ok(output) => What::Done { output, stages_ms: Vec::new() },
                     Err(why) => What::Failed(why),
                 };
@@ -124,30 +159,43 @@ impl Target for Http {
 }
 
 impl Asked {
-    fn body(&self, model: &str) -> String {
+    fn request(&self, model: &str) -> Request {
         let picture = format!("data:{};base64,{}", kind(&self.picture), BASE64_STANDARD.encode(&self.picture));
-        let mut parts = vec![json!({"type": "image_url", "image_url": {"url": picture}})];
-        if !self.text.is_empty() {
-            parts.push(json!({"type": "text", "text": self.text}));
-        }
-        let mut body = json!({
-            "model": model,
-            "messages": [{"role": "user", "content": parts}],
-            "temperature": 0,
-            "stream": true,
-            "stream_options": {"include_usage": true},
-        });
-        if let Some(n) = self.tokens {
-            body["max_tokens"] = n.into();
-            body["min_tokens"] = n.into();
-            body["ignore_eos"] = true.into();
-        }
-        if let Some(n) = self.beams.filter(|n| *n > 1) {
-            body["use_beam_search"] = true.into();
-            body["best_of"] = n.into();
-        }
-        body.to_string()
+        let picture = json!({"type": "image_url", "image_url": {"url": picture}});
+        let (route, mut body) = match &self.wanted {
+            Wanted::Text { text, tokens, beams } => ("chat/completions", chat(picture, text, *tokens, *beams)),
+            // Of several texts each has a picture of its own.
+            Wanted::Scores(texts) => ("score", json!({"text_1": texts, "text_2": {"content": vec![picture; texts.len()]}})),
+            Wanted::Vector => {
+                ("embeddings", json!({"messages": [{"role": "user", "content": [picture]}], "encoding_format": "float"}))
+            }
+        };
+        body["model"] = model.into();
+        Request { route, body: body.to_string().into() }
     }
+}
+
+fn chat(picture: Value, text: &str, tokens: Option<usize>, beams: Option<usize>) -> Value {
+    let mut parts = vec![picture];
+    if !text.is_empty() {
+        parts.push(json!({"type": "text", "text": text}));
+    }
+    let mut body = json!({
+        "messages": [{"role": "user", "content": parts}],
+        "temperature": 0,
+        "stream": true,
+        "stream_options": {"include_usage": true},
+    });
+    if let Some(n) = tokens {
+        body["max_tokens"] = n.into();
+        body["min_tokens"] = n.into();
+        body["ignore_eos"] = true.into();
+    }
+    if let Some(n) = beams.filter(|n| *n > 1) {
+        body["use_beam_search"] = true.into();
+        body["best_of"] = n.into();
+    }
+    body
 }
 
 fn kind(picture: &[u8]) -> &'static str {
@@ -180,17 +228,36 @@ fn model(agent: &ureq::Agent, server: &Server) -> Result<String, BenchError> {
     }
 }
 
-/// The whole text; every piece is told as it comes.
-fn ask(agent: &ureq::Agent, server: &Server, body: &str, told: &Told) -> Result<String, String> {
-    let request = agent.post(format!("{}/chat/completions", server.url)).header("Content-Type", "application/json");
+/// The whole answer.
+fn ask(agent: &ureq::Agent, server: &Server, asked: &Request, told: &Told) -> Result<String, String> {
+    let request = agent.post(format!("{}/{}", server.url, asked.route)).header("Content-Type", "application/json");
     let request = if let Some(key) = &server.key { request.header("Authorization", format!("Bearer {key}")) } else { request };
-    let mut response = request.send(body).map_err(|error| error.to_string())?;
+    let mut response = request.send(&*asked.body).map_err(|error| error.to_string())?;
     if !response.status().is_success() {
         let said = response.body_mut().read_to_string().unwrap_or_default();
         return Err(refusal(response.status().as_u16(), &said));
     }
+    if asked.route == "chat/completions" { written(response.into_body(), told) } else { found(response.into_body()) }
+}
+
+/// Scores as they are, of a vector its digest.
+fn found(mut body: ureq::Body) -> Result<String, String> {
+    let said = body.read_to_string().map_err(|error| error.to_string())?;
+    let found: Found =
+        serde_json::from_str(&said).map_err(|_| format!("the answer has neither scores nor vectors: {}", cut(&said)))?;
+    let one = |numbers: &Numbers| match numbers {
+        Numbers { score: Some(score), .. } => Some(format!("{score:.4}")),
+        Numbers { embedding, .. } => embedding.as_deref().map(digest),
+    };
+    let all: Option<Vec<String>> = found.data.iter().map(one).collect();
+    let all = all.filter(|all| !all.is_empty());
+    all.map(|all| all.join(" ")).ok_or_else(|| format!("the answer has neither scores nor vectors: {}", cut(&said)))
+}
+
+/// The whole text; every piece is told as it comes.
+fn written(body: ureq::Body, told: &Told) -> Result<String, String> {
     let (mut text, mut n_tokens, mut n_pieces, mut is_done) = (String::new(), None, 0, false);
-    for line in BufReader::new(response.into_body().into_reader()).lines() {
+    for line in BufReader::new(body.into_reader()).lines() {
         let line = line.map_err(|error| error.to_string())?;
         let Some(data) = line.strip_prefix("data:").map(str::trim) else { continue };
         if data == "[DONE]" {
@@ -263,7 +330,7 @@ mod tests {
         let (status, lines) = match (known, head.starts_with("get /v1/models ")) {
             (false, _) => ("401 Unauthorized", "who is there?"),
             (true, true) => ("200 OK", r#"{"data":[{"id":"demo"}]}"#),
-            (true, false) if answer.starts_with("data:") => ("200 OK", answer),
+            (true, false) if answer.starts_with("data:") || answer.starts_with('{') => ("200 OK", answer),
             (true, false) => ("429 Too Many Requests", answer),
         };
         let _ = write!(stream, "HTTP/1.1 {status}\r\nConnection: close\r\n\r\n");
@@ -274,7 +341,11 @@ mod tests {
     }
 
     fn ask_once(answer: &'static str) -> Record {
-        let asked = Asked { picture: [0xFF, 0xD8, 0].as_slice().into(), text: "what?".into(), tokens: Some(3), beams: None };
+        ask_for(Wanted::Text { text: "what?".into(), tokens: Some(3), beams: None }, answer)
+    }
+
+    fn ask_for(wanted: Wanted, answer: &'static str) -> Record {
+        let asked = Asked { picture: [0xFF, 0xD8, 0].as_slice().into(), wanted };
         let mut target = Http::connect(serve(answer), &[asked]).expect("it is there");
         assert_eq!(target.server().model.as_deref(), Some("demo"));
         let (stop, inputs) = (AtomicBool::new(false), ["a".to_owned()]);
@@ -294,6 +365,19 @@ mod tests {
         assert_eq!((record.output.as_str(), record.n_tokens, record.error.as_deref()), ("a star", 3, None));
         assert!(record.gaps_ms.len() == 1 && record.gaps_ms[0] > 10.0, "{record:?}");
         assert!(record.time_to_first_token_ms().expect("it wrote") < record.latency_ms());
+    }
+
+    #[test]
+    fn scores_and_vectors_come_at_once() {
+        let scores = r#"{"object":"list","data":[{"index":0,"object":"score","score":0.75},{"index":1,"score":0.5}]}"#;
+        let record = ask_for(Wanted::Scores(vec!["a".into(), "b".into()]), scores);
+        assert_eq!((record.output.as_str(), record.n_tokens, record.error), ("0.7500 0.5000", 0, None));
+        let vector = ask_for(Wanted::Vector, r#"{"data":[{"embedding":[0.25,-1.5]}],"usage":{"prompt_tokens":3}}"#);
+        assert_eq!(vector.output, digest(&[0.25, -1.5]));
+        for answer in [r#"{"data":[]}"#, r#"{"data":[{"index":0}]}"#, r#"{"detail":"what?"}"#] {
+            let error = ask_for(Wanted::Vector, answer).error.expect("nothing of use");
+            assert!(error.contains("neither scores nor vectors"), "{error}");
+        }
     }
 
     #[test]
@@ -327,9 +411,18 @@ mod tests {
 
     #[test]
     fn a_request_has_the_picture_and_what_was_wanted() {
-        let asked =
-            Asked { picture: [0x89, b'P', b'N', b'G'].as_slice().into(), text: String::new(), tokens: Some(20), beams: Some(5) };
-        let body: Value = serde_json::from_str(&asked.body("demo")).expect("it is JSON");
+        let body = |wanted| {
+            let request = Asked { picture: [0x89, b'P', b'N', b'G'].as_slice().into(), wanted }.request("demo");
+            (request.route, serde_json::from_str::<Value>(&request.body).expect("it is JSON"))
+        };
+        let (route, body_of_scores) = body(Wanted::Scores(vec!["a star".into(), "a ring".into()]));
+        assert_eq!((route, &body_of_scores["text_1"]), ("score", &json!(["a star", "a ring"])));
+        assert_eq!(body_of_scores["text_2"]["content"].as_array().map(Vec::len), Some(2));
+        let (route, body_of_vector) = body(Wanted::Vector);
+        assert_eq!((route, &body_of_vector["model"]), ("embeddings", &json!("demo")));
+        assert_eq!(body_of_vector["messages"][0]["content"][0]["type"], "image_url");
+        let (route, body) = body(Wanted::Text { text: String::new(), tokens: Some(20), beams: Some(5) });
+        assert_eq!(route, "chat/completions");
         assert_eq!(body["messages"][0]["content"][0]["image_url"]["url"], "data:image/png;base64,iVBORw==");
         assert_eq!((&body["max_tokens"], &body["best_of"], &body["stream"]), (&json!(20), &json!(5), &json!(true)));
         assert!(body["messages"][0]["content"][1].is_null());

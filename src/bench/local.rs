@@ -49,13 +49,15 @@ fn what(progress: Progress<'_>) -> What {
     }
 }
 
-/// A text as it is; of numbers the first six digits of each are hashed, so that the last bits of other kernels are no other output.
+/// Of the first six digits of each number, so that the last bits of other kernels are no other output.
+pub(super) fn digest(numbers: &[f32]) -> String {
+    let mut hash = Sha256::new();
+    numbers.iter().for_each(|number| hash.update(format!("{number:.5e} ")));
+    hexadecimal(&hash.finalize()[..8])
+}
+
+/// A text as it is; of numbers a digest.
 fn output(outcome: &Outcome) -> String {
-    let digest = |numbers: &[f32]| {
-        let mut hash = Sha256::new();
-        numbers.iter().for_each(|number| hash.update(format!("{number:.5e} ")));
-        hexadecimal(&hash.finalize()[..8])
-    };
     match outcome {
         Outcome::Written(answer) => answer.text.clone(),
         Outcome::Matched(found, _) => {

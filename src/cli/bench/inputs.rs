@@ -8,7 +8,7 @@ use std::sync::Arc;
 use super::{Task, few};
 use crate::bench::BenchError;
 use crate::bench::drawn::{Size, drawn};
-use crate::bench::http::Asked;
+use crate::bench::http::{Asked, Wanted};
 use crate::bench::truths::Truths;
 use crate::bundle::{Bundle, TaskName};
 use crate::cli::Failure;
@@ -107,20 +107,18 @@ impl Inputs {
 
     /// The same for a server, with their names.
     pub fn asked(&self, seed: u64) -> Result<Vec<(String, Asked)>, Failure> {
-        let about = |text: &String| (format!(": {text}"), text.clone());
-        let texts = match self.task {
-            Task::Caption if self.text.is_empty() => vec![(String::new(), String::new())],
-            Task::Ask if self.text.is_empty() => vec![(String::new(), QUESTION.to_owned())],
-            Task::Caption | Task::Ask => self.text.iter().map(about).collect(),
-            Task::Match | Task::Embed => {
-                return Err(Failure::Usage(format!("--task {} is not measured at a server yet", self.task.name())));
-            }
-        };
+        self.check()?;
         let (tokens, beams) = (self.tokens.map(NonZeroUsize::get), self.beams.map(NonZeroUsize::get));
-        let pairs = self.pairs(&texts, seed)?.into_iter();
-        let asked =
-            pairs.map(|(Encoded { name, bytes }, text)| (name, Asked { picture: bytes, text: text.clone(), tokens, beams }));
-        Ok(asked.collect())
+        let write = |text: &str| Wanted::Text { text: text.to_owned(), tokens, beams };
+        let wants = match self.task {
+            Task::Caption if self.text.is_empty() => vec![(String::new(), write(""))],
+            Task::Ask if self.text.is_empty() => vec![(String::new(), write(QUESTION))],
+            Task::Caption | Task::Ask => self.text.iter().map(|text| (format!(": {text}"), write(text))).collect(),
+            Task::Match => vec![(String::new(), Wanted::Scores(self.texts(TEXT)))],
+            Task::Embed => vec![(String::new(), Wanted::Vector)],
+        };
+        let pairs = self.pairs(&wants, seed)?.into_iter();
+        Ok(pairs.map(|(Encoded { name, bytes }, wanted)| (name, Asked { picture: bytes, wanted: wanted.clone() })).collect())
     }
 
     /// The same as files, for programs.
@@ -228,25 +226,42 @@ impl Inputs {
         matches!(self.task, Task::Caption | Task::Ask).then(|| beams + &tokens)
     }
 
+    /// Refuses options that the task has no use for.
+    fn check(&self) -> Result<(), Failure> {
+        match self.task {
+            Task::Embed if !self.text.is_empty() => Err(self.refused("text")),
+            Task::Match | Task::Embed if self.beams.is_some() => Err(self.refused("beams")),
+            Task::Match | Task::Embed if self.tokens.is_some() => Err(self.refused("tokens")),
+            _ => Ok(()),
+        }
+    }
+
+    fn refused(&self, option: &str) -> Failure {
+        Failure::Usage(format!("--{option} is not for --task {}", self.task.name()))
+    }
+
+    fn texts(&self, default: &str) -> Vec<String> {
+        if self.text.is_empty() { vec![default.to_owned()] } else { self.text.clone() }
+    }
+
     /// What is wanted, with what to call it behind a picture's name.
     fn wants(&self, bundle: &Bundle) -> Result<Vec<(String, Want)>, Failure> {
-        let or = |default: &str| if self.text.is_empty() { vec![default.to_owned()] } else { self.text.clone() };
-        let refuse = |option: &str| Err(Failure::Usage(format!("--{option} is not for --task {}", self.task.name())));
+        if self.task == Task::Caption && !self.text.is_empty() {
+            return Err(self.refused("text"));
+        }
+        self.check()?;
         match self.task {
-            Task::Caption | Task::Embed if !self.text.is_empty() => refuse("text"),
-            Task::Match | Task::Embed if self.beams.is_some() => refuse("beams"),
-            Task::Match | Task::Embed if self.tokens.is_some() => refuse("tokens"),
             Task::Caption => Ok(vec![(String::new(), self.write(bundle, prompt::Task::Caption)?)]),
             Task::Ask => {
                 let ask = |question: String| {
                     let about = format!(": {question}");
                     Ok((about, self.write(bundle, prompt::Task::Ask(question))?))
                 };
-                or(QUESTION).into_iter().map(ask).collect()
+                self.texts(QUESTION).into_iter().map(ask).collect()
             }
             Task::Match => {
                 bundle.require(TaskName::Match).map_err(Error::from)?;
-                Ok(vec![(String::new(), Want::Match(or(TEXT)))])
+                Ok(vec![(String::new(), Want::Match(self.texts(TEXT)))])
             }
             Task::Embed => {
                 bundle.require(TaskName::Embed).map_err(Error::from)?;
