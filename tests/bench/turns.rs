@@ -32,7 +32,8 @@ fn a_soak_tells_of_memory_and_of_latency_over_time() {
         let samples = report["memory"]["samples"].as_array().unwrap();
         assert!((10..=500).contains(&samples.len()), "{}", samples.len());
         assert!(samples.windows(2).all(|pair| number(&pair[0][0]) < number(&pair[1][0])));
-        assert!(samples.iter().all(|sample| number(&sample[1]) <= number(&report["peak_resident_bytes"])));
+        // The kernel counts pages of a thread in batches, so that a sample may lie a little above the peak.
+        assert!(samples.iter().all(|sample| number(&sample[1]) <= 1.02 * number(&report["peak_resident_bytes"])));
         assert!(out.contains("MB an hour (") && !out.contains("memory grows"), "{out}");
         assert!(std::fs::read_to_string(html).unwrap().contains("\"samples\":[["));
     }
