@@ -384,7 +384,8 @@ fn every_request_has_its_own_times() {
         let of = |wanted| answer.timings.iter().find(|(stage, _)| *stage == wanted).unwrap().1;
         assert_eq!(answer.gaps.len() + 1, answer.tokens.len(), "a token a step");
         let decode: std::time::Duration = answer.gaps.iter().sum();
-        assert_eq!(of(Stage::Decode), decode);
+        // It ends with the text, a little behind the last token.
+        assert!((decode..decode + std::time::Duration::from_millis(20)).contains(&of(Stage::Decode)), "{:?}", of(Stage::Decode));
         assert!(answer.first_token.unwrap() >= of(Stage::Waiting) + of(Stage::Prefill));
         assert!(of(Stage::Vision) > std::time::Duration::ZERO && answer.first_token.unwrap() + decode <= *ended);
     }
