@@ -44,6 +44,8 @@
 //! - The KV cache is written in place; a decode step allocates no tensor while the number of rows stays.
 //! - Tensors stay where graphs run. Copies between host and device happen where tensors are bound, and are counted.
 //! - A provider that was asked for runs or is an error, never a quiet CPU run.
+//! - Nothing is reported to anybody. ONNX Runtime would, unless `ORT_DISABLE_TELEMETRY=1` is in the environment when it is loaded: the program
+//!   sees to that, other programs set it.
 //!
 //! # To add X, touch Y
 //!
