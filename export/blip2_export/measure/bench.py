@@ -204,9 +204,10 @@ class Turns:
             theirs = _texts(self._reports(_PEER, job))
             for name in self.engines:
                 ours = _texts(self._reports(name, job))
-                both = ours.keys() & theirs.keys()
+                both = [one for one in ours.keys() & theirs.keys() if ours[one] or theirs[one]]
                 same = sum(ours[one] == theirs[one] for one in both)
-                yield f"same texts, {name}, {self.jobs[job].label}: {same} of {len(both)}"
+                told = f"{same} of {len(both)}" if both else "none to compare, for all are empty"
+                yield f"same texts, {name}, {self.jobs[job].label}: {told}"
 
 
 def _machine(found: Report) -> Iterator[str]:
