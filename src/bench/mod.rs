@@ -32,6 +32,7 @@ pub mod sweep;
 pub mod truths;
 pub mod turns;
 
+mod document;
 mod error;
 
 pub use error::BenchError;

@@ -8,6 +8,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::BenchError;
+use super::document;
 use super::energy::Energy;
 use super::environment::{Load, Machine};
 use super::figures::{Figures, Objectives, quantiles, timeline};
@@ -153,14 +154,8 @@ impl Report {
 
     /// Of a file that this program, or one like it, wrote.
     pub fn read(path: &Path) -> Result<Self, BenchError> {
-        let content = std::fs::read(path).map_err(|source| BenchError::Unreadable { path: path.to_owned(), source })?;
-        let head: Head = serde_json::from_slice(&content)
-            .map_err(|_| BenchError::NoReport { path: path.to_owned(), why: "it is no JSON of `blip2 bench`".into() })?;
-        if head.schema != SCHEMA || head.version != VERSION {
-            let why = format!("it is {} version {}, and this program reads {SCHEMA} version {VERSION}", head.schema, head.version);
-            return Err(BenchError::NoReport { path: path.to_owned(), why });
-        }
-        serde_json::from_slice(&content).map_err(|error| BenchError::NoReport { path: path.to_owned(), why: error.to_string() })
+        let none = |why: String| BenchError::NoReport { path: path.to_owned(), why };
+        document::read(path, (SCHEMA, VERSION), "it is no JSON of `blip2 bench`", none)
     }
 
     /// Whether the figures may be quoted.
@@ -237,12 +232,6 @@ impl Report {
         figures.objections.iter().try_for_each(|why| writeln!(out, "not valid: {why}"))?;
         if self.is_complete { Ok(()) } else { writeln!(out, "not valid: the run was stopped") }
     }
-}
-
-#[derive(Deserialize)]
-struct Head {
-    schema: String,
-    version: u32,
 }
 
 /// With its interval, and a mark where too few values support it.

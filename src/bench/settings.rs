@@ -6,6 +6,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::BenchError;
+use super::document;
 use super::environment::Machine;
 use super::statistics::Ratio;
 use super::sweep::{self, Sweep};
@@ -52,24 +53,11 @@ pub enum Goal {
     Throughput,
 }
 
-#[derive(Deserialize)]
-struct Head {
-    schema: String,
-    version: u32,
-}
-
 impl Settings {
     /// Of a file that this program, or one like it, wrote.
     pub fn read(path: &Path) -> Result<Self, BenchError> {
         let none = |why: String| BenchError::NoSettings { path: path.to_owned(), why };
-        let content = std::fs::read(path).map_err(|source| BenchError::Unreadable { path: path.to_owned(), source })?;
-        let head: Head =
-            serde_json::from_slice(&content).map_err(|_| none("it holds no settings; `blip2 bench tune` writes some".into()))?;
-        if head.schema != SCHEMA || head.version != VERSION {
-            let found = format!("it is {} version {}", head.schema, head.version);
-            return Err(none(format!("{found}, and this program reads {SCHEMA} version {VERSION}")));
-        }
-        serde_json::from_slice(&content).map_err(|error| none(error.to_string()))
+        document::read(path, (SCHEMA, VERSION), "it holds no settings; `blip2 bench tune` writes some", none)
     }
 
     /// Why they may be wrong here; nothing if they were found for this. A provider that nobody named is taken for theirs.

@@ -217,8 +217,7 @@ pub(super) fn run(command: &Bench) -> Result<(), Failure> {
         Scenario::Single(measure) => measured(measure, &Plan::closed("single", 1, 1), Source::Here),
         Scenario::Multi { pictures, measure } => measured(measure, &Plan::closed("multi", 1, pictures.get()), Source::Here),
         Scenario::Offline { concurrency, measure } => {
-            let concurrency = concurrency.or(measure.model.batch_of_settings()).map_or(AT_ONCE, NonZeroUsize::get);
-            measured(measure, &Plan::closed("offline", concurrency, 1), Source::Here)
+            measured(measure, &Plan::closed("offline", measure.at_once(*concurrency), 1), Source::Here)
         }
         Scenario::Server(server) => measured(&server.measure, &server.plan()?.fit_for(server.measure.turns)?, Source::Here),
         Scenario::Startup { cold, measure } => {
@@ -251,7 +250,7 @@ impl Scenario {
         match self {
             Self::Single(measure) | Self::Server(Server { measure, .. }) | Self::Startup { measure, .. } => Some((measure, 1)),
             Self::Multi { pictures, measure } => Some((measure, pictures.get())),
-            Self::Offline { concurrency, measure } => Some((measure, concurrency.map_or(AT_ONCE, NonZeroUsize::get))),
+            Self::Offline { concurrency, measure } => Some((measure, measure.at_once(*concurrency))),
             Self::Stage(stage) => Some((&stage.measure, 1)),
             Self::Soak { .. }
             | Self::Sweep(_)
@@ -363,6 +362,11 @@ impl Measure {
             }
             Source::Program { cold } => self.start(cold),
         }
+    }
+
+    /// Queries of `offline` that are under way together, typed or not.
+    fn at_once(&self, typed: Option<NonZeroUsize>) -> usize {
+        typed.or_else(|| self.model.batch_of_settings()).map_or(AT_ONCE, NonZeroUsize::get)
     }
 
     /// This program, for every query.

@@ -28,13 +28,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="gets records and report of every scenario (default: %(default)s)",
     )
     parser.add_argument(
-        "--scenarios",
-        type=work.scenarios,
-        default=list(work.SCENARIOS),
-        metavar="A,B",
-        help=f"of {', '.join(work.SCENARIOS)} (default: all)",
-    )
-    parser.add_argument(
         "--dtype",
         type=_dtypes,
         default=["float32"],

@@ -44,13 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"how the engine computes: {', '.join(RECIPES)}; `faithful` needs an Intel processor with bfloat16 and the "
         "OpenVINO plugin (default: exact,fast)",
     )
-    parser.add_argument(
-        "--scenarios",
-        type=work.scenarios,
-        default=list(work.SCENARIOS),
-        metavar="A,B",
-        help=f"of {', '.join(work.SCENARIOS)} (default: all)",
-    )
     parser.add_argument("--rounds", type=work.count(1), default=5, metavar="N", help="default: %(default)s")
     parser.add_argument(
         "--weights", choices=DTYPES, default="float32", help="how the checkpoint is stored (default: %(default)s)"

@@ -93,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser, beams: int, queries: int, dur
     parser.add_argument(
         "--pictures", type=count(1), default=8, metavar="N", help="of `offline`, at once (default: %(default)s)"
     )
-    _add_steps(parser)
+    _add_scenarios(parser)
     parser.add_argument(
         "--queries", type=count(1), default=queries, metavar="N", help="to measure at least (default: %(default)s)"
     )
@@ -112,7 +112,14 @@ def add_arguments(parser: argparse.ArgumentParser, beams: int, queries: int, dur
     )
 
 
-def _add_steps(parser: argparse.ArgumentParser) -> None:
+def _add_scenarios(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--scenarios",
+        type=scenarios,
+        default=list(SCENARIOS),
+        metavar="A,B",
+        help=f"of {', '.join(SCENARIOS)} (default: all)",
+    )
     parser.add_argument(
         "--rows", type=counts, default=[1], metavar="A,B", help="of the steps that `stage` times (default: 1)"
     )
