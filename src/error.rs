@@ -27,6 +27,18 @@ pub enum Error {
     /// There is no such request, or no more.
     #[error("there is no request {0} here, or it has ended")]
     NoSuchRequest(RequestId),
+    /// As much is in hand as may be: come again later.
+    #[error("as many requests are in hand as may be")]
+    Overloaded,
+    /// It waited for longer than it may.
+    #[error("the request waited in line for longer than it may")]
+    Late,
+    /// Whoever asked has gone away.
+    #[error("whoever asked has gone away")]
+    Gone,
+    /// Something is wanted of a picture, and there is none.
+    #[error("there is no picture to do this with")]
+    NoPicture,
     /// The thread that had it in hand is gone.
     #[error("the engine stopped working: one of its threads panicked, and said why on standard error")]
     Lost,

@@ -7,6 +7,7 @@ use blip2::bundle::BundleError;
 use blip2::cli::{self, Failure};
 use blip2::prompt::PromptError;
 use blip2::runtime::UnavailableError;
+use blip2::server::ServeError;
 
 fn main() -> ExitCode {
     #[cfg(unix)]
@@ -46,7 +47,9 @@ fn exit_code(failure: &Failure) -> ExitCode {
         Failure::Picture { .. } => 3,
         Failure::Mismatch(_) => 4,
         Failure::Nothing => 5,
-        Failure::Engine(error) => of_engine(error),
+        Failure::Engine(error) | Failure::Serve(ServeError::Engine(error)) => of_engine(error),
+        Failure::Serve(ServeError::Listen { .. } | ServeError::Threads(_)) => 1,
+        Failure::Serve(_) => 2,
         Failure::Text { source: error, .. } => of_engine(error),
         Failure::Reported(first) | Failure::Row { source: first, .. } | Failure::About { source: first, .. } => {
             return exit_code(first);
@@ -57,10 +60,10 @@ fn exit_code(failure: &Failure) -> ExitCode {
 fn of_engine(error: &Error) -> u8 {
     match error {
         Error::Runtime(error) if error.blames_the_bundle() => 4,
-        Error::Runtime(_) | Error::Lost => 1,
+        Error::Runtime(_) | Error::Lost | Error::Overloaded | Error::Late | Error::Gone => 1,
         Error::Unavailable(UnavailableError::Provider(error)) if error.blames_the_options() => 2,
         Error::Strategy(_) | Error::Prompt(PromptError::Template(_)) | Error::Unavailable(UnavailableError::Threads(_)) => 2,
-        Error::Picture(_) | Error::Prompt(_) | Error::NoSuchRequest(_) => 3,
+        Error::Picture(_) | Error::NoPicture | Error::Prompt(_) | Error::NoSuchRequest(_) => 3,
         Error::Unavailable(_)
         | Error::Bundle(BundleError::Unfit { .. } | BundleError::NotBuilt { .. } | BundleError::Inexact { .. }) => 5,
         Error::Bundle(_) => 4,

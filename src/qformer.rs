@@ -108,6 +108,11 @@ impl QueryCache {
         (0..n_rows).map(|row| Self { tensors: tensors.clone(), row }).collect()
     }
 
+    /// Bytes of the tensors it lies in.
+    pub fn n_bytes(&self) -> usize {
+        self.tensors.iter().map(Tensor::n_bytes).sum()
+    }
+
     /// The tensors it lies in.
     pub fn tensors(&self) -> impl Iterator<Item = &Tensor> {
         self.tensors.iter()

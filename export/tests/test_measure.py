@@ -64,13 +64,9 @@ def baselines(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return out
 
 
-def logged(files: Files) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in files.records.read_text().split("\n") if line]
-
-
 def of_baseline(out: Path, scenario: str) -> tuple[Report, list[dict[str, Any]]]:
     files = Files(out / f"transformers-float32-{scenario}")
-    return files.read(), logged(files)
+    return files.read(), files.logged()
 
 
 def test_stages_of_a_text_add_up_to_it(baselines: Path) -> None:
@@ -149,9 +145,9 @@ def test_the_engine_and_transformers_stand_beside_each_other(
             [ENGINE, "bench", "compare", ours.report, theirs.report], capture_output=True, encoding="utf-8", check=False
         )
         assert compared.returncode == 0 and "| end_to_end.p50 |" in compared.stdout, compared.stderr
-        texts = [{one["input"]: one["output"] for one in logged(files)} for files in (ours, theirs)]
-        assert texts[0].keys() == texts[1].keys() == set(PICTURES)
-        assert sum(texts[0][name] == texts[1][name] for name in PICTURES) >= 1, "random weights tie, but not always"
+        tokens = [{one["input"]: one["tokens"] for one in files.logged()} for files in (ours, theirs)]
+        assert tokens[0].keys() == tokens[1].keys() == set(PICTURES)
+        assert sum(tokens[0][name] == tokens[1][name] for name in PICTURES) >= 1, "random weights tie, but not always"
 
 
 def test_questions_meet_every_picture_as_in_the_engine(checkpoint: Path, tmp_path: Path) -> None:
@@ -161,7 +157,7 @@ def test_questions_meet_every_picture_as_in_the_engine(checkpoint: Path, tmp_pat
     binary.Engine(ENGINE, tmp_path / "bundle", 1, ("--provider", "cpu")).measure(
         "single", wanted, Files(tmp_path / "a")
     )
-    assert [one["input"] for one in logged(Files(tmp_path / "a"))] == [one.name for one in wanted.inputs]
+    assert [one["input"] for one in Files(tmp_path / "a").logged()] == [one.name for one in wanted.inputs]
     peer, facts = Peer(checkpoint, "float32", 1), json.loads((tmp_path / "bundle" / "bundle.json").read_text())
     assert (
         peer.prompt("why?") == facts["prompts"]["ask"].format("why?")
@@ -309,7 +305,7 @@ def test_a_bench_prints_what_its_rounds_measured(
     said = dict(line.split(": ", 1) for line in printed.split("\n\n")[0].splitlines())
     assert processors.instruction_set().split()[-1] in said["instruction set"] and said["whole rounds"] == "2"
     assert "transformers 5." in said["transformers"] and said["exact"].startswith("tiny in float32; blip2 ")
-    assert said["same texts, exact, caption of 5 tokens, greedy"].endswith(" of 2")
+    assert said["same tokens, exact, caption of 5 tokens, greedy"].endswith(" of 2")
     rows = {row[0]: row[1:] for row in rows_of(printed)}
     assert [label.removesuffix(", ms") for label in list(rows)[:6]] == [*STAGES, f"step_1x{first_past(benched) + 3}"]
     for label, job, of in (

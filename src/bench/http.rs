@@ -149,7 +149,7 @@ impl Target for Http {
                 (self.agent.clone(), self.server.clone(), self.requests[*input].clone(), to.about(place));
             std::thread::spawn(move || {
                 let end = match ask(&agent, &server, &request, &told) {
-                    Ok(output) => What::Done { output, stages_ms: Vec::new() },
+                    Ok(text) => What::Done { output: text.into(), stages_ms: Vec::new() },
                     Err(why) => What::Failed(why),
                 };
                 told.tell(end);

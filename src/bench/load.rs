@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::record::Record;
 use super::truths::{Truth, Truths};
+use crate::decode::TokenId;
 use crate::timing::milliseconds;
 
 /// What answers queries: an engine in this process, or a server.
@@ -68,13 +69,29 @@ pub enum What {
     More(usize),
     /// Its end: what was written, and where the time went.
     Done {
-        /// What was written, or a digest of what was computed.
-        output: String,
+        /// What was written or computed.
+        output: Output,
         /// Stages as [`Record::stages_ms`] has them.
         stages_ms: Vec<(String, f64)>,
     },
     /// There is no answer.
     Failed(String),
+}
+
+/// What comes of a picture.
+#[derive(Clone, Debug, Default)]
+pub struct Output {
+    /// What was written, or a digest of what was computed.
+    pub text: String,
+    /// The text's tokens, where they are told.
+    pub tokens: Vec<TokenId>,
+}
+
+impl From<String> for Output {
+    /// Of a target that tells no tokens.
+    fn from(text: String) -> Self {
+        Self { text, tokens: Vec::new() }
+    }
 }
 
 impl Told {
@@ -117,7 +134,7 @@ struct Pending {
     n_open: usize,
     last_token: Option<Instant>,
     /// Of each picture that has an answer.
-    outputs: Vec<Option<String>>,
+    outputs: Vec<Option<Output>>,
 }
 
 struct Clock(Instant);
@@ -258,11 +275,12 @@ impl Pending {
     }
 
     fn end(self, truths: Option<&Truths>) -> Record {
-        let answers = || self.inputs.iter().zip(&self.outputs).filter_map(|(input, output)| Some((*input, output.as_deref()?)));
-        let known = answers().filter_map(|(input, output)| truths?.holds(input, output));
+        let answers = || self.inputs.iter().zip(&self.outputs).filter_map(|(input, output)| Some((*input, output.as_ref()?)));
+        let known = answers().filter_map(|(input, output)| truths?.holds(input, &output.text));
         let truth = Truth::of(known);
-        let output = answers().map(|(_, output)| output).collect::<Vec<_>>().join("\n");
-        Record { output, truth, ..self.record }
+        let output = answers().map(|(_, output)| output.text.as_str()).collect::<Vec<_>>().join("\n");
+        let tokens = answers().map(|(_, output)| output.tokens.clone()).filter(|tokens| !tokens.is_empty()).collect();
+        Record { output, tokens, truth, ..self.record }
     }
 }
 
@@ -287,7 +305,7 @@ mod tests {
                 for (time, told) in queries {
                     std::thread::sleep(time);
                     told.tell(What::Tokens(1));
-                    told.tell(What::Done { output: "text".into(), stages_ms: Vec::new() });
+                    told.tell(What::Done { output: "text".to_owned().into(), stages_ms: Vec::new() });
                 }
             });
             Self { line }
@@ -363,7 +381,7 @@ mod tests {
     impl<F: FnMut(&Query, Instant) -> Instant> Target for Known<F> {
         fn send(&mut self, query: &Query, to: Told) {
             let end = (self.0)(query, Instant::now());
-            to.tell_at(end, What::Done { output: "text".into(), stages_ms: Vec::new() });
+            to.tell_at(end, What::Done { output: "text".to_owned().into(), stages_ms: Vec::new() });
         }
     }
 

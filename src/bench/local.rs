@@ -5,11 +5,11 @@ use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
 
-use super::load::{Query, Target, Told, What};
+use super::load::{Output, Query, Target, Told, What};
 use super::record;
 use crate::bundle::hexadecimal;
 use crate::pixels::Limits;
-use crate::service::{Job, Outcome, Progress, Service, Want};
+use crate::service::{Job, Outcome, Progress, Service, Source, Terms, Want};
 
 /// A service with the pictures that queries are about, and what is wanted of each.
 pub struct Local {
@@ -34,7 +34,8 @@ impl Target for Local {
                 told.tell(what(progress));
                 ControlFlow::Continue(())
             });
-            if let Err(error) = self.service.submit(Job { picture, limits: Limits::default(), want, tell }) {
+            let job = Job { source: Source::Encoded(picture, Limits::default()), want, terms: Terms::default(), tell };
+            if let Err(error) = self.service.submit(job) {
                 to.about(place).tell(What::Failed(error.to_string()));
             }
         }
@@ -57,12 +58,16 @@ pub(super) fn digest(numbers: &[f32]) -> String {
 }
 
 /// A text as it is; of numbers a digest.
-fn output(outcome: &Outcome) -> String {
+fn output(outcome: &Outcome) -> Output {
     match outcome {
-        Outcome::Written(answer) => answer.text.clone(),
+        Outcome::Written(answer) => return Output { text: answer.text.clone(), tokens: answer.tokens.clone() },
         Outcome::Matched(found, _) => {
             found.iter().map(|one| format!("{:.4} {:.4}", one.itm_probability, one.itc_similarity)).collect::<Vec<_>>().join(" ")
         }
         Outcome::Embedded(vector, _) => digest(vector),
+        Outcome::Texts(vectors, _) => digest(&vectors.concat()),
+        Outcome::Ranked(ranked, _) => ranked.iter().map(|one| format!("{:.4}", one.log_likelihood)).collect::<Vec<_>>().join(" "),
+        Outcome::Seen(_) => String::new(),
     }
+    .into()
 }

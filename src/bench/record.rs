@@ -4,6 +4,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::truths::Truth;
+use crate::decode::TokenId;
 use crate::timing::{Timings, milliseconds};
 
 /// One query. Times are milliseconds from the start of the run.
@@ -37,6 +38,9 @@ pub struct Record {
     pub stages_ms: Vec<(String, f64)>,
     /// What was written, or a digest of what was computed.
     pub output: String,
+    /// The tokens of each picture's text, end tokens included, where the engine tells them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tokens: Vec<Vec<TokenId>>,
     /// How many of its answers are true, where that is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub truth: Option<Truth>,

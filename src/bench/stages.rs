@@ -236,7 +236,7 @@ impl Target for Stages {
                 Ok((Times(times), output)) => {
                     let whole: Duration = times.iter().map(|(_, time)| time).sum();
                     let stages_ms = times.into_iter().map(|(stage, time)| (stage, milliseconds(time))).collect();
-                    to.tell_at(start + whole, What::Done { output, stages_ms });
+                    to.tell_at(start + whole, What::Done { output: output.into(), stages_ms });
                 }
                 Err(error) => to.tell(What::Failed(error.to_string())),
             }

@@ -58,7 +58,7 @@ impl Target for Startup {
             std::thread::spawn(move || {
                 let (answered, end) = program.answer(picture);
                 let what = match end {
-                    Ok(line) => What::Done { stages_ms: stages(&line, answered - began), output: line.text },
+                    Ok(line) => What::Done { stages_ms: stages(&line, answered - began), output: line.text.into() },
                     Err(why) => What::Failed(why),
                 };
                 program.forget();

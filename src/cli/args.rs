@@ -9,12 +9,13 @@ use clap::{Parser, Subcommand};
 
 use super::bench::Bench;
 use super::plain::plain;
+use super::serve::Serve;
 use super::{Failure, chain};
 use crate::bench::environment::Machine;
 use crate::bench::settings::Settings;
-use crate::bundle::{Bundle, GenerationFacts, Load, TaskName};
-use crate::decode::{EarlyStopping, Processors, Strategy, Warpers};
-use crate::engine::{Engine, Generation};
+use crate::bundle::{Bundle, Load};
+use crate::decode::EarlyStopping;
+use crate::engine::{Engine, GenerationOptions};
 use crate::error::Error;
 use crate::pixels::{Alpha, Limits};
 use crate::prompt::PromptError;
@@ -51,6 +52,8 @@ pub(super) enum Command {
     Embed(Embed),
     /// Order candidate answers by their likelihood
     Rank(Rank),
+    /// Answer over HTTP: OpenAI's protocol, retrieval tools' and BLIP-2's own, with a page to try it
+    Serve(Box<Serve>),
     /// Compare a bundle with the outputs recorded from its reference, and its files with their hashes
     Verify(Verify),
     /// Measure how long things take, and how surely that is known
@@ -375,6 +378,13 @@ pub(super) struct ModelFolder {
 pub(super) struct Model {
     #[command(flatten)]
     pub folder: ModelFolder,
+    #[command(flatten)]
+    pub run: Run,
+}
+
+/// Where graphs run.
+#[derive(Debug, clap::Args)]
+pub(super) struct Run {
     /// Where graphs run: auto, cpu, cuda, tensorrt, a plugin (openvino, webgpu, tensorrt-rtx) or plugin:NAME, any other with its
     /// --ep-library; auto takes the first that works of cuda and cpu
     #[arg(long, value_name = "NAME", env = "BLIP2_PROVIDER", default_value_t = ProviderChoice::Auto)]
@@ -419,7 +429,7 @@ pub(super) struct Model {
 }
 
 /// A number of bytes: `2GiB`, `500MB`, `1000000`.
-fn bytes(typed: &str) -> Result<u64, String> {
+pub(super) fn bytes(typed: &str) -> Result<u64, String> {
     let (number, unit) = typed.split_at(typed.find(|char: char| !char.is_ascii_digit()).unwrap_or(typed.len()));
     let factor: Option<u64> = match unit.trim().to_ascii_lowercase().as_str() {
         "" | "b" => Some(1),
@@ -471,26 +481,26 @@ impl Model {
 
     /// Says on standard error where --settings were found elsewhere, or for another bundle.
     pub fn doubt_settings(&self, bundle: &Bundle) {
-        let Some(settings) = &self.settings else { return };
-        let named = Some(self.provider.to_string()).filter(|_| self.provider != ProviderChoice::Auto);
+        let Some(settings) = &self.run.settings else { return };
+        let named = Some(self.run.provider.to_string()).filter(|_| self.run.provider != ProviderChoice::Auto);
         let doubts = settings.doubts(&Machine::without_tools(), &bundle.hash(), named.as_deref());
         doubts.iter().for_each(|doubts| eprintln!("blip2: warning: --settings may be wrong here: {}", plain(doubts)));
     }
 
     /// Threads inside an operator, if anybody named a number.
     pub fn threads(&self) -> Option<NonZeroUsize> {
-        self.threads.or_else(|| self.settings.as_ref()?.threads)
+        self.run.threads()
     }
 
     /// Pictures together, as the settings have it.
     pub fn batch_of_settings(&self) -> Option<NonZeroUsize> {
-        self.settings.as_ref()?.batch
+        self.run.settings.as_ref()?.batch
     }
 
     /// What graphs run on. Where nobody named it, standard error says what it is, and why it is nothing faster.
     pub fn runtime(&self) -> Result<Runtime, Error> {
-        let runtime = Runtime::load(&self.into())?;
-        if self.provider == ProviderChoice::Auto {
+        let runtime = Runtime::load(&(&self.run).into())?;
+        if self.run.provider == ProviderChoice::Auto {
             eprintln!("blip2: runs on {}", plain(&runtime.choice().to_string()));
         }
         Ok(runtime)
@@ -500,7 +510,7 @@ impl Model {
     /// that is less.
     pub fn batch(&self, bundle: &Bundle, typed: Option<usize>) -> Result<usize, Error> {
         let wanted = typed.unwrap_or_else(|| self.batch_of_settings().map_or(DEFAULT_BATCH, NonZeroUsize::get));
-        let Some(limit) = self.memory_limit else { return Ok(wanted) };
+        let Some(limit) = self.run.memory_limit else { return Ok(wanted) };
         for batch in (1..=wanted).rev() {
             if bundle.memory(Load { batch: batch as u64, ..Load::LEAST })?.peak() <= limit {
                 if batch < wanted {
@@ -528,23 +538,23 @@ impl Model {
         let path = |path: &PathBuf| path.clone().into_os_string();
         let options = [
             ("--model", Some(self.folder.path().into_os_string())),
-            ("--provider", Some(text(&self.provider))),
-            ("--device", Some(text(&self.device))),
+            ("--provider", Some(text(&self.run.provider))),
+            ("--device", Some(text(&self.run.device))),
             ("--threads", self.threads().as_ref().map(|n| text(n))),
-            ("--onnxruntime", self.onnxruntime.as_ref().map(path)),
-            ("--ep-library", self.ep_library.as_ref().map(path)),
-            ("--precision", self.precision.as_ref().map(|precision| text(precision))),
-            ("--cache", self.cache.as_ref().map(path)),
-            ("--memory-limit", self.memory_limit.as_ref().map(|n| text(n))),
-            ("--max-cache-bytes", self.max_cache_bytes.as_ref().map(|n| text(n))),
+            ("--onnxruntime", self.run.onnxruntime.as_ref().map(path)),
+            ("--ep-library", self.run.ep_library.as_ref().map(path)),
+            ("--precision", self.run.precision.as_ref().map(|precision| text(precision))),
+            ("--cache", self.run.cache.as_ref().map(path)),
+            ("--memory-limit", self.run.memory_limit.as_ref().map(|n| text(n))),
+            ("--max-cache-bytes", self.run.max_cache_bytes.as_ref().map(|n| text(n))),
         ];
         let mut typed: Vec<OsString> =
             options.into_iter().filter_map(|(name, value)| Some([name.into(), value?])).flatten().collect();
-        typed.extend(self.ep_option.iter().flat_map(|(key, value)| ["--ep-option".into(), format!("{key}={value}").into()]));
-        if self.allow_fallback != Fallback::Nothing {
-            typed.push(format!("--allow-fallback={}", self.allow_fallback).into());
+        typed.extend(self.run.ep_option.iter().flat_map(|(key, value)| ["--ep-option".into(), format!("{key}={value}").into()]));
+        if self.run.allow_fallback != Fallback::Nothing {
+            typed.push(format!("--allow-fallback={}", self.run.allow_fallback).into());
         }
-        if self.no_graph_capture {
+        if self.run.no_graph_capture {
             typed.push("--no-graph-capture".into());
         }
         typed
@@ -557,21 +567,28 @@ impl ModelFolder {
     }
 }
 
-impl From<&Model> for RuntimeOptions {
-    fn from(model: &Model) -> Self {
+impl Run {
+    /// Threads inside an operator, if anybody named a number.
+    fn threads(&self) -> Option<NonZeroUsize> {
+        self.threads.or_else(|| self.settings.as_ref()?.threads)
+    }
+}
+
+impl From<&Run> for RuntimeOptions {
+    fn from(run: &Run) -> Self {
         Self {
-            library: model.onnxruntime.clone(),
-            provider: model.provider,
-            device: model.device,
-            threads: model.threads(),
-            ep_library: model.ep_library.clone(),
-            ep_options: model.ep_option.clone(),
-            precision: model.precision,
-            fallback: model.allow_fallback,
-            no_graph_capture: model.no_graph_capture,
-            cache: model.cache.clone(),
-            memory_limit: model.memory_limit,
-            max_cache_bytes: model.max_cache_bytes,
+            library: run.onnxruntime.clone(),
+            provider: run.provider,
+            device: run.device,
+            threads: run.threads(),
+            ep_library: run.ep_library.clone(),
+            ep_options: run.ep_option.clone(),
+            precision: run.precision,
+            fallback: run.allow_fallback,
+            no_graph_capture: run.no_graph_capture,
+            cache: run.cache.clone(),
+            memory_limit: run.memory_limit,
+            max_cache_bytes: run.max_cache_bytes,
         }
     }
 }
@@ -584,67 +601,48 @@ impl Read {
 }
 
 impl Write {
-    /// What was typed, with the bundle's defaults for the rest.
-    pub fn generation(&self, bundle: &Bundle, task: TaskName) -> Result<Generation, Failure> {
-        let (search, defaults) = (&self.search, &bundle.facts().generation[&task]);
+    /// What was typed.
+    pub fn options(&self) -> Result<GenerationOptions, Failure> {
+        let search = &self.search;
         if search.stop.iter().chain(&search.bad_word).any(String::is_empty) {
             return Err(Failure::Usage("--stop and --bad-word need a text".into()));
         }
         if self.rerank.is_some() && search.num_return == NonZeroUsize::MIN {
             return Err(Failure::Usage("--rerank orders several texts; --num-return N asks for them".into()));
         }
-        let max_new_tokens = self.max_new_tokens.map(NonZeroUsize::get);
-        let processors = Processors {
-            // The bundle's own minimum gives way to a limit that was typed.
-            min_new_tokens: search
-                .min_new_tokens
-                .unwrap_or_else(|| defaults.min_new_tokens.min(max_new_tokens.unwrap_or(usize::MAX))),
-            repetition_penalty: search.repetition_penalty,
+        Ok(GenerationOptions {
+            max_new_tokens: self.max_new_tokens.map(NonZeroUsize::get),
+            log_probs: self.log_probs,
+            ..search.into()
+        })
+    }
+}
+
+impl From<&SearchArgs> for GenerationOptions {
+    fn from(search: &SearchArgs) -> Self {
+        Self {
+            max_new_tokens: None,
+            min_new_tokens: search.min_new_tokens,
+            beams: search.beams,
+            length_penalty: search.length_penalty,
+            early_stopping: search.early_stopping,
+            n_return: Some(search.num_return.get()),
+            sample: search.sample,
+            temperature: search.temperature,
+            top_k: search.top_k,
+            top_p: search.top_p,
+            min_p: search.min_p,
+            typical_p: search.typical_p,
+            seed: Some(search.seed),
+            repetition_penalty: Some(search.repetition_penalty),
             no_repeat_ngram: search.no_repeat_ngram,
+            bad_words: search.bad_word.clone(),
+            stop: search.stop.clone(),
             suppressed: search.suppress_tokens.clone(),
             suppressed_first: search.begin_suppress_tokens.clone(),
             forced_first: search.forced_bos_token,
             forced_last: search.forced_eos_tokens.clone(),
-            ..Processors::default()
-        };
-        let strategy = search.strategy(defaults)?;
-        let stop = search.stop.clone();
-        let generation = Generation { max_new_tokens, processors, strategy, stop, log_probs: self.log_probs };
-        generation.check(bundle.language()).map_err(Error::from)?;
-        Ok(generation)
-    }
-}
-
-impl SearchArgs {
-    fn strategy(&self, defaults: &GenerationFacts) -> Result<Strategy, Failure> {
-        let n_return = self.num_return.get();
-        let drawn = self.sample.then(|| (self.warpers(), self.seed));
-        let beams = self.beams.unwrap_or(if self.sample { 1 } else { defaults.beams });
-        if beams == 1 && (self.length_penalty.is_some() || self.early_stopping.is_some()) {
-            return Err(Failure::Usage("--length-penalty and --early-stopping are for beam search; --beams N asks for it".into()));
-        }
-        match (beams, drawn) {
-            (1, Some((warpers, seed))) => Ok(Strategy::Sample { warpers, seed, n_return }),
-            (1, None) if n_return == 1 => Ok(Strategy::Greedy),
-            (1, None) => Err(Failure::Usage("--num-return needs --beams or --sample: greedy search writes one text".into())),
-            (beams, sample) => Ok(Strategy::Beam {
-                beams,
-                length_penalty: self.length_penalty.unwrap_or(defaults.length_penalty),
-                early_stopping: self.early_stopping.unwrap_or_default(),
-                n_return,
-                sample,
-            }),
-        }
-    }
-
-    fn warpers(&self) -> Warpers {
-        let plain = Warpers::default();
-        Warpers {
-            temperature: self.temperature.unwrap_or(plain.temperature),
-            top_k: self.top_k.unwrap_or(plain.top_k),
-            top_p: self.top_p.unwrap_or(plain.top_p),
-            min_p: self.min_p.unwrap_or(plain.min_p),
-            typical_p: self.typical_p.unwrap_or(plain.typical_p),
+            log_probs: None,
         }
     }
 }

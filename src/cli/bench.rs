@@ -41,7 +41,7 @@ use crate::bench::startup::{Program, Startup};
 use crate::bundle::Bundle;
 use crate::engine::Engine;
 use crate::runtime::default_threads;
-use crate::service::Service;
+use crate::service::{self, Service};
 use inputs::{Files, Folder, Inputs};
 use live::Live;
 use outputs::Outputs;
@@ -379,7 +379,7 @@ impl Measure {
         let forgets = if cold { files.collect() } else { Vec::new() };
         let program = Program { path: std::env::current_exe().map_err(unknown)?, args: [before, behind], forgets };
         let subject = Subject {
-            provider: self.model.provider.to_string(),
+            provider: self.model.run.provider.to_string(),
             threads: self.model.threads().map(NonZeroUsize::get),
             ..of(&bundle)
         };
@@ -395,7 +395,10 @@ impl Measure {
         let subject = self.subject(&engine, loading.elapsed());
         let names = inputs.iter().map(|input| input.name.clone()).collect();
         let wanted = inputs.into_iter().map(|input| (input.picture, input.want)).collect();
-        let target = Box::new(Local::new(Service::start(engine, default_threads().get()), wanted));
+        let target = Box::new(Local::new(
+            Service::start(engine, service::Options { n_ready: default_threads().get(), ..Default::default() }),
+            wanted,
+        ));
         Ok(Opened { target, names, subject, folder: None, limits: None })
     }
 

@@ -20,11 +20,11 @@ pub(super) fn run(command: &Build) -> Result<(), Failure> {
         let said = "nothing is built of its graphs; `convert --target tensorrt` makes some that TensorRT builds engines of";
         return Err(Failure::Usage(format!("{}: {said}", bundle.folder().display())));
     }
-    let (named, tensorrt) = (command.model.provider, ProviderChoice::Only(Provider::TensorRt));
+    let (named, tensorrt) = (command.model.run.provider, ProviderChoice::Only(Provider::TensorRt));
     if named != ProviderChoice::Auto && named != tensorrt {
         return Err(Failure::Usage(format!("engines are TensorRT's; nothing is built for {named}")));
     }
-    let options = RuntimeOptions { provider: tensorrt, ..(&command.model).into() };
+    let options = RuntimeOptions { provider: tensorrt, ..(&command.model.run).into() };
     let runtime = Runtime::load(&options).map_err(Error::from)?;
     let Some(root) = runtime.engines() else {
         return Err(Failure::Usage("no cache folder is known here; --cache names one".into()));

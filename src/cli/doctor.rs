@@ -13,14 +13,14 @@ use crate::runtime::{
 };
 
 pub(super) fn run(command: &Doctor) -> Result<(), Failure> {
-    let asked: RuntimeOptions = (&command.model).into();
+    let asked: RuntimeOptions = (&command.model.run).into();
     asked.check().map_err(|error| Error::from(UnavailableError::from(error)))?;
     let mut out = stdout().lock();
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     writeln!(out, "blip2        {} on {} {}", env!("CARGO_PKG_VERSION"), std::env::consts::OS, std::env::consts::ARCH)?;
     describe_processor(&mut out, cores)?;
     let (threads, said) = match command.model.threads() {
-        Some(threads) if command.model.threads.is_some() => (threads, "as --threads says"),
+        Some(threads) if command.model.run.threads.is_some() => (threads, "as --threads says"),
         Some(threads) => (threads, "as --settings say"),
         None => (default_threads(), "one a core that this process may use"),
     };

@@ -76,7 +76,7 @@ impl<'a> Job<'a> {
     pub fn new(task: TaskName, pictures: (Vec<PathBuf>, &Many), write: &'a Write, model: &'a Model) -> Result<Self, Failure> {
         let bundle = model.bundle()?;
         bundle.require(task).map_err(Error::from)?;
-        let generation = write.generation(&bundle, task)?;
+        let generation = write.options()?.generation(&bundle, task)?;
         if let Some(template) = write.prompt.as_deref().filter(|_| task == TaskName::Ask) {
             check_template(&bundle, template).map_err(Error::from)?;
         }

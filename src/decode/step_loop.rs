@@ -77,6 +77,11 @@ impl<M: Model> StepLoop<M> {
         &mut self.model
     }
 
+    /// The model, with the rows of whatever was live.
+    pub fn into_model(self) -> M {
+        self.model
+    }
+
     /// Puts a request in line that comes to `n_rows` rows at most. It is taken in, in the order of coming, once there is room.
     pub fn join(&mut self, prompt: M::Prompt, search: Box<dyn Search + Send>, n_rows: usize) -> RequestId {
         let id = RequestId(self.next_id);

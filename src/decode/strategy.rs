@@ -88,6 +88,12 @@ pub enum StrategyError {
     /// A text would end before it begins.
     #[error("a stop string is empty")]
     EmptyStop,
+    /// Options of beam search in another.
+    #[error("length-penalty and early-stopping are for beam search; ask for several beams")]
+    OneBeam,
+    /// Several texts of a search that finds one.
+    #[error("several texts (num-return) need beams or sampling: greedy search writes one text")]
+    OneText,
     /// More than the memory holds.
     #[error(
         "{rows} rows of {positions} positions at {position_bytes} bytes, with {row_bytes} bytes of logits and encoder states each, \

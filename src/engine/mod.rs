@@ -7,6 +7,7 @@ mod answer;
 mod compare;
 mod context;
 mod limits;
+mod options;
 mod rank;
 mod see;
 mod vocabulary;
@@ -30,7 +31,8 @@ pub use answer::{Alternative, Answer, Candidate, Generation, Request, TokenLogPr
 pub use compare::{Match, ReadText};
 use context::Texts;
 pub use context::{Answered, Context, Reading};
-pub use rank::Ranked;
+pub use options::GenerationOptions;
+pub use rank::{AT_ONCE as RANKED_AT_ONCE, Ranked};
 pub(crate) use see::Reader;
 pub use see::{Seer, Sight};
 pub use write::{Event, Order, Work, Writer};

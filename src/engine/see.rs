@@ -11,7 +11,7 @@ use crate::language::{Prefix, Seen};
 use crate::pixels::{Picture, Pixels};
 use crate::prompt::{Prompt, PromptError};
 use crate::qformer::{Qformer, Queries, QueryCache};
-use crate::runtime::{Cancel, Runtime, RuntimeError};
+use crate::runtime::{Cancel, Row, Runtime, RuntimeError};
 use crate::stage1::{ImageEmbedding, Stage1};
 use crate::text::TokenBatch;
 use crate::timing::{Stage, Timings};
@@ -237,6 +237,24 @@ impl Sight {
     /// Adds time that was spent on the picture before the engine saw it.
     pub fn add_timings(&mut self, timings: &Timings) {
         self.timings.merge(timings);
+    }
+
+    /// As if it had taken no time, for a request that did not wait for it.
+    pub fn without_timings(self) -> Self {
+        Self { timings: Timings::default(), ..self }
+    }
+
+    /// Bytes that it keeps in memory: where it was looked at beside others, all that came of that run.
+    pub fn n_bytes(&self) -> usize {
+        let of = |row: &Row| row.tensor().n_bytes();
+        match &self.read {
+            Read::Queries(queries) => of(&queries.0),
+            Read::Features(features) => of(&features.0),
+            Read::Stage1 { features, embedding, cached } => {
+                let numbers = embedding.states.len() + embedding.queries.len();
+                of(&features.0) + numbers * size_of::<f32>() + cached.as_ref().map_or(0, QueryCache::n_bytes)
+            }
+        }
     }
 
     pub(super) fn features(&self) -> Option<&PictureFeatures> {

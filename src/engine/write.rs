@@ -92,6 +92,13 @@ impl Writer {
         &self.context
     }
 
+    /// One without requests on the same language model, whatever state they left it in.
+    pub fn renewed(self) -> Self {
+        let mut model = self.decoding.into_model();
+        decode::Model::keep(&mut model, &[]);
+        Self::new(self.context, model)
+    }
+
     /// Puts a request in line; an error if it is larger than the memory can ever hold. It is taken in by a later [`step`](Self::step), in
     /// the order of coming, once there is room beside those that are live.
     pub fn join(&mut self, order: Order) -> Result<RequestId, Error> {

@@ -3,25 +3,36 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::terms::Terms;
 use crate::bundle::TaskName;
 use crate::decode::TokenId;
-use crate::engine::{Answer, Context, Flow, Generation, Match};
+use crate::engine::{Answer, Context, Flow, Generation, Match, Ranked, Sight};
 use crate::error::Error;
 use crate::pixels::Limits;
-use crate::prompt::Task;
+use crate::prompt::{PromptError, Task};
 use crate::timing::{Stage, Timings};
 
-/// One picture and what is wanted of it.
+/// What is wanted of a picture, or of texts alone.
 pub struct Job {
-    /// The encoded picture.
-    pub picture: Arc<[u8]>,
-    /// What pictures may be.
-    pub limits: Limits,
+    /// What it is about.
+    pub source: Source,
     /// What is wanted.
     pub want: Want,
+    /// On what terms it is in hand.
+    pub terms: Terms,
     /// Is told what happens, on a thread of the service: it should return at once. [`ControlFlow::Break`](std::ops::ControlFlow) gives up a
     /// text that is being written.
     pub tell: Tell,
+}
+
+/// What a job is about.
+pub enum Source {
+    /// An encoded picture, and what pictures may be.
+    Encoded(Arc<[u8]>, Limits),
+    /// A picture that was looked at before.
+    Seen(Box<Sight>),
+    /// No picture: texts alone.
+    Texts,
 }
 
 /// Takes what becomes of a job.
@@ -32,10 +43,16 @@ pub type Tell = Box<dyn FnMut(Progress<'_>) -> Flow + Send>;
 pub enum Want {
     /// A text about it.
     Write(Task, Box<Generation>),
+    /// How probable given answers to a task are. They are read side by side, so give no more than memory holds.
+    Rank(Task, Vec<String>),
     /// How well texts fit it.
     Match(Vec<String>),
     /// Its vectors.
     Embed,
+    /// Vectors of texts, without a picture.
+    EmbedTexts(Vec<String>),
+    /// What was made of it, to ask about it later.
+    See,
 }
 
 /// What a job is told.
@@ -52,17 +69,22 @@ pub enum Progress<'a> {
 pub enum Outcome {
     /// Of [`Want::Write`].
     Written(Box<Answer>),
+    /// Of [`Want::Rank`], in the order of the answers.
+    Ranked(Vec<Ranked>, Timings),
     /// Of [`Want::Match`], in the order of the texts.
     Matched(Vec<Match>, Timings),
     /// Of [`Want::Embed`]: the mean over query tokens.
     Embedded(Vec<f32>, Timings),
+    /// Of [`Want::EmbedTexts`], in their order.
+    Texts(Vec<Vec<f32>>, Timings),
+    /// Of [`Want::See`].
+    Seen(Box<Sight>),
 }
 
 /// A job that was taken. Its caller is told an end whatever happens to the thread that has it.
 pub(super) struct Taken {
-    pub picture: Arc<[u8]>,
-    pub limits: Limits,
     pub want: Want,
+    pub terms: Terms,
     /// None once it was told the end.
     tell: Option<Tell>,
 }
@@ -76,12 +98,33 @@ pub(super) struct Waiting {
 }
 
 impl Job {
+    /// What the bundle cannot do, alone or at this size, is refused before it is in line.
     pub(super) fn check(&self, context: &Context) -> Result<(), Error> {
+        if matches!(self.source, Source::Texts) && !matches!(self.want, Want::EmbedTexts(_)) {
+            return Err(Error::NoPicture);
+        }
         match &self.want {
             Want::Write(task, generation) => context.check(task, generation).map(drop),
-            Want::Match(texts) => texts.iter().try_for_each(|text| context.reading(text).map(drop)),
+            Want::Rank(_, answers) if answers.is_empty() => Err(PromptError::NoCandidates.into()),
+            Want::Rank(task, answers) => {
+                let prompt = context.prompt(task)?;
+                answers.iter().try_for_each(|answer| context.candidate(&prompt, answer).map(drop))
+            }
+            Want::Match(texts) => {
+                context.bundle().require(TaskName::Match)?;
+                texts.iter().try_for_each(|text| context.reading(text).map(drop))
+            }
+            Want::EmbedTexts(texts) => texts.iter().try_for_each(|text| context.reading(text).map(drop)),
             Want::Embed => Ok(context.bundle().require(TaskName::Embed)?),
+            Want::See => Ok(()),
         }
+    }
+}
+
+impl Want {
+    /// Whether the language model does it.
+    pub(super) fn is_for_writer(&self) -> bool {
+        matches!(self, Self::Write(..) | Self::Rank(..))
     }
 }
 
@@ -113,16 +156,16 @@ impl Outcome {
     pub fn timings(&self) -> &Timings {
         match self {
             Self::Written(answer) => &answer.timings,
-            Self::Matched(_, timings) | Self::Embedded(_, timings) => timings,
+            Self::Seen(sight) => sight.timings(),
+            Self::Ranked(_, timings) | Self::Matched(_, timings) | Self::Embedded(_, timings) | Self::Texts(_, timings) => timings,
         }
     }
 }
 
 impl Waiting {
     /// It waits `since` then.
-    pub fn new(Job { picture, limits, want, tell }: Job, since: Instant) -> Self {
-        let job = Taken { picture, limits, want, tell: Some(tell) };
-        Self { job, timings: Timings::default(), since }
+    pub fn new(want: Want, terms: Terms, tell: Tell, since: Instant) -> Self {
+        Self { job: Taken { want, terms, tell: Some(tell) }, timings: Timings::default(), since }
     }
 
     /// Its turn has come: the time in line goes to `stage`.
@@ -140,9 +183,14 @@ impl Waiting {
         self.since = Instant::now();
     }
 
-    /// Does a stage of it.
-    pub fn time<T>(&mut self, stage: Stage, work: impl FnOnce(&Taken) -> T) -> T {
-        let (job, timings) = (&self.job, &mut self.timings);
-        timings.time(stage, || work(job))
+    /// Tells a job that should not be begun any more why, and drops it.
+    pub fn if_wanted(self) -> Option<Self> {
+        match self.job.terms.check() {
+            Ok(()) => Some(self),
+            Err(why) => {
+                self.job.end(Err(why));
+                None
+            }
+        }
     }
 }

@@ -138,7 +138,7 @@ class Turns:
         return [_PEER, *self.engines]
 
     def report(self) -> str:
-        """What the machine is, who was measured, the table, and how many texts are the same on both sides."""
+        """What the machine is, who was measured, the table, and how many texts have the same tokens on both sides."""
         joined = {
             side: {name: found for name in self.jobs if (found := self._joined(side, name))} for side in self.sides
         }
@@ -160,9 +160,11 @@ class Turns:
     def _files(self, side: str, job: str, i: int) -> Files:
         return Files(self.out / "rounds" / f"{side}-{job}-{i + 1}")
 
+    def _there(self, side: str, job: str) -> list[Files]:
+        return [files for i in self._rounds if (files := self._files(side, job, i)).is_there]
+
     def _reports(self, side: str, job: str) -> list[Report]:
-        there = (self._files(side, job, i) for i in self._rounds)
-        return [files.read() for files in there if files.is_there]
+        return [files.read() for files in self._there(side, job)]
 
     def _joined(self, side: str, job: str) -> Report | None:
         rounds = [self._files(side, job, i) for i in self._rounds]
@@ -194,13 +196,12 @@ class Turns:
     def _agreements(self) -> Iterator[str]:
         """With random weights scores tie more often than with trained ones, so that a few texts may differ."""
         for job in (name for name in ("single", "beams") if name in self.jobs):
-            theirs = _texts(self._reports(_PEER, job))
+            theirs = _tokens(self._there(_PEER, job))
             for name in self.engines:
-                ours = _texts(self._reports(name, job))
-                both = [one for one in ours.keys() & theirs.keys() if ours[one] or theirs[one]]
+                ours = _tokens(self._there(name, job))
+                both = ours.keys() & theirs.keys()
                 same = sum(ours[one] == theirs[one] for one in both)
-                told = f"{same} of {len(both)}" if both else "none to compare, for all are empty"
-                yield f"same texts, {name}, {self.jobs[job].label}: {told}"
+                yield f"same tokens, {name}, {self.jobs[job].label}: {same} of {len(both)}"
 
 
 def _machine(found: Report) -> Iterator[str]:
@@ -211,8 +212,8 @@ def _machine(found: Report) -> Iterator[str]:
     yield from (f"GPU: {name}" for name in told["gpus"])
 
 
-def _texts(reports: list[Report]) -> dict[str, str]:
-    return {record["input"]: record["output"] for found in reports for record in found["timeline"]}
+def _tokens(runs: list[Files]) -> dict[str, list[list[int]]]:
+    return {record["input"]: record["tokens"] for run in runs for record in run.logged() if "tokens" in record}
 
 
 def _is_complete(files: Files) -> bool:

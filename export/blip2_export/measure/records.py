@@ -40,6 +40,10 @@ class Files:
     def read(self) -> Report:
         return json.loads(self.report.read_text())
 
+    def logged(self) -> list[Record]:
+        # `splitlines` would also cut at U+0085 and U+2028, which a model may write and JSON leaves as they are.
+        return [json.loads(line) for line in self.records.read_text(encoding="utf-8").split("\n") if line]
+
     def _with(self, end: str) -> Path:
         return self.stem.with_name(self.stem.name + end)
 
@@ -86,7 +90,7 @@ def joined(engine: Path, runs: Iterable[Files], files: Files, command: list[str]
     if not there:
         return None
     reports, log = [run.read() for run in there], Log(files.records)
-    for record in _one_after_another([_read(run.records) for run in there]):
+    for record in _one_after_another([run.logged() for run in there]):
         log.note(record)
     log.close()
     peaks = [one["peak_resident_bytes"] for one in reports if one["peak_resident_bytes"]]
@@ -114,11 +118,6 @@ def _one_after_another(logs: list[list[Record]]) -> Iterator[Record]:
             moved = {name: record[name] + shift for name in times if name in record}
             yield {**record, **moved, "index": index}
             end, index = max(end, moved["done_ms"]), index + 1
-
-
-def _read(path: Path) -> list[Record]:
-    # `splitlines` would also cut at U+0085 and U+2028, which a model may write and JSON leaves as they are.
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def _unwritable(path: Path, error: OSError) -> SystemExit:

@@ -143,6 +143,7 @@ def _records(index: int, batch: Sequence[Input], written: Written, sent: float) 
             "first_token_ms": sent + written.first_token,
             "gaps_ms": written.gaps,
             "n_tokens": len(written.tokens[i]),
+            "tokens": [written.tokens[i]],
             "stages_ms": list(written.stages.items()),
         }
 

@@ -263,7 +263,7 @@ fn words(scenario: &[OsString], choice: &Choice) -> Vec<OsString> {
 
 /// Bytes of the processor's memory, as far as they can be reckoned.
 fn needed(measure: &Measure, at_once: usize) -> Option<u64> {
-    let on_processor = matches!(measure.model.provider, ProviderChoice::Auto | ProviderChoice::Only(Provider::Cpu));
+    let on_processor = matches!(measure.model.run.provider, ProviderChoice::Auto | ProviderChoice::Only(Provider::Cpu));
     if !on_processor || measure.server.url.is_some() || at_once == 0 {
         return None;
     }
