@@ -71,6 +71,7 @@ pub mod pixels;
 pub mod prompt;
 pub mod qformer;
 pub mod runtime;
+pub mod server;
 pub mod service;
 pub mod stage1;
 pub mod text;

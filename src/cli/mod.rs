@@ -20,6 +20,7 @@ mod plain;
 mod progress;
 mod rank;
 mod rerank;
+mod serve;
 mod texts;
 mod verify;
 
@@ -29,6 +30,7 @@ use clap::Parser;
 
 use crate::error::Error;
 use crate::pixels::PixelsError;
+use crate::server::ServeError;
 
 pub use args::Args;
 use args::Command;
@@ -81,6 +83,9 @@ pub enum Failure {
     /// The engine reports an error.
     #[error(transparent)]
     Engine(#[from] Error),
+    /// A server does not start.
+    #[error(transparent)]
+    Serve(ServeError),
     /// A file cannot be written.
     #[error("{} cannot be written", plain(&.path.to_string_lossy()))]
     File {
@@ -138,6 +143,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         Command::Match(command) => matching::run(command),
         Command::Embed(command) => embed::run(command),
         Command::Rank(command) => rank::run(command),
+        Command::Serve(command) => serve::run(command),
         Command::Verify(command) => verify::run(command),
         Command::Inspect(command) => inspect::run(command),
         Command::Bench(command) => bench::run(command),

@@ -1,0 +1,9 @@
+//! `blip2 serve` as its clients meet it: the binary, on loopback, on tiny bundles.
+
+#![allow(clippy::unwrap_used)]
+
+mod client;
+mod faults;
+mod load;
+mod protocols;
+mod safety;
