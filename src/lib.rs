@@ -25,14 +25,14 @@
 //! # Ok::<(), blip2::Error>(())
 //! ```
 //!
-//! A [`service`] puts one engine to work for many callers, on threads; [`mod@bench`] measures it, or a server elsewhere, by the records that
-//! queries leave.
+//! A [`service`] puts one engine to work for many callers, on threads, in one line that is as long as it may be; a [`server`] puts services
+//! behind HTTP; [`mod@bench`] measures them, or a server elsewhere, by the records that queries leave.
 //!
 //! # Doors
 //!
 //! Each outside library is used in one place: `ort` and `half` in [`runtime`], what decodes pictures in [`pixels`], `tokenizers` in [`text`],
-//! `prost` in [`bundle`], `rand`, `statrs` and `ureq` in [`mod@bench`], `clap` and `ndarray-npy` in [`cli`]. Dependencies point down: `cli →
-//! verify, bench → service → engine → prompt, language, stage1, qformer, vision → runtime, text → bundle → pixels`; [`decode`] knows nothing
+//! `prost` in [`bundle`], `statrs` in [`mod@bench`], `axum` and `tokio` in [`server`], `clap` and `ndarray-npy` in [`cli`]. Dependencies point
+//! down: `cli → verify, server, bench → service → engine → prompt, language, stage1, qformer, vision → runtime, text → bundle → pixels`; [`decode`] knows nothing
 //! of tensors and defines the small trait that [`language`] implements. `tests/layers.rs` holds this.
 //!
 //! # Invariants
@@ -55,6 +55,7 @@
 //! | a language model of a new shape | a [`bundle::Family`], what its decoder reads first in `language/mod.rs`, its graph in `export/` |
 //! | an execution provider | `runtime/provider.rs`, a feature in `Cargo.toml`; one that is a plugin: a line in `runtime/plugin.rs` |
 //! | a decoding strategy | `decode/<name>.rs` with a [`decode::Search`] |
+//! | a route | `server/routes/<name>.rs`, a line in `server/routes/mod.rs` for the router and one for the document |
 //! | a command | `cli/<name>.rs`, a variant in `cli/args.rs` |
 //! | an operator in graphs | `export/`; what it makes of sizes in `bench/cost/shapes.rs`, and what it costs if it multiplies in `products.rs` |
 //! | what is measured | a [`bench::load::Target`]; a scenario: a variant in `cli/bench.rs` |

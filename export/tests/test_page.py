@@ -34,8 +34,8 @@ POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
     "form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
 )
-MODEL = {"id": "large", "object": "model", "tasks": ["caption", "ask"], "is_demo": False, "max_new_tokens": 50}
-MATCHING = {"id": "matching", "object": "model", "tasks": ["match", "embed"], "is_demo": False, "max_new_tokens": 30}
+MODEL = {"id": "large", "object": "model", "tasks": ["caption", "ask"], "state": "ready", "is_demo": False}
+MATCHING = {**MODEL, "id": "matching", "tasks": ["match", "embed"]}
 LOOKED = {"queue": 0.5, "decode_image": 2.0, "preprocess": 3.0, "vision": 40.0, "qformer": 9.5, "total": 56.0}
 WRITTEN = {"queue": 0.5, "prompt": 0.5, "waiting": 0.0, "prefill": 12.0, "decode": 30.0, "total": 44.0}
 MATCHES = {"a dog": (0.02, -0.1), "a blue ring": (0.97, 0.41), "a <b>ring</b>": (0.4, 0.2)}
@@ -337,10 +337,13 @@ class Tab:
         self.choose(path)
         self.until("document.querySelector('#caption .status').textContent.includes('tokens')")
 
+    def events(self) -> list[dict[str, Any]]:
+        return [event for event in self.browser.events if event.get("sessionId") == self.session]
+
     def faults(self) -> list[str]:
         """Errors and refusals of the policy; answers that are errors are no faults of the page."""
         self.see("new Promise(done => setTimeout(done, 50))")
-        mine = [event for event in self.browser.events if event.get("sessionId") == self.session]
+        mine = self.events()
         thrown = [str(event["params"]) for event in mine if event["method"] == "Runtime.exceptionThrown"]
         calls = [event["params"] for event in mine if event["method"] == "Runtime.consoleAPICalled"]
         entries = [event["params"]["entry"] for event in mine if event["method"] == "Log.entryAdded"]
@@ -442,7 +445,7 @@ def test_the_frame_opens_the_chooser(stand_in: StandIn, tab: Tab) -> None:
     tab.call("Page.setInterceptFileChooserDialog", enabled=True)
     tab.click("#frame")
     tab.see("new Promise(done => setTimeout(done, 100))")
-    assert any(event["method"] == "Page.fileChooserOpened" for event in tab.browser.events)
+    assert "Page.fileChooserOpened" in [event["method"] for event in tab.events()]
 
 
 def test_a_phone_offers_its_camera(stand_in: StandIn, tab: Tab) -> None:
@@ -476,13 +479,16 @@ def test_a_picture_that_the_browser_cannot_show_is_still_sent(stand_in: StandIn,
 def test_another_picture_begins_anew(stand_in: StandIn, tab: Tab) -> None:
     tab.open(stand_in.url)
     tab.captioned()
+    stand_in.gate.clear()
     tab.fill("#question", "how many?")
     tab.press("Enter")
-    tab.until("document.querySelector('#exchanges li') && document.querySelector('#ask .status').textContent")
-    stand_in.gate.clear()
+    tab.shows("#exchanges .answer", "a blue")
     tab.choose(SAMPLES / "1.png")
     tab.shows("#caption-text", "a blue")
     assert tab.see("document.querySelectorAll('#exchanges li').length") == 0 and not tab.is_visible("#times")
+    assert tab.text("#ask button") == "Ask" and tab.text("#ask .status") == ""
+    stand_in.is_left()
+    stand_in.left.clear()
     tab.choose(SAMPLES / "2.png")
     tab.until("document.querySelector('#picture').alt === '2.png'")
     stand_in.is_left()
@@ -653,12 +659,11 @@ def test_only_options_that_were_chosen_are_sent(stand_in: StandIn, tab: Tab) -> 
     tab.until("document.querySelector('#caption .status').textContent === '3 tokens · 44.0 ms'")
     wanted = {"max_new_tokens": 12, "sample": True, "temperature": 0.7, "top_p": 0.9, "seed": 3}
     assert stand_in.posted("/caption")[-1]["options"] == wanted
-    tab.click("[name=sample]")
-    tab.fill("[name=max_new_tokens]", "51")
+    tab.fill("[name=top_p]", "1.5")
     tab.click("summary")
     tab.click("#caption button")
     tab.shows("#caption .status", "One of the options is out of its range.")
-    assert len(stand_in.posted("/caption")) == 2 and tab.is_visible("[name=max_new_tokens]")
+    assert len(stand_in.posted("/caption")) == 2 and tab.is_visible("[name=top_p]")
 
 
 @pytest.mark.parametrize(
@@ -713,7 +718,7 @@ def test_without_a_key_it_can_be_tried_again(stand_in: StandIn, tab: Tab) -> Non
     tab.shows("#notice p", "this key is not known here")
     tab.click("#notice button")
     tab.until("document.querySelector('#key').open")
-    tab.click("#key .quiet")
+    tab.click("#key [type=button]")
     tab.shows("#notice p", "this key is not known here")
     stand_in.key = None
     tab.click("#notice button")
@@ -785,13 +790,29 @@ def test_work_without_its_material_is_asked_for(stand_in: StandIn, tab: Tab) -> 
     assert not stand_in.posted("/ask") and not stand_in.posted("/match")
 
 
-def test_it_waits_for_models_that_are_loading(stand_in: StandIn, tab: Tab) -> None:
-    stand_in.models = []
+def test_a_server_that_is_gone_is_said(stand_in: StandIn, tab: Tab) -> None:
     tab.open(stand_in.url)
-    tab.shows("#notice p", "No model is loaded yet; this page looks again by itself.")
-    stand_in.models = [MODEL]
+    tab.call("Network.enable")
+    tab.call("Network.emulateNetworkConditions", offline=True, latency=0, downloadThroughput=-1, uploadThroughput=-1)
+    tab.choose(SAMPLES / "0.png")
+    tab.shows("#caption .status", "The server cannot be reached.")
+
+
+def test_it_waits_for_models_that_are_loading(stand_in: StandIn, tab: Tab) -> None:
+    loading = {**MATCHING, "state": "loading"}
+    stand_in.models, stand_in.samples = [{**MODEL, "state": "loading"}, loading], [SAMPLES / "0.png"]
+    tab.open(stand_in.url)
+    tab.shows("#notice p", "No model is loaded yet; looking again.")
+    stand_in.models = [MODEL, loading]
     tab.until("document.querySelector('main').checkVisibility()")
-    assert not tab.is_visible("#notice")
+    assert not tab.is_visible("#notice") and not tab.is_visible("#choice") and not tab.is_visible("#match")
+    stand_in.models = [MODEL, MATCHING]
+    tab.until("document.querySelector('#match').checkVisibility()")
+    assert tab.see("[...document.querySelectorAll('option')].map(o => o.value)") == ["large", "matching"]
+    assert tab.see("document.querySelectorAll('#samples button').length") == 1
+    asked = len(stand_in.posted("/v1/models"))
+    tab.see("new Promise(done => setTimeout(done, 2500))")
+    assert len(stand_in.posted("/v1/models")) == asked
 
 
 # Looks

@@ -70,21 +70,24 @@ impl Server {
         server
     }
 
-    fn begun(bundles: &[&str], options: &[&str]) -> Self {
+    /// On these bundles; whether it is ready is not known.
+    pub fn begun(bundles: &[&str], options: &[&str]) -> Self {
         let mut command = Command::new(env!("CARGO_BIN_EXE_blip2"));
         command.args(["serve", "--listen", "127.0.0.1:0", "--provider", "cpu", "--threads", "1"]).args(options);
         for bundle in bundles {
-            command.arg("--model").arg(at(bundle));
+            command.arg("--model").arg(at(bundle)); // one that is absolute stays as it is
         }
         command.env_remove("BLIP2_MODEL").current_dir(at("")).stderr(Stdio::piped()).stdout(Stdio::null());
         let mut child = command.spawn().unwrap();
         let mut lines = BufReader::new(child.stderr.take().unwrap());
+        let mut last = String::new();
         let address = loop {
             let mut line = String::new();
-            assert!(lines.read_line(&mut line).unwrap() > 0, "it ended before it listened");
+            assert!(lines.read_line(&mut line).unwrap() > 0, "it ended before it listened: {last}");
             if let Some((_, rest)) = line.split_once("http://") {
                 break rest.split_whitespace().next().unwrap().to_owned();
             }
+            last = line;
         };
         let said = Arc::new(Mutex::new(String::new()));
         let into = said.clone();

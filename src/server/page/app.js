@@ -370,7 +370,8 @@ function modelFor(task) {
 }
 
 function showModels() {
-  find('model').replaceChildren(...models.map(({ id }) => make('option', { value: id }, id)));
+  const select = find('model'), shown = new Set([...select.options].map(({ value }) => value));
+  select.append(...models.filter(({ id }) => !shown.has(id)).map(({ id }) => make('option', { value: id }, id)));
   find('choice').hidden = models.length < 2;
   showUse();
 }
@@ -383,7 +384,6 @@ function showUse() {
     within(task, '.by').textContent = other ? `by ${model.id}` : '';
     if (model) used.add(model);
   }
-  find('options').elements.max_new_tokens.max = modelFor('caption')?.max_new_tokens ?? '';
   const demos = [...used].filter(model => model.is_demo).map(({ id }) => id).join(', ');
   notify(demos && `This is a demo (${demos}): it knows only coloured shapes drawn by this project. Ordinary photographs are beyond it.`);
 }
@@ -413,24 +413,26 @@ async function fill(button, name, url) {
 }
 
 async function start() {
-  notify('');
+  const main = document.querySelector('main');
+  let all = [];
   try {
-    models = (await (await request('v1/models')).json()).data;
+    all = (await (await request('v1/models')).json()).data;
   } catch (error) {
     return notify(sentence(error), true);
   }
-  if (!models.length) {
-    notify('No model is loaded yet; this page looks again by itself.');
-    return setTimeout(start, LOOK_AGAIN_MS);
+  models = all.filter(({ state }) => state === 'ready');
+  if (models.length) showModels();
+  else notify('No model is loaded yet; looking again.');
+  if (models.length && main.hidden) {
+    await showSamples().catch(() => {});
+    main.hidden = false;
   }
-  showModels();
-  await showSamples().catch(() => {});
-  document.querySelector('main').hidden = false;
+  if (!models.length || all.some(({ state }) => state === 'loading')) setTimeout(start, LOOK_AGAIN_MS);
 }
 
 listen();
 find('model').addEventListener('change', showUse);
 find('options').elements.sample.addEventListener('change', event => { within('options', 'fieldset').disabled = !event.target.checked; });
-within('key', '.quiet').addEventListener('click', () => find('key').close(''));
+within('key', '[type=button]').addEventListener('click', () => find('key').close(''));
 within('notice', 'button').addEventListener('click', start);
 start();
