@@ -3,7 +3,7 @@
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 
-use super::answer::{Generation, Request};
+use super::answer::Generation;
 use super::vocabulary;
 use crate::bundle::{Bundle, BundleError, TaskName};
 use crate::decode::TokenId;
@@ -138,11 +138,11 @@ impl Context {
         self.fingerprint
     }
 
-    /// Tokens that a request may come to behind its prompt. A default maximum gives way to a larger minimum.
-    pub(super) fn n_new(&self, request: &Request<'_>, prompt: &Prompt) -> usize {
-        let Generation { max_new_tokens, processors, .. } = &request.generation;
-        let default = self.bundle.facts().generation.get(&request.task.name()).map_or(1, |generation| generation.max_new_tokens);
-        max_new_tokens.unwrap_or(default.max(processors.min_new_tokens)).min(self.bundle.room_behind(prompt.ids.len()))
+    /// Tokens that a text may come to behind its prompt. A default maximum gives way to a larger minimum.
+    pub fn n_new(&self, task: &Task, generation: &Generation, prompt: &Prompt) -> usize {
+        let default = self.bundle.facts().generation.get(&task.name()).map_or(1, |generation| generation.max_new_tokens);
+        let least = generation.processors.min_new_tokens;
+        generation.max_new_tokens.unwrap_or(default.max(least)).min(self.bundle.room_behind(prompt.ids.len()))
     }
 }
 

@@ -168,7 +168,7 @@ impl Seer {
     fn order(&self, request: &Request<'_>, prompt: Prompt, seen: Seen, read: &Timings) -> Order {
         let mut timings = request.sight.timings().clone();
         timings.merge(read);
-        let max_new_tokens = self.context.n_new(request, &prompt);
+        let max_new_tokens = self.context.n_new(&request.task, &request.generation, &prompt);
         let prefix = Prefix { seen, prompt: prompt.ids, max_new_tokens };
         Order { prefix, work: Work::Write(Box::new(request.generation.clone())), warnings: prompt.warnings, timings }
     }

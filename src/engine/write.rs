@@ -9,7 +9,7 @@ use super::context::Context;
 use super::writing::{Writing, stop_at};
 use crate::decode::{self, Ends, Forced, Model, RequestId, Room, Search, StepLoop, StrategyError, TokenId};
 use crate::error::Error;
-use crate::language::{LanguageModel, Prefix};
+use crate::language::{LanguageModel, Prefix, Sizes};
 use crate::runtime::{Cancel, RuntimeError};
 use crate::text::Warning;
 use crate::timing::{Stage, Timings};
@@ -162,8 +162,13 @@ impl Writer {
     pub fn reserve(&mut self, room: Room) -> Result<(), Error> {
         match self.decoding.model().hold(room)? {
             true => Ok(()),
-            false => Err(self.too_large(room).into()),
+            false => Err(self.decoding.model().too_large(room).into()),
         }
+    }
+
+    /// What texts take, for those who ask before anything is looked at.
+    pub fn sizes(&mut self) -> Sizes {
+        self.decoding.model().sizes()
     }
 
     /// Bytes that so many rows of so many positions take.
@@ -196,23 +201,7 @@ impl Writer {
 
     fn check_room(&mut self, prefix: &Prefix, n_rows: usize) -> Result<(), StrategyError> {
         let model = self.decoding.model();
-        let room = Room { rows: n_rows, ..model.room(prefix) };
-        // To ask the system what is free takes longer than a small step.
-        if model.holds(room) || model.bytes(room) <= model.allowed_bytes() { Ok(()) } else { Err(self.too_large(room)) }
-    }
-
-    fn too_large(&mut self, room: Room) -> StrategyError {
-        let model = self.decoding.model();
-        let (position_bytes, row_bytes) = (model.position_bytes(), model.row_bytes(room.read));
-        let (rows, positions) = (room.rows as u64, LanguageModel::capacity(room) as u64);
-        StrategyError::TooLarge {
-            rows,
-            positions,
-            position_bytes,
-            row_bytes,
-            needed: model.bytes(room),
-            allowed: model.allowed_bytes(),
-        }
+        model.check(Room { rows: n_rows, ..model.room(prefix) })
     }
 
     fn take(&mut self, event: decode::Event<RuntimeError>, times: (Instant, Instant)) -> Option<Event> {

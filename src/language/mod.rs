@@ -12,7 +12,7 @@ mod step;
 use crate::bundle::{Bundle, BundleError, Family, TokenIds};
 use std::ops::Range;
 
-use crate::decode::{Model, Pick, Room, Scores, TokenId};
+use crate::decode::{Model, Pick, Room, Scores, StrategyError, TokenId};
 use crate::qformer::{Queries, QueryCache};
 use crate::runtime::{Budget, Cancel, Runtime, RuntimeError};
 use cache::Layout;
@@ -74,6 +74,19 @@ pub struct LanguageModel {
     least: Room,
     /// What a decoder behind an encoder reads first.
     start: Vec<TokenId>,
+}
+
+/// What rows of a language model take, for those who have not the model at hand.
+#[derive(Clone, Copy, Debug)]
+pub struct Sizes {
+    /// Keys and values of a position.
+    position_bytes: u64,
+    /// Keys and values of a position that an encoder read.
+    encoded_bytes: u64,
+    vocab_size: usize,
+    /// What a decoder behind an encoder reads first.
+    n_start: Option<usize>,
+    budget: Budget,
 }
 
 impl LanguageModel {
@@ -161,23 +174,32 @@ impl LanguageModel {
         held
     }
 
-    /// Bytes of keys and values that one position takes.
-    pub fn position_bytes(&self) -> u64 {
-        self.decoder.layouts().past.bytes_per_position()
-    }
-
-    /// Bytes that a row takes besides, where an encoder read so many positions: logits where the graph writes them and where searches
-    /// change them, keys and values of what was encoded.
-    pub fn row_bytes(&self, n_read: usize) -> u64 {
-        let encoded = self.decoder.layouts().encoded.as_ref().map_or(0, Layout::bytes_per_position);
-        encoded.saturating_mul(n_read as u64).saturating_add(8 * self.vocab_size as u64)
+    /// What rows take.
+    pub fn sizes(&self) -> Sizes {
+        let layouts = self.decoder.layouts();
+        Sizes {
+            position_bytes: layouts.past.bytes_per_position(),
+            encoded_bytes: layouts.encoded.as_ref().map_or(0, Layout::bytes_per_position),
+            vocab_size: self.vocab_size,
+            n_start: self.encoder.is_some().then_some(self.start.len()),
+            budget: self.budget,
+        }
     }
 
     /// Bytes of keys, values and logits that this much room takes.
     pub fn bytes(&self, room: Room) -> u64 {
-        let positions = Self::capacity(room) as u64;
-        let row = self.position_bytes().saturating_mul(positions).saturating_add(self.row_bytes(room.read));
-        row.saturating_mul(room.rows as u64)
+        self.sizes().bytes(room)
+    }
+
+    /// Says that the memory does not hold as much.
+    pub fn too_large(&self, room: Room) -> StrategyError {
+        self.sizes().too_large(room, self.allowed_bytes())
+    }
+
+    /// Refuses what the memory does not hold, all that is held given up.
+    pub fn check(&self, room: Room) -> Result<(), StrategyError> {
+        // To ask the system what is free takes longer than a small step.
+        if self.holds(room) { Ok(()) } else { self.sizes().check(room, self.bytes(self.decoder.room())) }
     }
 
     /// Positions that a slot is made for.
@@ -194,6 +216,37 @@ impl LanguageModel {
     pub fn holds(&self, room: Room) -> bool {
         let now = self.decoder.room();
         now.rows >= room.rows && now.positions >= room.positions && now.read >= room.read
+    }
+}
+
+impl Sizes {
+    /// What texts need in so many rows, with so many positions of picture and prompt before them.
+    pub fn room(&self, n_read: usize, n_new: usize, n_rows: usize) -> Room {
+        Room { rows: n_rows, positions: self.n_start.unwrap_or(n_read).saturating_add(n_new), read: n_read }
+    }
+
+    /// Refuses what the memory does not hold, `held_bytes` of which are held already.
+    pub fn check(&self, room: Room, held_bytes: u64) -> Result<(), StrategyError> {
+        let allowed = self.budget.allowed(held_bytes);
+        if self.bytes(room) <= allowed { Ok(()) } else { Err(self.too_large(room, allowed)) }
+    }
+
+    fn too_large(&self, room: Room, allowed: u64) -> StrategyError {
+        let (rows, positions) = (room.rows as u64, LanguageModel::capacity(room) as u64);
+        let (position_bytes, row_bytes) = (self.position_bytes, self.row_bytes(room.read));
+        StrategyError::TooLarge { rows, positions, position_bytes, row_bytes, needed: self.bytes(room), allowed }
+    }
+
+    fn bytes(&self, room: Room) -> u64 {
+        let positions = LanguageModel::capacity(room) as u64;
+        let row = self.position_bytes.saturating_mul(positions).saturating_add(self.row_bytes(room.read));
+        row.saturating_mul(room.rows as u64)
+    }
+
+    /// What a row takes besides its positions: logits where the graph writes them and where searches change them, keys and values of
+    /// what was encoded.
+    fn row_bytes(&self, n_read: usize) -> u64 {
+        self.encoded_bytes.saturating_mul(n_read as u64).saturating_add(8 * self.vocab_size as u64)
     }
 }
 

@@ -8,6 +8,7 @@ use crate::bundle::TaskName;
 use crate::decode::TokenId;
 use crate::engine::{Answer, Context, Flow, Generation, Match, Ranked, Sight};
 use crate::error::Error;
+use crate::language::Sizes;
 use crate::pixels::Limits;
 use crate::prompt::{PromptError, Task};
 use crate::timing::{Stage, Timings};
@@ -99,12 +100,18 @@ pub(super) struct Waiting {
 
 impl Job {
     /// What the bundle cannot do, alone or at this size, is refused before it is in line.
-    pub(super) fn check(&self, context: &Context) -> Result<(), Error> {
+    pub(super) fn check(&self, context: &Context, sizes: Option<&Sizes>) -> Result<(), Error> {
         if matches!(self.source, Source::Texts) && !matches!(self.want, Want::EmbedTexts(_)) {
             return Err(Error::NoPicture);
         }
         match &self.want {
-            Want::Write(task, generation) => context.check(task, generation).map(drop),
+            Want::Write(task, generation) => {
+                let prompt = context.check(task, generation)?;
+                let n_read = context.bundle().facts().qformer.n_queries + prompt.ids.len();
+                let (n_new, n_rows) = (context.n_new(task, generation, &prompt), generation.strategy.n_rows());
+                // Nothing is held then that could not be given up; what must wait for that waits.
+                Ok(sizes.map_or(Ok(()), |sizes| sizes.check(sizes.room(n_read, n_new, n_rows), 0))?)
+            }
             Want::Rank(_, answers) if answers.is_empty() => Err(PromptError::NoCandidates.into()),
             Want::Rank(task, answers) => {
                 let prompt = context.prompt(task)?;

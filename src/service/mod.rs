@@ -19,8 +19,9 @@ use std::sync::mpsc::sync_channel;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crate::engine::{Context, Engine};
+use crate::engine::{Context, Engine, Writer};
 use crate::error::Error;
+use crate::language::Sizes;
 use kept::Kept;
 use line::Line;
 
@@ -75,6 +76,8 @@ pub struct KeptCounts {
 /// What all threads of a service know.
 struct Shared {
     context: Arc<Context>,
+    /// Of the language model, if there is one.
+    sizes: Option<Sizes>,
     line: Line<(job::Waiting, Source)>,
     kept: Kept,
     delay: Duration,
@@ -96,15 +99,16 @@ impl Service {
     /// Puts an engine to work.
     pub fn start(engine: Engine, options: Options) -> Self {
         let Options { n_ready, capacity, delay, kept_bytes, watch } = options;
+        let (context, (seer, mut writer)) = (engine.context().clone(), engine.split());
         let shared = Arc::new(Shared {
-            context: engine.context().clone(),
+            context,
+            sizes: writer.as_mut().map(Writer::sizes),
             line: Line::new(capacity),
             kept: Kept::new(kept_bytes),
             delay,
             watch,
             n_on_their_way: AtomicUsize::new(0),
         });
-        let (seer, writer) = engine.split();
         let (to_look, pictures) = sync_channel(seer.at_once());
         let (to_write, orders) = sync_channel(N_ORDERED);
         let mut threads = ready::start(&shared, &to_look, n_ready.max(1));
@@ -125,7 +129,7 @@ impl Service {
     /// Takes a job in line; an error if the bundle cannot do it, or if the line is full. Whatever goes wrong later is told to the job.
     pub fn submit(&self, job: Job) -> Result<(), Error> {
         let since = Instant::now();
-        job.check(self.context())?;
+        job.check(self.context(), self.shared.sizes.as_ref())?;
         let Job { source, want, terms, tell } = job;
         let (owner, priority) = (terms.owner, terms.priority);
         self.shared.line.join(owner, priority, (job::Waiting::new(want, terms, tell, since), source))

@@ -19,6 +19,8 @@ impl Browser {
     pub fn drawn(&self, folder: &Path, page: &Path, args: &[String]) -> String {
         let mut command = Command::new(&self.0);
         let libraries = self.0.ancestors().nth(2).unwrap().join(format!("{}-linux-gnu", std::env::consts::ARCH));
+        // Some of what it loads has a folder of its own there.
+        let libraries = format!("{}:{}", libraries.display(), libraries.join("pulseaudio").display());
         command.env("LD_LIBRARY_PATH", libraries).args([
             "--no-sandbox",
             "--disable-gpu",
