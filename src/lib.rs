@@ -31,7 +31,7 @@
 //! # Doors
 //!
 //! Each outside library is used in one place: `ort` and `half` in [`runtime`], what decodes pictures in [`pixels`], `tokenizers` in [`text`],
-//! `prost` in [`bundle`], `statrs` in [`mod@bench`], `axum` and `tokio` in [`server`], `clap` and `ndarray-npy` in [`cli`]. Dependencies point
+//! `prost` in [`bundle`], `statrs` in [`mod@bench`], `axum` and `tokio` in [`server`], `ureq` in both, `clap` and `ndarray-npy` in [`cli`]. Dependencies point
 //! down: `cli → verify, server, bench → service → engine → prompt, language, stage1, qformer, vision → runtime, text → bundle → pixels`; [`decode`] knows nothing
 //! of tensors and defines the small trait that [`language`] implements. `tests/layers.rs` holds this.
 //!

@@ -10,8 +10,8 @@ const ORDER: [&str; 19] = [
     "runtime", "text", "decode", "bundle", "pixels", "timing",
 ];
 
-/// Outside libraries and the module that may name them.
-const DOORS: [(&str, &str); 37] = [
+/// Outside libraries and the modules that may name them.
+const DOORS: [(&str, &str); 40] = [
     ("axum", "server"),
     ("blake3", "service"),
     ("futures_util", "server"),
@@ -32,7 +32,10 @@ const DOORS: [(&str, &str); 37] = [
     ("schemars", "bench"),
     ("rustix", "bench"),
     ("indicatif", "cli"),
-    ("ureq", "bench"),
+    ("ureq", "bench server"),
+    ("base64", "bench server"),
+    ("rand", "bench server service"),
+    ("moka", "server service"),
     ("statrs", "bench"),
     ("ndarray_npy", "cli"),
     ("prost", "bundle"),
@@ -86,7 +89,8 @@ fn outside_libraries_have_one_door() {
     for (module, path, text) in sources() {
         for (library, door) in DOORS {
             let through = code(&text).find(|line| names(line, library));
-            assert!(module == door || through.is_none(), "{}: `{library}` belongs in {door}: {through:?}", path.display());
+            let may = door.split(' ').any(|door| door == module);
+            assert!(may || through.is_none(), "{}: `{library}` belongs in {door}: {through:?}", path.display());
         }
     }
 }

@@ -1,13 +1,14 @@
 //! What every request passes: it gets a name, its caller is recognised, and it is counted when it has been answered.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use axum::extract::{MatchedPath, Request, State};
 use axum::http::header::{AUTHORIZATION, HOST};
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
+use http_body_util::{BodyExt, Limited};
 
 use super::App;
 use super::error::{ApiError, Refused};
@@ -18,6 +19,10 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
 /// A client's own name of a request, if it is longer or odd, gives way to ours.
 const LONGEST_ID: usize = 128;
+
+/// Bytes of a body that are passed over when a request is refused, and how long they may take.
+const PASSED_OVER: usize = 1 << 20;
+const PASSING: Duration = Duration::from_millis(5);
 
 /// Where the time of an answer went, for the header that says so.
 #[derive(Clone)]
@@ -61,19 +66,28 @@ pub async fn admit(State(app): State<Arc<App>>, mut request: Request, next: Next
             response.extensions_mut().insert(who);
             response
         }
-        Err(error) => error.into_response(),
+        Err(error) => refuse(request, error).await,
     }
 }
 
 /// Refuses at once, before a body is read, where nothing more may come in hand.
 pub async fn make_room(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
     if app.is_draining() {
-        return ApiError::unavailable("the server is stopping").into_response();
+        return refuse(request, ApiError::unavailable("the server is stopping")).await;
     }
     match app.fleet.is_full() {
-        Some(seconds) => ApiError::overloaded(seconds).into_response(),
+        Some(seconds) => refuse(request, ApiError::overloaded(seconds)).await,
         None => next.run(request).await,
     }
+}
+
+/// Answers without having read the body. What of it is here already is passed over: a connection that is closed before would be cut off, and
+/// the client might never read why.
+async fn refuse(request: Request, error: ApiError) -> Response {
+    let passing = Limited::new(request.into_body(), PASSED_OVER).collect();
+    // The rest is the client's loss.
+    let _ = tokio::time::timeout(PASSING, passing).await;
+    error.into_response()
 }
 
 fn caller(app: &App, headers: &HeaderMap) -> Result<Caller, ApiError> {

@@ -46,6 +46,9 @@ use remote::Remote;
 /// Threads that parse and answer; what computes has its own.
 const N_THREADS: usize = 2;
 
+/// Pictures that are fetched at once: each holds a thread, and may hold as many bytes as a body.
+const N_FETCHES: usize = 16;
+
 /// Why a server does not start, or ends.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
@@ -105,6 +108,8 @@ pub struct App {
     metrics: Metrics,
     images: Images,
     remote: Remote,
+    /// Pictures that may be fetched at once.
+    fetches: Semaphore,
     /// Room for bodies, in steps of [`body::ROOM_STEP`] bytes.
     bodies: Arc<Semaphore>,
     is_draining: AtomicBool,
@@ -131,9 +136,10 @@ impl App {
         let fleet = Fleet::start(&config, runtime, &metrics)?;
         let (images, room) = (Images::new(&config.cache), config.limits.max_bodies_bytes / body::ROOM_STEP);
         let bodies = Arc::new(Semaphore::new(room.min(Semaphore::MAX_PERMITS)));
+        let fetches = Semaphore::new(N_FETCHES);
         let anybody = keys::Caller::anybody(rate);
         let is_draining = AtomicBool::new(false);
-        Ok(Arc::new(Self { config, fleet, keys, anybody, metrics, images, remote, bodies, is_draining }))
+        Ok(Arc::new(Self { config, fleet, keys, anybody, metrics, images, remote, fetches, bodies, is_draining }))
     }
 
     async fn serve(self: Arc<Self>, tell: impl FnOnce(&[SocketAddr])) -> Result<(), ServeError> {

@@ -107,6 +107,7 @@ async fn fetched(app: &Arc<App>, url: String) -> Result<Given, ApiError> {
     if !app.remote.is_on() {
         return Err(ApiError::picture("pictures behind addresses are not fetched here; send a data URL"));
     }
+    let _turn = app.fetches.acquire().await.map_err(|_| ApiError::internal())?;
     let (app, most) = (app.clone(), app.config.limits.max_body_bytes as u64);
     let fetch = tokio::task::spawn_blocking(move || app.remote.fetch(&url, most));
     let bytes = fetch.await.map_err(|_| ApiError::internal())?.map_err(|error| ApiError::picture(error.to_string()))?;

@@ -1,7 +1,7 @@
 //! Pictures behind https addresses: an address comes in, bytes go out.
 //!
 //! Whoever asks writes the address, so it must not make this machine speak to its own network. Only hosts that the configuration
-//! names are spoken to. [`Url`] alone reads an address, and what is asked for is put together from the parts that were checked. A
+//! names are spoken to. `Url` alone reads an address, and what is asked for is put together from the parts that were checked. A
 //! name is looked up once, all that it leads to must be on the public internet, and the connection goes there and nowhere else.
 //! Each redirect begins anew. Networks that reach IPv4 through NAT64 are not served: such addresses may lead inside.
 //! What the bytes are is not known here.
