@@ -14,7 +14,7 @@ RECIPES ?= exact,fast
 ROUNDS ?= 5
 
 .DEFAULT_GOAL := help
-.PHONY: help run setup setup-webgpu setup-openvino setup-qemu setup-browser setup-export build test test-rust test-python test-avx2 test-arm64 fmt demo-models evaluate parity bench fuzz clean
+.PHONY: help run setup setup-webgpu setup-openvino setup-qemu setup-browser setup-export build test test-rust test-python test-avx2 test-arm64 fmt demo-models evaluate parity bench fuzz promises clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -126,6 +126,9 @@ bench: setup-export setup build ## the engine and transformers in turns on a ran
 
 fuzz: ## FUZZ_COUNT damaged pictures of all formats: none panics, takes 2 seconds or 1 GB
 	FUZZ_COUNT=$(FUZZ_COUNT) cargo test --release --locked --test fuzz -- --ignored --nocapture --test-threads=1
+
+promises: setup ## what a server promises under load: overload, 100,000 damaged requests, SOAK_MINUTES of mixed load; on a machine that does nothing else
+	cargo test --release --locked --test serve promises -- --ignored --nocapture --test-threads=1
 
 clean: ## remove what the build made, keep the environments
 	cargo clean

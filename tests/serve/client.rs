@@ -73,7 +73,10 @@ impl Server {
     /// On these bundles; whether it is ready is not known.
     pub fn begun(bundles: &[&str], options: &[&str]) -> Self {
         let mut command = Command::new(env!("CARGO_BIN_EXE_blip2"));
-        command.args(["serve", "--listen", "127.0.0.1:0", "--provider", "cpu", "--threads", "1"]).args(options);
+        command.args(["serve", "--listen", "127.0.0.1:0", "--provider", "cpu"]).args(options);
+        if !options.contains(&"--threads") {
+            command.args(["--threads", "1"]);
+        }
         for bundle in bundles {
             command.arg("--model").arg(at(bundle)); // one that is absolute stays as it is
         }

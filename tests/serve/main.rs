@@ -5,5 +5,6 @@
 mod client;
 mod faults;
 mod load;
+mod promises;
 mod protocols;
 mod safety;

@@ -272,3 +272,21 @@ fn texts_become_tokens_and_tokens_texts() {
     assert!(text["prompt"].as_str().unwrap().contains("red"), "{text}");
     SERVER.post("/detokenize", &json!({"model": "t5", "tokens": [4_000_000]})).refused(400);
 }
+
+#[test]
+fn the_benchmark_measures_a_server_as_it_measures_others() {
+    for task in [&["--task", "caption"][..], &["--task", "embed"], &["--task", "match", "--text", "a red circle"]] {
+        let url = format!("http://{}/v1", SERVER.address);
+        let model = if task[1] == "caption" { "t5" } else { "stage1" };
+        let few = ["--drawn", "2", "--image-size", "64x48", "--duration", "0", "--warm-up", "0", "--queries", "6"];
+        let bench = ["bench", "server", "--url", &url, "--served-model", model, "--rate", "20"];
+        let output =
+            Command::new(env!("CARGO_BIN_EXE_blip2")).args(bench).args(few).args(task).current_dir(at("")).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert!(
+            output.status.success() && said.contains(" 0 failed"),
+            "{task:?}: {said}{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+    }
+}

@@ -1,0 +1,245 @@
+//! What takes minutes, or needs a machine for itself: `make promises`.
+
+use std::io::{BufRead, BufReader};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::client::{Server, image_url, picture};
+use crate::safety::damage;
+
+/// As many as the server's default and its line hold, and more.
+const CLIENTS: usize = 96;
+
+fn demo(options: &[&str]) -> Server {
+    let threads = std::thread::available_parallelism().unwrap().to_string();
+    Server::on(&["models/demo-opt"], &[&["--cache-bytes", "0", "--log", "error", "--threads", &threads], options].concat())
+}
+
+fn caption(n: usize) -> Value {
+    json!({"images": [picture(n % 6)], "options": {"beams": 1, "max_new_tokens": 30, "min_new_tokens": 30}})
+}
+
+/// Milliseconds of the answered and of the refused, and of the answered what no stage accounts for.
+#[derive(Default)]
+struct Found {
+    answered: Vec<f64>,
+    refused: Vec<f64>,
+    added: Vec<f64>,
+}
+
+impl Found {
+    fn quantile(times: &mut [f64], share: f64) -> f64 {
+        times.sort_by(f64::total_cmp);
+        times[((times.len() as f64 * share) as usize).min(times.len() - 1)]
+    }
+}
+
+/// Clients that ask one after another for so long; answers a second.
+fn capacity(server: &Server, n_clients: usize, time: Duration) -> f64 {
+    let (start, n) = (Instant::now(), AtomicUsize::new(0));
+    std::thread::scope(|threads| {
+        for client in 0..n_clients {
+            let n = &n;
+            threads.spawn(move || {
+                while start.elapsed() < time {
+                    assert_eq!(server.post("/caption", &caption(client)).status, 200);
+                    n.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+    });
+    n.into_inner() as f64 / start.elapsed().as_secs_f64()
+}
+
+/// Requests at even gaps, whether or not earlier ones have ended. Latency counts from when each was due.
+fn offered(server: &Server, rate: f64, time: Duration) -> Found {
+    let (start, next, found) = (Instant::now(), AtomicUsize::new(0), Mutex::new(Found::default()));
+    let n = (rate * time.as_secs_f64()) as usize;
+    std::thread::scope(|threads| {
+        for _ in 0..CLIENTS {
+            threads.spawn(|| {
+                while let Some(place) = Some(next.fetch_add(1, Ordering::Relaxed)).filter(|place| *place < n) {
+                    let due = start + Duration::from_secs_f64(place as f64 / rate);
+                    std::thread::sleep(due.saturating_duration_since(Instant::now()));
+                    let sent = Instant::now();
+                    let reply = server.post("/caption", &caption(place));
+                    let (from_due, from_sent) = (due.elapsed().as_secs_f64() * 1e3, sent.elapsed().as_secs_f64() * 1e3);
+                    let mut found = found.lock().unwrap();
+                    match reply.status {
+                        200 => {
+                            let total = reply.json()["results"][0]["timings_ms"]["total"].as_f64().unwrap();
+                            found.answered.push(from_due);
+                            found.added.push(from_sent - total);
+                        }
+                        429 => found.refused.push(from_sent),
+                        _ => panic!("{reply:?}"),
+                    }
+                }
+            });
+        }
+    });
+    found.into_inner().unwrap()
+}
+
+fn resident(server: &Server) -> f64 {
+    let counted = server.get("/metrics").text;
+    counted.lines().find_map(|line| line.strip_prefix("process_resident_memory_bytes ")).unwrap().parse().unwrap()
+}
+
+#[test]
+#[ignore = "needs a machine for itself: `make promises`"]
+fn three_times_too_much_leaves_the_admitted_as_quick_as_before() {
+    let (server, time) = (demo(&[]), Duration::from_secs(20));
+    let (one, sixteen) = (capacity(&server, 1, time / 4), capacity(&server, 16, time / 2));
+    let before = resident(&server);
+    let (mut most, mut over) = (offered(&server, 0.8 * sixteen, time), offered(&server, 3.0 * sixteen, time));
+    let after = resident(&server);
+    let usual = Found::quantile(&mut most.answered, 0.99);
+    let (admitted, refusal) = (Found::quantile(&mut over.answered, 0.99), Found::quantile(&mut over.refused, 0.99));
+    println!("1 client {one:.1}/s, 16 clients {sixteen:.1}/s ({:.2} times)", sixteen / one);
+    println!("p99 at 80 % {usual:.1} ms, at 300 % {admitted:.1} ms ({:.2} times), refusals {refusal:.1} ms", admitted / usual);
+    println!(
+        "{} of {} were refused; memory {:.3} times",
+        over.refused.len(),
+        over.refused.len() + over.answered.len(),
+        after / before
+    );
+    assert!(admitted <= 1.5 * usual && refusal <= 10.0 && after <= 1.05 * before);
+}
+
+/// Milliseconds until a text's first piece comes, and until its next one.
+fn first_piece(server: &Server, n: usize) -> (f64, f64) {
+    let mut body = caption(n);
+    body["stream"] = true.into();
+    let start = Instant::now();
+    let mut lines = BufReader::new(server.send_only("/caption", &body)).lines().map_while(Result::ok);
+    let mut pieces = lines.by_ref().filter(|line| line.starts_with("data: {\"text\"")).map(|_| start.elapsed().as_secs_f64() * 1e3);
+    let first = pieces.next().unwrap();
+    let next = pieces.next().unwrap();
+    (first, next - first)
+}
+
+fn median(mut times: Vec<f64>) -> f64 {
+    Found::quantile(&mut times, 0.5)
+}
+
+#[test]
+#[ignore = "needs a machine for itself: `make promises`"]
+fn it_is_ready_soon_adds_little_and_lets_a_new_text_in_beside_others() {
+    let start = Instant::now();
+    let server = demo(&[]);
+    let ready = start.elapsed().as_secs_f64();
+    let half = 0.5 * capacity(&server, 16, Duration::from_secs(5));
+    let mut added = offered(&server, half, Duration::from_secs(20)).added;
+    let added = Found::quantile(&mut added, 0.99);
+    let (alone, _): (Vec<f64>, Vec<f64>) = (0..40).map(|n| first_piece(&server, n)).unzip();
+    let is_over = AtomicBool::new(false);
+    let (beside, steps): (Vec<f64>, Vec<f64>) = std::thread::scope(|threads| {
+        for client in 0..8 {
+            let (server, is_over) = (&server, &is_over);
+            threads.spawn(move || {
+                while !is_over.load(Ordering::Relaxed) {
+                    assert_eq!(server.post("/caption", &caption(client)).status, 200);
+                }
+            });
+        }
+        let found = (0..40).map(|n| first_piece(&server, n)).unzip();
+        is_over.store(true, Ordering::Relaxed);
+        found
+    });
+    let (alone, beside, step) = (median(alone), median(beside), median(steps));
+    println!("ready after {ready:.2} s; added by the server at half load: p99 {added:.2} ms");
+    println!("first piece alone {alone:.2} ms, beside 8 others {beside:.2} ms, a step then {step:.2} ms");
+    assert!(ready <= 1.0 && added <= 2.0 && beside <= 2.0 * alone + step);
+}
+
+#[test]
+#[ignore = "takes minutes: `make promises`"]
+fn a_hundred_thousand_damaged_requests_leave_it_as_it_was() {
+    let n: usize = std::env::var("FUZZ_REQUESTS").map_or(100_000, |n| n.parse().unwrap());
+    let server = Server::on(&["tests/bundles/t5"], &["--log", "error"]);
+    let before = resident(&server);
+    damage(&server, n);
+    println!("memory {:.3} times", resident(&server) / before);
+    assert_eq!(server.post("/caption", &json!({"images": [picture(0)]})).status, 200);
+}
+
+#[test]
+#[ignore = "takes half an hour: `make promises`"]
+fn half_an_hour_of_mixed_load_with_faults_loses_nothing() {
+    let minutes: f64 = std::env::var("SOAK_MINUTES").map_or(30.0, |minutes| minutes.parse().unwrap());
+    let time = Duration::from_secs_f64(minutes * 60.0);
+    let server = Server::start(&["--log", "error", "--max-in-hand", "24"]);
+    let (start, is_over) = (Instant::now(), AtomicBool::new(false));
+    let (answered, refused) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let mut sizes = Vec::new();
+    std::thread::scope(|threads| {
+        for client in 0..8 {
+            let (server, is_over, answered, refused) = (&server, &is_over, &answered, &refused);
+            threads.spawn(move || {
+                let mut n = client;
+                while !is_over.load(Ordering::Relaxed) {
+                    n += 8;
+                    match soaked(server, n) {
+                        Some(200) => answered.fetch_add(1, Ordering::Relaxed),
+                        Some(429) => refused.fetch_add(1, Ordering::Relaxed),
+                        Some(status) => panic!("status {status}"),
+                        None => 0,
+                    };
+                }
+            });
+        }
+        while start.elapsed() < time {
+            std::thread::sleep(time / 60);
+            sizes.push(resident(&server));
+        }
+        is_over.store(true, Ordering::Relaxed);
+    });
+    server.wait_in_hand(|n| n == 0);
+    let (warm, last) = (sizes[sizes.len() / 6], sizes[sizes.len() - 1]);
+    println!(
+        "{} answered, {} refused; memory {:.0} → {:.0} MB",
+        answered.into_inner(),
+        refused.into_inner(),
+        warm / 1e6,
+        last / 1e6
+    );
+    assert!(last <= 1.1 * warm, "{sizes:?}");
+}
+
+/// One of many kinds of requests; its status, unless its client went away. What is answered is what was asked for.
+fn soaked(server: &Server, n: usize) -> Option<u16> {
+    let tokens = 2 + n % 40;
+    let options = json!({"beams": 1 + n % 3, "max_new_tokens": tokens});
+    let caption = json!({"model": "t5", "images": [picture(n % 5)], "options": options});
+    match n % 11 {
+        0 => {
+            let stream = server.send_only("/caption", &caption);
+            std::thread::sleep(Duration::from_millis((n % 30) as u64));
+            drop(stream);
+            None
+        }
+        1 => Some(server.post("/caption", &json!({"images": [{"data": "AAAA"}]})))
+            .filter(|reply| reply.status != 400)
+            .map(|reply| reply.status),
+        2 => Some(server.post("/match", &json!({"images": [picture(n % 5)], "texts": ["a", "b"]})).status),
+        3 => {
+            let content = json!([image_url(n % 5), {"type": "text", "text": "what?"}]);
+            Some(
+                server
+                    .post("/v1/chat/completions", &json!({"model": "vqa-opt", "messages": [{"role": "user", "content": content}]}))
+                    .status,
+            )
+        }
+        _ => {
+            let reply = server.post("/caption", &caption);
+            if reply.status == 200 {
+                assert!(reply.json()["results"][0]["tokens"].as_array().unwrap().len() <= tokens);
+            }
+            Some(reply.status)
+        }
+    }
+}
