@@ -22,7 +22,7 @@ const LONGEST_ID: usize = 128;
 
 /// Bytes of a body that are passed over when a request is refused, and how long they may take.
 const PASSED_OVER: usize = 1 << 20;
-const PASSING: Duration = Duration::from_millis(5);
+const PASSING: Duration = Duration::from_millis(100);
 
 /// Where the time of an answer went, for the header that says so.
 #[derive(Clone)]
