@@ -14,10 +14,11 @@ use crate::prompt::PromptError;
 use crate::runtime::RuntimeError;
 
 /// An answer that is none.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{}{message}", param.as_ref().map(|param| format!("{param}: ")).unwrap_or_default())]
 pub struct ApiError {
     pub(super) status: StatusCode,
-    code: &'static str,
+    pub(super) code: &'static str,
     message: String,
     /// The part of the request that is at fault.
     param: Option<String>,
@@ -187,14 +188,14 @@ impl IntoResponse for ApiError {
         if self.status == StatusCode::UNAUTHORIZED {
             response.headers_mut().insert("www-authenticate", HeaderValue::from_static("Bearer"));
         }
-        response.extensions_mut().insert(Refused(self.code));
+        response.extensions_mut().insert(Refused(self));
         response
     }
 }
 
 /// Why a request was not answered, for whoever counts.
-#[derive(Clone, Copy, Debug)]
-pub struct Refused(pub &'static str);
+#[derive(Clone, Debug)]
+pub struct Refused(pub ApiError);
 
 /// An error with its causes, for the log.
 pub fn chain(error: &dyn std::error::Error) -> String {

@@ -36,8 +36,8 @@ pub async fn observe(State(app): State<Arc<App>>, request: Request, next: Next) 
     let mut response = next.run(request).await;
     let (time, status) = (start.elapsed(), response.status().as_u16());
     app.metrics.answered(&route, status, time);
-    if let Some(Refused(why)) = response.extensions().get() {
-        app.metrics.refused(why);
+    if let Some(Refused(error)) = response.extensions().get() {
+        app.metrics.refused(error.code);
     }
     let ms = milliseconds(time);
     let caller = response.extensions().get().map_or("nobody", |Who(name)| name);

@@ -3,7 +3,7 @@
 //! A request is recognised, admitted, read, asked and answered, each in one file: [`connection`] limits what reaches the router, [`guard`]
 //! knows callers, counts and refuses, `body` and `picture` read what a request says within its limits, `call` turns it into jobs, `worker`
 //! hands them to a [`service`](crate::service) and is the only place where what is asked meets what blocks. `routes` has a file for each
-//! route; one `match` in `error` says which status goes with what. Handlers hold no locks and run no inference.
+//! route, `kserve` those of a protocol of its own; one `match` in `error` says which status goes with what. Handlers hold no locks and run no inference.
 
 mod body;
 mod call;
@@ -14,6 +14,7 @@ mod fleet;
 mod guard;
 mod images;
 mod keys;
+mod kserve;
 mod log;
 mod metrics;
 mod picture;

@@ -28,6 +28,7 @@ pub struct Reply {
     pub status: u16,
     pub headers: ureq::http::HeaderMap,
     pub text: String,
+    pub bytes: Vec<u8>,
 }
 
 pub fn at(path: &str) -> PathBuf {
@@ -128,6 +129,15 @@ impl Server {
         reply(request.send(body.to_string()))
     }
 
+    /// Bytes that are no JSON, or not alone.
+    pub fn post_bytes(&self, path: &str, body: &[u8], headers: &[(&str, &str)]) -> Reply {
+        let mut request = self.agent.post(self.url(path));
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        reply(request.send(body))
+    }
+
     pub fn delete(&self, path: &str) -> Reply {
         reply(self.agent.delete(self.url(path)).call())
     }
@@ -223,6 +233,7 @@ impl Reply {
 
 fn reply(response: Result<ureq::http::Response<ureq::Body>, ureq::Error>) -> Reply {
     let mut response = response.unwrap();
-    let text = response.body_mut().read_to_string().unwrap();
-    Reply { status: response.status().as_u16(), headers: response.headers().clone(), text }
+    let bytes = response.body_mut().read_to_vec().unwrap();
+    let text = String::from_utf8_lossy(&bytes).into_owned();
+    Reply { status: response.status().as_u16(), headers: response.headers().clone(), text, bytes }
 }

@@ -4,6 +4,7 @@
 
 mod client;
 mod faults;
+mod kserve;
 mod load;
 mod protocols;
 mod safety;
