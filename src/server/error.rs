@@ -22,7 +22,7 @@ pub struct ApiError {
     message: String,
     /// The part of the request that is at fault.
     param: Option<String>,
-    retry_after_s: Option<u64>,
+    pub(super) retry_after_s: Option<u64>,
 }
 
 /// As OpenAI's servers say it.
@@ -92,6 +92,11 @@ impl ApiError {
     /// It came too slowly.
     pub fn slow() -> Self {
         Self::new(StatusCode::REQUEST_TIMEOUT, "body_timeout", "the body did not come in time")
+    }
+
+    /// Its caller does not wait any longer.
+    pub fn given_up() -> Self {
+        Self::new(StatusCode::REQUEST_TIMEOUT, "deadline", "the time that the caller gave is over")
     }
 
     /// A body that cannot be read as what it says it is.

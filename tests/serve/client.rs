@@ -17,6 +17,8 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 pub struct Server {
     child: Child,
     pub address: String,
+    /// Of gRPC, if it has one.
+    pub grpc: String,
     pub said: Arc<Mutex<String>>,
     agent: ureq::Agent,
     key: Option<&'static str>,
@@ -80,11 +82,12 @@ impl Server {
         command.env_remove("BLIP2_MODEL").current_dir(at("")).stderr(Stdio::piped()).stdout(Stdio::null());
         let mut child = command.spawn().unwrap();
         let mut lines = BufReader::new(child.stderr.take().unwrap());
-        let address = loop {
+        let (address, grpc) = loop {
             let mut line = String::new();
             assert!(lines.read_line(&mut line).unwrap() > 0, "it ended before it listened");
             if let Some((_, rest)) = line.split_once("http://") {
-                break rest.split_whitespace().next().unwrap().to_owned();
+                let first = |text: &str| text.split_whitespace().next().unwrap_or_default().to_owned();
+                break (first(rest), rest.split_once("grpc://").map(|(_, rest)| first(rest)).unwrap_or_default());
             }
         };
         let said = Arc::new(Mutex::new(String::new()));
@@ -97,7 +100,7 @@ impl Server {
             }
         });
         let config = ureq::Agent::config_builder().http_status_as_error(false).timeout_global(Some(PATIENCE));
-        Self { child, address, said, agent: config.build().into(), key: None }
+        Self { child, address, grpc, said, agent: config.build().into(), key: None }
     }
 
     fn wait_ready(&self) {

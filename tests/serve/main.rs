@@ -4,6 +4,7 @@
 
 mod client;
 mod faults;
+mod grpc;
 mod kserve;
 mod load;
 mod protocols;

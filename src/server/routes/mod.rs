@@ -32,7 +32,7 @@ use utoipa::OpenApi;
 
 use super::App;
 use super::guard;
-use super::kserve::http as kserve;
+use super::kserve::{grpc, http as kserve};
 
 /// What the server offers.
 #[derive(OpenApi)]
@@ -105,6 +105,11 @@ pub fn all(app: &Arc<App>) -> Router {
 /// What is for those who run the server, on an address of its own.
 pub fn admin(app: &Arc<App>) -> Router {
     guarded(app, controls()).merge(observed(app, healths())).with_state(app.clone())
+}
+
+/// What gRPC has, on an address of its own.
+pub fn of_grpc(app: &Arc<App>) -> Router {
+    observed(app, grpc::routes(app)).with_state(app.clone())
 }
 
 fn healths() -> Router<Arc<App>> {
