@@ -14,7 +14,7 @@ RECIPES ?= exact,fast
 ROUNDS ?= 5
 
 .DEFAULT_GOAL := help
-.PHONY: help run setup setup-webgpu setup-openvino setup-qemu setup-browser setup-export build test test-rust test-python test-avx2 test-arm64 fmt demo-models evaluate parity bench fuzz promises clean
+.PHONY: help run setup setup-webgpu setup-openvino setup-qemu setup-browser setup-kserve setup-export build test test-rust test-python test-avx2 test-arm64 fmt demo-models evaluate parity bench fuzz promises clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -66,6 +66,14 @@ $(BROWSER)/.stamp:
 		--no-install-recommends chromium-headless-shell | awk '/^Inst/ && !/chromium/ { print $$2 }') && \
 		for package in *.deb; do dpkg -x $$package . || exit 1; done && rm *.deb && touch ../.stamp
 	@test -e $@ || echo "skipped: no browser, for apt-get cannot download chromium-headless-shell here"
+
+setup-kserve: target/kserve/.stamp ## Triton's clients, to test the Open Inference Protocol with
+
+# An environment of their own: they need another protobuf than ONNX has here.
+target/kserve/.stamp: export/kserve.txt
+	$(PYTHON) -m venv target/kserve
+	target/kserve/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r export/kserve.txt
+	touch $@
 
 setup-export: export/.venv/.stamp ## PyTorch and transformers for export/
 

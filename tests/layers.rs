@@ -11,7 +11,7 @@ const ORDER: [&str; 19] = [
 ];
 
 /// Outside libraries and the modules that may name them.
-const DOORS: [(&str, &str); 40] = [
+const DOORS: [(&str, &str); 42] = [
     ("axum", "server"),
     ("blake3", "service"),
     ("futures_util", "server"),
@@ -22,6 +22,9 @@ const DOORS: [(&str, &str); 40] = [
     ("subtle", "server"),
     ("tokio", "server"),
     ("toml", "server"),
+    // What they make of gRPC's messages names `prost` too; it is not under src/.
+    ("tonic", "server"),
+    ("tonic_prost", "server"),
     ("tower", "server"),
     ("tower_http", "server"),
     ("tracing", "server"),

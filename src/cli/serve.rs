@@ -1,4 +1,4 @@
-//! `blip2 serve`: bundles behind HTTP.
+//! `blip2 serve`: bundles behind HTTP and gRPC.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -27,6 +27,9 @@ pub(in crate::cli) struct Serve {
     /// Another address for /metrics and /admin, which are then nowhere else
     #[arg(long, value_name = "ADDRESS", env = "BLIP2_ADMIN_LISTEN")]
     admin_listen: Option<SocketAddr>,
+    /// Where the Open Inference Protocol is spoken over gRPC, if anywhere
+    #[arg(long, value_name = "ADDRESS", env = "BLIP2_GRPC_LISTEN")]
+    grpc_listen: Option<SocketAddr>,
     /// A file of bearer keys in TOML: a table for each caller, with `key`, and if wanted `priority` and `requests_per_s`; it is read again
     /// when it changes
     #[arg(long, value_name = "FILE", env = "BLIP2_KEYS")]
@@ -76,7 +79,7 @@ pub(super) fn run(command: &Serve) -> Result<(), Failure> {
     let names: Vec<String> = config.names().collect();
     server::start_log(&config.log);
     server::serve(config, &runtime, |addresses| {
-        let at: Vec<String> = addresses.iter().map(|address| format!("http://{address}")).collect();
+        let at: Vec<String> = addresses.iter().map(|(scheme, address)| format!("{scheme}://{address}")).collect();
         eprintln!("blip2: {} on {}", plain(&names.join(", ")), at.join(" and "));
     })
     .map_err(Failure::Serve)
@@ -94,6 +97,7 @@ impl Serve {
         }
         config.listen = self.listen.unwrap_or(config.listen);
         config.admin_listen = self.admin_listen.or(config.admin_listen);
+        config.grpc_listen = self.grpc_listen.or(config.grpc_listen);
         config.keys = self.keys.clone().or(config.keys);
         config.open |= self.open;
         config.limits.max_in_hand = self.max_in_hand.unwrap_or(config.limits.max_in_hand);

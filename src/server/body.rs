@@ -1,5 +1,6 @@
 //! A request's body: read within its limits, JSON or a form.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
@@ -20,6 +21,9 @@ const LARGE: usize = 64 << 10;
 /// Of the room for bodies, one permit.
 pub const ROOM_STEP: usize = 1 << 10;
 
+/// Held as long as something of a body is in memory.
+pub type Room = Arc<OwnedSemaphorePermit>;
+
 /// What a request says.
 pub struct Said<T> {
     /// Its JSON, or the fields of its form.
@@ -27,12 +31,12 @@ pub struct Said<T> {
     /// The files of its form.
     pub uploads: Uploads,
     /// Held until nothing of the body is in memory any more.
-    pub room: OwnedSemaphorePermit,
+    pub room: Room,
 }
 
 /// Reads JSON, or a form with files named `image` whose other fields are JSON or else text.
 pub async fn read<T: DeserializeOwned + Send + 'static>(app: &App, request: Request) -> Result<Said<T>, ApiError> {
-    let (room, timeout) = (room(app, &request)?, Duration::from_secs_f64(app.config.limits.body_timeout_s));
+    let (room, timeout) = (Arc::new(taken(app, &request)?), Duration::from_secs_f64(app.config.limits.body_timeout_s));
     let kind = request.headers().get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default().to_owned();
     let kind = kind.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
     let limit = app.config.limits.max_body_bytes;
@@ -50,8 +54,18 @@ pub async fn read<T: DeserializeOwned + Send + 'static>(app: &App, request: Requ
     Ok(Said { value, uploads, room })
 }
 
+/// All bytes of a body, whatever they are, and the room that they take.
+pub async fn bytes(app: &App, request: Request) -> Result<(Bytes, Room), ApiError> {
+    let (mut room, timeout) = (taken(app, &request)?, Duration::from_secs_f64(app.config.limits.body_timeout_s));
+    let reading = whole(request.into_body(), app.config.limits.max_body_bytes);
+    let bytes = tokio::time::timeout(timeout, reading).await.map_err(|_| ApiError::slow())??;
+    // A body that did not say how long it is has taken room for the longest.
+    drop(room.split(room.num_permits().saturating_sub(bytes.len().div_ceil(ROOM_STEP))));
+    Ok((bytes, Arc::new(room)))
+}
+
 /// Room for as many bytes as the body says that it has, or may have.
-fn room(app: &App, request: &Request) -> Result<OwnedSemaphorePermit, ApiError> {
+fn taken(app: &App, request: &Request) -> Result<OwnedSemaphorePermit, ApiError> {
     let limit = app.config.limits.max_body_bytes;
     let length = request.headers().get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
     let is_plain = !request.headers().contains_key(axum::http::header::CONTENT_ENCODING);
@@ -72,7 +86,8 @@ async fn whole(body: Body, limit: usize) -> Result<Bytes, ApiError> {
     }
 }
 
-async fn parsed<T: DeserializeOwned + Send + 'static>(bytes: Bytes) -> Result<T, ApiError> {
+/// JSON.
+pub async fn parsed<T: DeserializeOwned + Send + 'static>(bytes: Bytes) -> Result<T, ApiError> {
     let is_large = bytes.len() > LARGE;
     let parse = move || serde_json::from_slice(&bytes).map_err(unreadable);
     if is_large { tokio::task::spawn_blocking(parse).await.map_err(|_| ApiError::internal())? } else { parse() }

@@ -3,9 +3,8 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::sync::OwnedSemaphorePermit;
-
 use super::App;
+use super::body::Room;
 use super::error::ApiError;
 use super::fleet::Model;
 use super::keys::Caller;
@@ -31,7 +30,7 @@ pub struct Call {
     pub keeps: bool,
     /// Of its body.
     #[expect(dead_code, reason = "it is held")]
-    room: OwnedSemaphorePermit,
+    room: Room,
 }
 
 impl Call {
@@ -40,7 +39,7 @@ impl Call {
         app: &Arc<App>,
         caller: Caller,
         (model, task, pictures): (Option<&str>, TaskName, &[PictureIn]),
-        room: OwnedSemaphorePermit,
+        room: Room,
     ) -> Result<Self, ApiError> {
         let id = pictures.first().and_then(|picture| picture.image_id.as_deref());
         let looked = id.filter(|_| model.is_none()).and_then(|id| app.images.get(caller.owner, id));

@@ -18,6 +18,9 @@ pub struct Config {
     /// Where `/metrics` and `/admin` are, if not beside the rest.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub admin_listen: Option<SocketAddr>,
+    /// Where gRPC is, if anywhere.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub grpc_listen: Option<SocketAddr>,
     /// A file of bearer keys, one a line, each behind a name and a colon. It is read again when it changes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub keys: Option<PathBuf>,
@@ -138,6 +141,7 @@ impl Default for Config {
         Self {
             listen: (Ipv4Addr::LOCALHOST, 8000).into(),
             admin_listen: None,
+            grpc_listen: None,
             keys: None,
             open: false,
             drain_s: 30.0,
@@ -261,7 +265,7 @@ impl Config {
     }
 
     fn check_openness(&self) -> Result<(), ServeError> {
-        let addresses = std::iter::once(self.listen).chain(self.admin_listen);
+        let addresses = std::iter::once(self.listen).chain(self.admin_listen).chain(self.grpc_listen);
         match addresses.into_iter().find(|address| !address.ip().is_loopback()) {
             Some(address) if self.keys.is_none() && !self.open => Err(ServeError::Open(address)),
             _ => Ok(()),
@@ -337,6 +341,7 @@ mod tests {
         says("models = [{path = 'a', name = '../x'}]", "a model's name");
         says("modles = []", "unknown field `modles`");
         says(&format!("listen = '0.0.0.0:80'\n{models}"), "0.0.0.0:80");
+        says(&format!("grpc_listen = '0.0.0.0:81'\n{models}"), "0.0.0.0:81");
         says(&format!("drain_s = -1\n{models}"), "drain_s is -1");
         says(&format!("drain_s = nan\n{models}"), "drain_s is NaN");
         says(&format!("{models}[limits]\nmax_in_hand = 0"), "limits.max_in_hand");

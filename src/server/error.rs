@@ -14,14 +14,15 @@ use crate::prompt::PromptError;
 use crate::runtime::RuntimeError;
 
 /// An answer that is none.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{}{message}", param.as_ref().map(|param| format!("{param}: ")).unwrap_or_default())]
 pub struct ApiError {
     pub(super) status: StatusCode,
-    code: &'static str,
+    pub(super) code: &'static str,
     message: String,
     /// The part of the request that is at fault.
     param: Option<String>,
-    retry_after_s: Option<u64>,
+    pub(super) retry_after_s: Option<u64>,
 }
 
 /// As OpenAI's servers say it.
@@ -91,6 +92,11 @@ impl ApiError {
     /// It came too slowly.
     pub fn slow() -> Self {
         Self::new(StatusCode::REQUEST_TIMEOUT, "body_timeout", "the body did not come in time")
+    }
+
+    /// Its caller does not wait any longer.
+    pub fn given_up() -> Self {
+        Self::new(StatusCode::REQUEST_TIMEOUT, "deadline", "the time that the caller gave is over")
     }
 
     /// A body that cannot be read as what it says it is.
@@ -187,14 +193,14 @@ impl IntoResponse for ApiError {
         if self.status == StatusCode::UNAUTHORIZED {
             response.headers_mut().insert("www-authenticate", HeaderValue::from_static("Bearer"));
         }
-        response.extensions_mut().insert(Refused(self.code));
+        response.extensions_mut().insert(Refused(self));
         response
     }
 }
 
 /// Why a request was not answered, for whoever counts.
-#[derive(Clone, Copy, Debug)]
-pub struct Refused(pub &'static str);
+#[derive(Clone, Debug)]
+pub struct Refused(pub ApiError);
 
 /// An error with its causes, for the log.
 pub fn chain(error: &dyn std::error::Error) -> String {

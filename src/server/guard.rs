@@ -39,10 +39,13 @@ pub async fn observe(State(app): State<Arc<App>>, request: Request, next: Next) 
     let method = request.method().clone();
     let route = request.extensions().get::<MatchedPath>().map_or("none", MatchedPath::as_str).to_owned();
     let mut response = next.run(request).await;
-    let (time, status) = (start.elapsed(), response.status().as_u16());
+    let time = start.elapsed();
+    let refused = response.extensions().get::<Refused>().map(|Refused(error)| error);
+    // Of gRPC, every answer is one of HTTP's good ones.
+    let status = refused.map_or(response.status(), |error| error.status).as_u16();
     app.metrics.answered(&route, status, time);
-    if let Some(Refused(why)) = response.extensions().get() {
-        app.metrics.refused(why);
+    if let Some(error) = refused {
+        app.metrics.refused(error.code);
     }
     let ms = milliseconds(time);
     let caller = response.extensions().get().map_or("nobody", |Who(name)| name);

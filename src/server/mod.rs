@@ -1,9 +1,9 @@
-//! `blip2 serve`: bundles behind HTTP.
+//! `blip2 serve`: bundles behind HTTP and gRPC.
 //!
 //! A request is recognised, admitted, read, asked and answered, each in one file: [`connection`] limits what reaches the router, [`guard`]
 //! knows callers, counts and refuses, `body` and `picture` read what a request says within its limits, `call` turns it into jobs, `worker`
 //! hands them to a [`service`](crate::service) and is the only place where what is asked meets what blocks. `routes` has a file for each
-//! route; one `match` in `error` says which status goes with what. Handlers hold no locks and run no inference.
+//! route, `kserve` those of a protocol of its own; one `match` in `error` says which status goes with what. Handlers hold no locks and run no inference.
 
 mod body;
 mod call;
@@ -14,6 +14,7 @@ mod fleet;
 mod guard;
 mod images;
 mod keys;
+mod kserve;
 mod log;
 mod metrics;
 mod picture;
@@ -48,6 +49,9 @@ const N_THREADS: usize = 2;
 
 /// Pictures that are fetched at once: each holds a thread, and may hold as many bytes as a body.
 const N_FETCHES: usize = 16;
+
+/// What is spoken at an address, and the address.
+pub type Address = (&'static str, SocketAddr);
 
 /// Why a server does not start, or ends.
 #[derive(Debug, thiserror::Error)]
@@ -116,7 +120,7 @@ pub struct App {
 }
 
 /// Serves until the process is told to stop; `tell` gets the addresses once they are listened on. A second signal stops at once.
-pub fn serve(config: Config, runtime: &RuntimeOptions, tell: impl FnOnce(&[SocketAddr])) -> Result<(), ServeError> {
+pub fn serve(config: Config, runtime: &RuntimeOptions, tell: impl FnOnce(&[Address])) -> Result<(), ServeError> {
     config.check()?;
     let app = App::start(config, runtime)?;
     let threads = tokio::runtime::Builder::new_multi_thread().worker_threads(N_THREADS).enable_all().build();
@@ -142,13 +146,17 @@ impl App {
         Ok(Arc::new(Self { config, fleet, keys, anybody, metrics, images, remote, fetches, bodies, is_draining }))
     }
 
-    async fn serve(self: Arc<Self>, tell: impl FnOnce(&[SocketAddr])) -> Result<(), ServeError> {
+    async fn serve(self: Arc<Self>, tell: impl FnOnce(&[Address])) -> Result<(), ServeError> {
         let mut listeners = vec![(listen(self.config.listen).await?, routes::all(&self))];
         if let Some(address) = self.config.admin_listen {
             listeners.push((listen(address).await?, routes::admin(&self)));
         }
-        let addresses: Vec<_> = listeners.iter().filter_map(|(listener, _)| listener.local_addr().ok()).collect();
-        tell(&addresses);
+        let schemes = vec!["http"; listeners.len()].into_iter().chain(["grpc"]);
+        if let Some(address) = self.config.grpc_listen {
+            listeners.push((listen(address).await?, routes::of_grpc(&self)));
+        }
+        let addresses = schemes.zip(&listeners).filter_map(|(scheme, (listener, _))| Some((scheme, listener.local_addr().ok()?)));
+        tell(&addresses.collect::<Vec<_>>());
         connection::serve(&self, listeners).await;
         Ok(())
     }

@@ -17,6 +17,8 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 pub struct Server {
     child: Child,
     pub address: String,
+    /// Of gRPC, if it has one.
+    pub grpc: String,
     pub said: Arc<Mutex<String>>,
     agent: ureq::Agent,
     key: Option<&'static str>,
@@ -28,6 +30,7 @@ pub struct Reply {
     pub status: u16,
     pub headers: ureq::http::HeaderMap,
     pub text: String,
+    pub bytes: Vec<u8>,
 }
 
 pub fn at(path: &str) -> PathBuf {
@@ -84,11 +87,12 @@ impl Server {
         let mut child = command.spawn().unwrap();
         let mut lines = BufReader::new(child.stderr.take().unwrap());
         let mut last = String::new();
-        let address = loop {
+        let (address, grpc) = loop {
             let mut line = String::new();
             assert!(lines.read_line(&mut line).unwrap() > 0, "it ended before it listened: {last}");
             if let Some((_, rest)) = line.split_once("http://") {
-                break rest.split_whitespace().next().unwrap().to_owned();
+                let first = |text: &str| text.split_whitespace().next().unwrap_or_default().to_owned();
+                break (first(rest), rest.split_once("grpc://").map(|(_, rest)| first(rest)).unwrap_or_default());
             }
             last = line;
         };
@@ -102,7 +106,7 @@ impl Server {
             }
         });
         let config = ureq::Agent::config_builder().http_status_as_error(false).timeout_global(Some(PATIENCE));
-        Self { child, address, said, agent: config.build().into(), key: None }
+        Self { child, address, grpc, said, agent: config.build().into(), key: None }
     }
 
     fn wait_ready(&self) {
@@ -132,6 +136,15 @@ impl Server {
             request = request.header(*name, *value);
         }
         reply(request.send(body.to_string()))
+    }
+
+    /// Bytes that are no JSON, or not alone.
+    pub fn post_bytes(&self, path: &str, body: &[u8], headers: &[(&str, &str)]) -> Reply {
+        let mut request = self.agent.post(self.url(path));
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        reply(request.send(body))
     }
 
     pub fn delete(&self, path: &str) -> Reply {
@@ -229,6 +242,7 @@ impl Reply {
 
 fn reply(response: Result<ureq::http::Response<ureq::Body>, ureq::Error>) -> Reply {
     let mut response = response.unwrap();
-    let text = response.body_mut().read_to_string().unwrap();
-    Reply { status: response.status().as_u16(), headers: response.headers().clone(), text }
+    let bytes = response.body_mut().read_to_vec().unwrap();
+    let text = String::from_utf8_lossy(&bytes).into_owned();
+    Reply { status: response.status().as_u16(), headers: response.headers().clone(), text, bytes }
 }

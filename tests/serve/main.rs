@@ -4,6 +4,8 @@
 
 mod client;
 mod faults;
+mod grpc;
+mod kserve;
 mod load;
 mod promises;
 mod protocols;

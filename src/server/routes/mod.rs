@@ -11,7 +11,7 @@ mod images;
 mod matching;
 mod messages;
 mod models;
-mod options;
+pub(super) mod options;
 mod page;
 mod rank;
 mod results;
@@ -32,6 +32,7 @@ use utoipa::OpenApi;
 
 use super::App;
 use super::guard;
+use super::kserve::{grpc, http as kserve};
 
 /// What the server offers.
 #[derive(OpenApi)]
@@ -40,7 +41,8 @@ use super::guard;
     paths(
         caption::caption, ask::ask, matching::match_texts, embed::embed, rank::rank, images::look, images::forget, page::samples,
         page::sample, chat::complete, models::list, models::one, embeddings::embed, score::score, score::rerank, tokenize::tokenize,
-        tokenize::detokenize, health::live, health::ready, health::version, health::load, health::metrics, admin::load, admin::unload
+        tokenize::detokenize, health::live, health::ready, health::version, health::load, health::metrics, admin::load, admin::unload,
+        kserve::server, kserve::live, kserve::ready, kserve::model, kserve::model_ready, kserve::infer
     ),
     modifiers(&Bearer),
     security((), ("bearer" = [])),
@@ -97,12 +99,17 @@ pub fn all(app: &Arc<App>) -> Router {
         .route("/", get(page::index))
         .route("/page/app.js", get(page::script))
         .route("/page/style.css", get(page::style));
-    guarded(app, asks.merge(known)).merge(observed(app, open.merge(healths()))).with_state(app.clone())
+    guarded(app, asks.merge(known)).merge(observed(app, open.merge(healths()).merge(kserve::routes(app)))).with_state(app.clone())
 }
 
 /// What is for those who run the server, on an address of its own.
 pub fn admin(app: &Arc<App>) -> Router {
     guarded(app, controls()).merge(observed(app, healths())).with_state(app.clone())
+}
+
+/// What gRPC has, on an address of its own.
+pub fn of_grpc(app: &Arc<App>) -> Router {
+    observed(app, grpc::routes(app)).with_state(app.clone())
 }
 
 fn healths() -> Router<Arc<App>> {
