@@ -34,6 +34,7 @@ const UNAUTHENTICATED: i32 = 16;
 struct Reply {
     status: i32,
     said: String,
+    head: http::HeaderMap,
     trailers: http::HeaderMap,
     body: Vec<u8>,
 }
@@ -81,10 +82,10 @@ async fn ask(server: &Server, method: &str, body: Vec<u8>, headers: &[(&'static 
         body.extend_from_slice(&part);
     }
     // A refusal without a body has its trailers in its head.
-    let trailers = received.trailers().await.unwrap().unwrap_or(head.headers);
+    let trailers = received.trailers().await.unwrap().unwrap_or_else(|| head.headers.clone());
     let text = |name: &str| trailers.get(name).map(|value| value.to_str().unwrap().to_owned());
     let status = text("grpc-status").unwrap_or_else(|| panic!("{trailers:?}")).parse().unwrap();
-    Reply { status, said: text("grpc-message").unwrap_or_default(), trailers, body }
+    Reply { status, said: text("grpc-message").unwrap_or_default(), head: head.headers, trailers, body }
 }
 
 fn call(server: &Server, method: &str, message: &impl Message) -> Reply {
@@ -158,6 +159,9 @@ fn texts_are_those_of_native_routes() {
     listed.inputs[0].contents =
         Some(InferTensorContents { bytes_contents: vec![sample(0).into(), sample(1).into()], ..InferTensorContents::default() });
     listed.model_version = "1".into();
+    let one = call(&SERVER, "ModelInfer", &self::request("t5", &[("image", vec![sample(0)])]));
+    let timing = one.head["server-timing"].to_str().unwrap();
+    assert!(timing.contains("decode;dur=") && timing.contains("total;dur="), "{timing}");
     assert_eq!(call(&SERVER, "ModelInfer", &listed).ok::<ModelInferResponse>(), found);
 }
 

@@ -7,6 +7,7 @@ use serde_json::{Map, Value};
 use super::metadata;
 use super::tensor::{Data, Elements, Head, Output};
 use crate::bundle::{Bundle, TaskName};
+use crate::engine::Generation;
 use crate::server::App;
 use crate::server::body::Room;
 use crate::server::call::{self, Call};
@@ -161,13 +162,12 @@ fn wants(call: &Call, task: TaskName, texts: Option<Vec<String>>, parameters: Ma
 }
 
 /// How texts are written, and the text around what is asked.
-fn written(
-    call: &Call,
-    task: TaskName,
-    parameters: Map<String, Value>,
-) -> Result<(Box<crate::engine::Generation>, Option<String>), ApiError> {
-    let parameters = parameters.into_iter().map(|(name, value)| (meant(&name, value), name)).map(|(value, name)| (name, value));
-    let options: Options = serde_json::from_value(Value::Object(parameters.collect()))
+fn written(call: &Call, task: TaskName, parameters: Map<String, Value>) -> Result<(Box<Generation>, Option<String>), ApiError> {
+    let meant = parameters.into_iter().map(|(name, value)| {
+        let value = meant(&name, value);
+        (name, value)
+    });
+    let options: Options = serde_json::from_value(Value::Object(meant.collect()))
         .map_err(|error| ApiError::invalid(format!("the parameters cannot be read: {error}")).about("parameters"))?;
     let generation = options.generation()?;
     for (name, is_set) in
