@@ -114,8 +114,8 @@ struct End {
 }
 
 impl Say for Pieces {
-    fn first(&mut self) -> Option<Event> {
-        None
+    fn first(&mut self) -> Vec<Event> {
+        Vec::new()
     }
 
     fn piece(&mut self, text: String, _: usize) -> Option<Event> {

@@ -85,6 +85,13 @@ pub enum Thing {
     Picture(PictureIn),
 }
 
+impl Message {
+    /// What somebody said, without what is not read.
+    pub fn new(role: String, content: Option<Content>) -> Self {
+        Self { role, content, name: None, refusal: None, annotations: None }
+    }
+}
+
 impl Content {
     /// Its parts in order.
     pub fn things(self) -> Vec<Thing> {
@@ -121,14 +128,16 @@ pub struct Conversation {
     pub turns: Vec<(String, String)>,
     /// The last question; none where nothing is said beside the picture.
     pub question: Option<String>,
+    /// The field of the request that it was read from.
+    pub field: &'static str,
 }
 
 impl Conversation {
-    /// Reads messages; an error for what BLIP-2 has no place for.
-    pub fn read(messages: Vec<Message>) -> Result<Self, ApiError> {
+    /// Reads the messages of a field; an error for what BLIP-2 has no place for.
+    pub fn read(messages: Vec<Message>, field: &'static str) -> Result<Self, ApiError> {
         let (mut pictures, mut turns, mut open) = (Vec::new(), Vec::new(), None::<String>);
         for (place, message) in messages.into_iter().enumerate() {
-            let param = format!("messages[{place}]");
+            let param = format!("{field}[{place}]");
             let (text, seen) = split(message.content);
             pictures.extend(seen);
             match message.role.as_str() {
@@ -143,13 +152,13 @@ impl Conversation {
                 _ => return Err(ApiError::invalid("a role is user or assistant").about(param)),
             }
         }
-        let question = open.ok_or_else(|| ApiError::invalid("the last message is the user's").about("messages"))?;
+        let question = open.ok_or_else(|| ApiError::invalid("the last message is the user's").about(field))?;
         if pictures.len() != 1 {
             let message = format!("BLIP-2 sees one picture; there are {}", pictures.len());
-            return Err(ApiError::invalid(message).about("messages"));
+            return Err(ApiError::invalid(message).about(field));
         }
         let question = Some(question).filter(|question| !question.is_empty());
-        Ok(Self { picture: pictures.remove(0), turns, question })
+        Ok(Self { picture: pictures.remove(0), turns, question, field })
     }
 
     /// The text around the question: the turns before it, each as the model's own prompt has it with its answer and a full stop behind.
@@ -184,7 +193,7 @@ mod tests {
     use super::*;
 
     fn read(messages: Value) -> Result<Conversation, ApiError> {
-        Conversation::read(serde_json::from_value(messages).unwrap())
+        Conversation::read(serde_json::from_value(messages).unwrap(), "messages")
     }
 
     fn picture() -> Value {
