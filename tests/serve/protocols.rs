@@ -109,6 +109,63 @@ fn matching_similarity_and_vectors_are_those_of_the_command_line() {
     assert!(close(&SERVER.post("/v1/embeddings", &message).ok()["data"][0]["embedding"], &vectors["images"][0]["embedding"]));
 }
 
+/// Whether two lists of numbers are the same.
+fn is_close(a: &Value, b: &Value) -> bool {
+    let (a, b) = (a.as_array().unwrap(), b.as_array().unwrap());
+    a.len() == b.len() && a.iter().zip(b).all(|(a, b)| (a.as_f64().unwrap() - b.as_f64().unwrap()).abs() < 1e-4)
+}
+
+#[test]
+fn coheres_form_says_what_native_routes_say() {
+    let wanted = SERVER.post("/embed", &json!({"images": [picture(0), picture(1)], "texts": ["a red circle", "nothing"]})).ok();
+    let url = |n: usize| image_url(n)["image_url"]["url"].clone();
+    let texts = SERVER.post("/v2/embed", &json!({"texts": ["a red circle", "nothing"], "input_type": "search_query"})).ok();
+    assert_eq!((&texts["texts"], &texts["images"]), (&json!(["a red circle", "nothing"]), &Value::Null));
+    let pictures = SERVER.post("/v2/embed", &json!({"images": [url(0), url(1)], "embedding_types": ["float", "base64"]})).ok();
+    let content = |part: Value| json!({"content": [part]});
+    let inputs = json!([content(image_url(1)), content(json!({"type": "text", "text": "nothing"})), content(image_url(0))]);
+    let mixed = SERVER.post("/v2/embed", &json!({"inputs": inputs, "embedding_types": ["float"], "truncate": "END"})).ok();
+    for (found, kind, place) in [
+        (&texts["embeddings"]["float"][1], "texts", 1),
+        (&pictures["embeddings"]["float"][1], "images", 1),
+        (&mixed["embeddings"]["float"][0], "images", 1),
+        (&mixed["embeddings"]["float"][1], "texts", 1),
+        (&mixed["embeddings"]["float"][2], "images", 0),
+    ] {
+        assert!(is_close(found, &wanted[kind][place]["embedding"]), "{kind} {place}: {found}");
+    }
+    let image = json!({"width": 256, "height": 256, "format": "png", "bit_depth": 24});
+    assert_eq!((&pictures["images"][1], &mixed["embeddings"]["base64"]), (&image, &Value::Null));
+    let encoded = SERVER.post("/v1/embeddings", &json!({"input": "nothing", "encoding_format": "base64"})).ok();
+    let base64 = SERVER.post("/v2/embed", &json!({"texts": ["nothing"], "embedding_types": ["base64"]})).ok();
+    assert_eq!(base64["embeddings"], json!({"base64": [encoded["data"][0]["embedding"]]}));
+    let ranked = SERVER.post("/v2/rerank", &json!({"query": "a red circle", "documents": [url(0), url(1)]})).ok();
+    let scores =
+        SERVER.post("/v1/score", &json!({"text_1": "a red circle", "text_2": {"content": [image_url(0), image_url(1)]}})).ok();
+    let best = ranked["results"][0]["index"].as_u64().unwrap() as usize;
+    assert_eq!(ranked["results"][0]["relevance_score"], scores["data"][best]["score"]);
+    assert!(ranked["results"][1]["relevance_score"].as_f64() <= ranked["results"][0]["relevance_score"].as_f64());
+}
+
+#[test]
+fn coheres_form_refuses_what_blip2_has_no_place_for() {
+    let two = json!([{"content": [{"type": "text", "text": "a"}, image_url(0)]}]);
+    for (body, said) in [
+        (json!({"texts": ["a"], "embedding_types": ["int8"]}), "int8"),
+        (json!({"texts": ["a"], "images": []}), "exactly one"),
+        (json!({}), "exactly one"),
+        (json!({"texts": []}), "nothing in it"),
+        (json!({"texts": ["a"], "output_dimension": 8}), "output_dimension"),
+        (json!({"inputs": two}), "one part"),
+        (json!({"images": ["data:image/bmp;base64,Qk0="]}), "JPEG, PNG, GIF or WebP"),
+        (json!({"texts": ["a"], "model": "t5"}), "does not do embed"),
+        (json!({"texts": ["a"], "colour": 1}), "unknown field"),
+    ] {
+        let refused = SERVER.post("/v2/embed", &body).refused(400);
+        assert!(refused.contains(said), "{body}: {refused}");
+    }
+}
+
 #[test]
 fn candidates_are_ranked_as_on_the_command_line() {
     let answers: Vec<String> = (0..70).map(|n| format!("answer {n}")).collect();

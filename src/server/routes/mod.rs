@@ -4,6 +4,7 @@ mod admin;
 mod ask;
 mod caption;
 mod chat;
+mod cohere;
 mod embed;
 mod embeddings;
 mod health;
@@ -41,7 +42,7 @@ use super::guard;
     info(title = "blip2 serve", description = "BLIP-2: captions, questions, matching, vectors."),
     paths(
         caption::caption, ask::ask, matching::match_texts, embed::embed, rank::rank, images::look, images::forget, page::samples,
-        page::sample, chat::complete, responses::respond, responses::stored, models::list, models::one, embeddings::embed, score::score, score::rerank, tokenize::tokenize,
+        page::sample, chat::complete, responses::respond, responses::stored, models::list, models::one, embeddings::embed, score::score, score::rerank, cohere::embed, tokenize::tokenize,
         tokenize::detokenize, health::live, health::ready, health::version, health::load, health::metrics, admin::load, admin::unload
     ),
     modifiers(&Bearer),
@@ -80,6 +81,7 @@ pub fn all(app: &Arc<App>) -> Router {
         .route("/v1/score", post(score::score))
         .route("/score", post(score::score))
         .route("/v1/rerank", post(score::rerank))
+        .route("/v2/embed", post(cohere::embed))
         .route("/v2/rerank", post(score::rerank))
         .route("/rerank", post(score::rerank))
         .route("/tokenize", post(tokenize::tokenize))
