@@ -123,13 +123,13 @@ fn coheres_form_says_what_native_routes_say() {
     assert_eq!((&texts["texts"], &texts["images"]), (&json!(["a red circle", "nothing"]), &Value::Null));
     let pictures = SERVER.post("/v2/embed", &json!({"images": [url(0), url(1)], "embedding_types": ["float", "base64"]})).ok();
     let content = |part: Value| json!({"content": [part]});
-    let inputs = json!([content(image_url(1)), content(json!({"type": "text", "text": "nothing"})), content(image_url(0))]);
+    let inputs = json!([content(json!({"type": "text", "text": "nothing"})), content(image_url(1)), content(image_url(0))]);
     let mixed = SERVER.post("/v2/embed", &json!({"inputs": inputs, "embedding_types": ["float"], "truncate": "END"})).ok();
     for (found, kind, place) in [
         (&texts["embeddings"]["float"][1], "texts", 1),
         (&pictures["embeddings"]["float"][1], "images", 1),
-        (&mixed["embeddings"]["float"][0], "images", 1),
-        (&mixed["embeddings"]["float"][1], "texts", 1),
+        (&mixed["embeddings"]["float"][0], "texts", 1),
+        (&mixed["embeddings"]["float"][1], "images", 1),
         (&mixed["embeddings"]["float"][2], "images", 0),
     ] {
         assert!(is_close(found, &wanted[kind][place]["embedding"]), "{kind} {place}: {found}");
