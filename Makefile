@@ -6,6 +6,7 @@ MODEL_PYTHON := export/.venv/bin/python
 SWIFTSHADER := target/swiftshader
 QEMU := target/qemu
 BROWSER := target/browser
+PROMETHEUS := target/prometheus
 SCENES ?= 1000
 GENERATIONS ?= 10000
 FUZZ_COUNT ?= 100000
@@ -14,7 +15,7 @@ RECIPES ?= exact,fast
 ROUNDS ?= 5
 
 .DEFAULT_GOAL := help
-.PHONY: help run setup setup-webgpu setup-openvino setup-qemu setup-browser setup-export build test test-rust test-python test-avx2 test-arm64 fmt demo-models evaluate parity bench fuzz clean
+.PHONY: help run setup setup-webgpu setup-openvino setup-qemu setup-browser setup-prometheus setup-export build test test-rust test-python test-avx2 test-arm64 fmt demo-models evaluate parity bench fuzz clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -66,6 +67,13 @@ $(BROWSER)/.stamp:
 		--no-install-recommends chromium-headless-shell | awk '/^Inst/ && !/chromium/ { print $$2 }') && \
 		for package in *.deb; do dpkg -x $$package . || exit 1; done && rm *.deb && touch ../.stamp
 	@test -e $@ || echo "skipped: no browser, for apt-get cannot download chromium-headless-shell here"
+
+setup-prometheus: $(PROMETHEUS)/.stamp ## Prometheus, to read the metrics of a server in tests
+
+$(PROMETHEUS)/.stamp:
+	mkdir -p $(PROMETHEUS)/unpacked
+	-cd $(PROMETHEUS)/unpacked && apt-get download -qq prometheus && dpkg -x *.deb . && rm *.deb && touch ../.stamp
+	@test -e $@ || echo "skipped: no Prometheus, for apt-get cannot download it here"
 
 setup-export: export/.venv/.stamp ## PyTorch and transformers for export/
 

@@ -96,31 +96,31 @@ pub struct ChatRequest {
     logit_bias: Option<Value>,
     /// Is not read.
     #[serde(default)]
-    #[schema(value_type = Object)]
+    #[schema(value_type = Value)]
     user: Option<IgnoredAny>,
     /// Is not read.
     #[serde(default)]
-    #[schema(value_type = Object)]
+    #[schema(value_type = Value)]
     metadata: Option<IgnoredAny>,
     /// Is not read.
     #[serde(default)]
-    #[schema(value_type = Object)]
+    #[schema(value_type = Value)]
     store: Option<IgnoredAny>,
     /// Is not read.
     #[serde(default)]
-    #[schema(value_type = Object)]
+    #[schema(value_type = Value)]
     service_tier: Option<IgnoredAny>,
     /// Is not read.
     #[serde(default)]
-    #[schema(value_type = Object)]
+    #[schema(value_type = Value)]
     parallel_tool_calls: Option<IgnoredAny>,
     /// Is not read.
     #[serde(default)]
-    #[schema(value_type = Object)]
+    #[schema(value_type = Value)]
     safety_identifier: Option<IgnoredAny>,
     /// Is not read.
     #[serde(default)]
-    #[schema(value_type = Object)]
+    #[schema(value_type = Value)]
     prompt_cache_key: Option<IgnoredAny>,
 }
 
@@ -167,7 +167,7 @@ pub struct ChatResponse {
 pub struct Choice {
     index: usize,
     message: Said,
-    #[schema(value_type = Object)]
+    #[schema(value_type = Option<Object>)]
     logprobs: Option<Value>,
     /// `stop` or `length`.
     finish_reason: String,
@@ -198,7 +198,10 @@ pub struct Usage {
 #[utoipa::path(
     post, path = "/v1/chat/completions", tag = "openai",
     request_body = ChatRequest,
-    responses((status = 200, body = ChatResponse), (status = "4XX", body = ErrorBody), (status = "5XX", body = ErrorBody)),
+    responses(
+        (status = 200, content((ChatResponse = "application/json"), (Value = "text/event-stream"))),
+        (status = "4XX", body = ErrorBody), (status = "5XX", body = ErrorBody),
+    ),
 )]
 pub async fn complete(
     State(app): State<Arc<App>>,

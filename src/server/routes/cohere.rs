@@ -47,7 +47,7 @@ pub struct CohereEmbedRequest {
     /// Only null: vectors have the length that the model gives them.
     output_dimension: Option<Value>,
     /// Is not read.
-    #[schema(value_type = Object)]
+    #[schema(value_type = Value)]
     priority: Option<IgnoredAny>,
 }
 

@@ -37,7 +37,7 @@ pub struct EmbeddingsRequest {
     encoding_format: Option<String>,
     /// Is not read.
     #[serde(default)]
-    #[schema(value_type = Object)]
+    #[schema(value_type = Value)]
     user: Option<IgnoredAny>,
 }
 

@@ -18,15 +18,15 @@ pub struct Message {
     pub content: Option<Content>,
     /// Is not read.
     #[serde(default)]
-    #[schema(value_type = Object)]
+    #[schema(value_type = Value)]
     name: Option<IgnoredAny>,
     /// Is not read.
     #[serde(default)]
-    #[schema(value_type = Object)]
+    #[schema(value_type = Value)]
     refusal: Option<IgnoredAny>,
     /// Is not read.
     #[serde(default)]
-    #[schema(value_type = Object)]
+    #[schema(value_type = Value)]
     annotations: Option<IgnoredAny>,
 }
 
@@ -70,7 +70,7 @@ pub enum ImageUrl {
         url: String,
         /// Is not read: every picture is seen in the one size of the model.
         #[serde(default)]
-        #[schema(value_type = Object)]
+        #[schema(value_type = Value)]
         #[allow(dead_code, reason = "it is named to be allowed")]
         detail: Option<IgnoredAny>,
     },

@@ -70,25 +70,25 @@ pub struct ResponsesRequest {
     /// Only `disabled`: a text that is too long is refused.
     truncation: Option<Value>,
     /// Told again with the answer.
-    #[schema(value_type = Object)]
+    #[schema(value_type = Option<Object>)]
     metadata: Option<Map<String, Value>>,
     /// Is not read.
-    #[schema(value_type = Object)]
+    #[schema(value_type = Value)]
     stream_options: Option<IgnoredAny>,
     /// Is not read.
-    #[schema(value_type = Object)]
+    #[schema(value_type = Value)]
     user: Option<IgnoredAny>,
     /// Is not read.
-    #[schema(value_type = Object)]
+    #[schema(value_type = Value)]
     service_tier: Option<IgnoredAny>,
     /// Is not read.
-    #[schema(value_type = Object)]
+    #[schema(value_type = Value)]
     parallel_tool_calls: Option<IgnoredAny>,
     /// Is not read.
-    #[schema(value_type = Object)]
+    #[schema(value_type = Value)]
     safety_identifier: Option<IgnoredAny>,
     /// Is not read.
-    #[schema(value_type = Object)]
+    #[schema(value_type = Value)]
     prompt_cache_key: Option<IgnoredAny>,
 }
 
@@ -114,13 +114,13 @@ pub struct InputItem {
     /// A text, or parts.
     content: InputContent,
     /// Is not read.
-    #[schema(value_type = Object)]
+    #[schema(value_type = Value)]
     id: Option<IgnoredAny>,
     /// Is not read.
-    #[schema(value_type = Object)]
+    #[schema(value_type = Value)]
     status: Option<IgnoredAny>,
     /// Is not read.
-    #[schema(value_type = Object)]
+    #[schema(value_type = Value)]
     phase: Option<IgnoredAny>,
 }
 
@@ -157,10 +157,10 @@ pub enum InputPart {
         /// The text.
         text: String,
         /// Is not read.
-        #[schema(value_type = Object)]
+        #[schema(value_type = Value)]
         annotations: Option<IgnoredAny>,
         /// Is not read.
-        #[schema(value_type = Object)]
+        #[schema(value_type = Value)]
         logprobs: Option<IgnoredAny>,
     },
     /// A picture.
@@ -168,7 +168,7 @@ pub enum InputPart {
         /// A data URL, or an address that the server allows.
         image_url: String,
         /// Is not read: every picture is seen in the one size of the model.
-        #[schema(value_type = Object)]
+        #[schema(value_type = Value)]
         detail: Option<IgnoredAny>,
     },
 }
@@ -197,10 +197,10 @@ pub struct ResponsesResponse {
     status: &'static str,
     background: bool,
     /// Why it failed.
-    #[schema(value_type = Object)]
+    #[schema(value_type = Option<Object>)]
     error: Option<Value>,
     /// Why it is incomplete.
-    #[schema(value_type = Object)]
+    #[schema(value_type = Option<Object>)]
     incomplete_details: Option<Value>,
     instructions: Option<String>,
     max_output_tokens: Option<usize>,
@@ -228,7 +228,7 @@ pub struct ResponsesResponse {
     metadata: Map<String, Value>,
     /// What OpenAI's form has no place for: `timings_ms` by stage, `warnings`, and `score` of beam search.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = Object)]
+    #[schema(value_type = Option<Object>)]
     blip2: Option<Value>,
 }
 
@@ -278,7 +278,10 @@ pub struct ResponsesUsage {
 #[utoipa::path(
     post, path = "/v1/responses", tag = "openai",
     request_body = ResponsesRequest,
-    responses((status = 200, body = ResponsesResponse), (status = "4XX", body = ErrorBody), (status = "5XX", body = ErrorBody)),
+    responses(
+        (status = 200, content((ResponsesResponse = "application/json"), (Value = "text/event-stream"))),
+        (status = "4XX", body = ErrorBody), (status = "5XX", body = ErrorBody),
+    ),
 )]
 pub async fn respond(
     State(app): State<Arc<App>>,

@@ -35,7 +35,7 @@ pub struct ScoreRequest {
     text_2: Things,
     /// Is not read.
     #[serde(default)]
-    #[schema(value_type = Object)]
+    #[schema(value_type = Value)]
     user: Option<IgnoredAny>,
 }
 
@@ -57,15 +57,15 @@ pub struct RerankRequest {
     return_documents: bool,
     /// Is not read.
     #[serde(default)]
-    #[schema(value_type = Object)]
+    #[schema(value_type = Value)]
     user: Option<IgnoredAny>,
     /// Is not read.
     #[serde(default)]
-    #[schema(value_type = Object)]
+    #[schema(value_type = Value)]
     max_tokens_per_doc: Option<IgnoredAny>,
     /// Is not read.
     #[serde(default)]
-    #[schema(value_type = Object)]
+    #[schema(value_type = Value)]
     priority: Option<IgnoredAny>,
 }
 
