@@ -6,6 +6,7 @@ MODEL_PYTHON := export/.venv/bin/python
 SWIFTSHADER := target/swiftshader
 QEMU := target/qemu
 BROWSER := target/browser
+PROMETHEUS := target/prometheus
 SCENES ?= 1000
 GENERATIONS ?= 10000
 FUZZ_COUNT ?= 100000
@@ -14,7 +15,7 @@ RECIPES ?= exact,fast
 ROUNDS ?= 5
 
 .DEFAULT_GOAL := help
-.PHONY: help run setup setup-webgpu setup-openvino setup-qemu setup-browser setup-kserve setup-export build test test-rust test-python test-avx2 test-arm64 fmt demo-models evaluate parity bench fuzz promises clean
+.PHONY: help run setup setup-webgpu setup-openvino setup-qemu setup-browser setup-kserve setup-prometheus setup-export build test test-rust test-python test-avx2 test-arm64 fmt demo-models evaluate parity bench fuzz promises clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -74,6 +75,13 @@ target/kserve/.stamp: export/kserve.txt
 	$(PYTHON) -m venv target/kserve
 	target/kserve/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r export/kserve.txt
 	touch $@
+
+setup-prometheus: $(PROMETHEUS)/.stamp ## Prometheus, to read the metrics of a server in tests
+
+$(PROMETHEUS)/.stamp:
+	mkdir -p $(PROMETHEUS)/unpacked
+	-cd $(PROMETHEUS)/unpacked && apt-get download -qq prometheus && dpkg -x *.deb . && rm *.deb && touch ../.stamp
+	@test -e $@ || echo "skipped: no Prometheus, for apt-get cannot download it here"
 
 setup-export: export/.venv/.stamp ## PyTorch and transformers for export/
 

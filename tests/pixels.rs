@@ -4,7 +4,7 @@
 
 use std::path::{Path, PathBuf};
 
-use blip2::pixels::{Alpha, Limits, Picture, Pixels, PixelsError, Preprocess, Resample, resize};
+use blip2::pixels::{Alpha, Header, Limits, Picture, Pixels, PixelsError, Preprocess, Resample, resize};
 use serde_json::{Value, json};
 
 fn folder() -> PathBuf {
@@ -49,6 +49,31 @@ fn every_format_decodes_to_what_pillow_gives_in_every_byte() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn headers_say_how_large_pictures_are() {
+    let (mut n_read, mut n_grown, mut forms) = (0, 0, std::collections::BTreeSet::new());
+    for path in inputs() {
+        let extension = path.extension().unwrap().to_str().unwrap().replace("jpg", "jpeg");
+        let found = Header::read(&std::fs::read(&path).unwrap());
+        let Some(Header { format, width, height, bit_depth }) = found else {
+            assert!(!["jpeg", "png", "gif", "webp"].contains(&&*extension), "{}", path.display());
+            continue;
+        };
+        let picture = open(&path);
+        let grows = format == "gif" && width <= picture.width && height <= picture.height;
+        n_grown += usize::from(grows && (width, height) != (picture.width, picture.height));
+        let sizes = [(width, height), (height, width)];
+        assert!(grows || sizes.contains(&(picture.width, picture.height)), "{}: {width} by {height}", path.display());
+        assert!(format == extension && [1, 2, 4, 8, 16, 24, 32, 48, 64].contains(&bit_depth), "{}: {found:?}", path.display());
+        n_read += 1;
+        forms.insert((format, bit_depth));
+    }
+    assert!(n_read > 90 && n_grown < 6 && forms.len() > 12, "{n_read} {n_grown} {forms:?}");
+    let cut = |bytes: &[u8]| (0..bytes.len()).filter(|n| Header::read(&bytes[..*n]).is_some()).count();
+    assert_eq!(cut(b"\xff\xd8\xff\xe0\x00\x04ab\xff\xc0\x00\x11\x08\x00\x02\x00"), 0);
+    assert_eq!((cut(b"\x89PNG\r\n\x1a\n"), cut(b"GIF89a\x01\x00"), cut(b"RIFF\0\0\0\0WEBPVP8 ")), (0, 0, 0));
 }
 
 #[test]

@@ -8,6 +8,7 @@ mod bmp;
 mod foreign;
 mod gif;
 mod guard;
+mod header;
 mod jpeg;
 mod limits;
 mod orientation;
@@ -26,6 +27,7 @@ use std::path::Path;
 use image::{DynamicImage, ImageFormat};
 
 pub use alpha::Alpha;
+pub use header::Header;
 pub use jpeg::encode as encode_jpeg;
 pub use limits::Limits;
 pub use preprocess::{Pixels, Preprocess, Resample, ResizeTo};

@@ -144,6 +144,21 @@ impl Metrics {
     }
 }
 
+/// OpenMetrics' text in Prometheus' older form: there the name of a counter ends as those of its samples do, and nothing marks the end.
+pub fn plain(text: &str) -> String {
+    let names = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.strip_suffix(" counter"));
+    let counters: Vec<String> = names.map(|name| format!("{name} ")).collect();
+    let line = |line: &str| {
+        let about = line.split_at_checked("# TYPE ".len()).filter(|(start, _)| ["# TYPE ", "# HELP "].contains(start));
+        let counter = about.and_then(|(_, rest)| counters.iter().find(|name| rest.starts_with(*name)));
+        match (about, counter) {
+            (Some((start, rest)), Some(name)) => format!("{start}{}_total{}\n", name.trim_end(), &rest[name.len() - 1..]),
+            _ => format!("{line}\n"),
+        }
+    };
+    text.lines().filter(|line| *line != "# EOF").map(line).collect()
+}
+
 impl Families {
     fn register(registry: &mut Registry) -> Self {
         let families = Self {
@@ -233,5 +248,18 @@ impl Watch for ModelMetrics {
 
     fn stepped(&self, n_live: usize, _: Duration) {
         self.texts.observe(n_live as f64);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counters_have_the_names_of_their_samples_in_the_plain_form() {
+        let open = "# HELP a Says # TYPE.\n# TYPE a counter\na_total{b=\"c\"} 1\n# HELP ab Other.\n# TYPE ab gauge\nab 2\n# EOF\n";
+        let wanted =
+            "# HELP a_total Says # TYPE.\n# TYPE a_total counter\na_total{b=\"c\"} 1\n# HELP ab Other.\n# TYPE ab gauge\nab 2\n";
+        assert_eq!(plain(open), wanted);
     }
 }

@@ -1,6 +1,6 @@
 //! `blip2 serve`: bundles behind HTTP and gRPC.
 //!
-//! A request is recognised, admitted, read, asked and answered, each in one file: [`connection`] limits what reaches the router, [`guard`]
+//! A request is recognised, admitted, read, asked and answered, each in one file: `connection` limits what reaches the router, `guard`
 //! knows callers, counts and refuses, `body` and `picture` read what a request says within its limits, `call` turns it into jobs, `worker`
 //! hands them to a [`service`](crate::service) and is the only place where what is asked meets what blocks. `routes` has a file for each
 //! route, `kserve` those of a protocol of its own; one `match` in `error` says which status goes with what. Handlers hold no locks and run no inference.

@@ -109,6 +109,63 @@ fn matching_similarity_and_vectors_are_those_of_the_command_line() {
     assert!(close(&SERVER.post("/v1/embeddings", &message).ok()["data"][0]["embedding"], &vectors["images"][0]["embedding"]));
 }
 
+/// Whether two lists of numbers are the same.
+fn is_close(a: &Value, b: &Value) -> bool {
+    let (a, b) = (a.as_array().unwrap(), b.as_array().unwrap());
+    a.len() == b.len() && a.iter().zip(b).all(|(a, b)| (a.as_f64().unwrap() - b.as_f64().unwrap()).abs() < 1e-4)
+}
+
+#[test]
+fn coheres_form_says_what_native_routes_say() {
+    let wanted = SERVER.post("/embed", &json!({"images": [picture(0), picture(1)], "texts": ["a red circle", "nothing"]})).ok();
+    let url = |n: usize| image_url(n)["image_url"]["url"].clone();
+    let texts = SERVER.post("/v2/embed", &json!({"texts": ["a red circle", "nothing"], "input_type": "search_query"})).ok();
+    assert_eq!((&texts["texts"], &texts["images"]), (&json!(["a red circle", "nothing"]), &Value::Null));
+    let pictures = SERVER.post("/v2/embed", &json!({"images": [url(0), url(1)], "embedding_types": ["float", "base64"]})).ok();
+    let content = |part: Value| json!({"content": [part]});
+    let inputs = json!([content(json!({"type": "text", "text": "nothing"})), content(image_url(1)), content(image_url(0))]);
+    let mixed = SERVER.post("/v2/embed", &json!({"inputs": inputs, "embedding_types": ["float"], "truncate": "END"})).ok();
+    for (found, kind, place) in [
+        (&texts["embeddings"]["float"][1], "texts", 1),
+        (&pictures["embeddings"]["float"][1], "images", 1),
+        (&mixed["embeddings"]["float"][0], "texts", 1),
+        (&mixed["embeddings"]["float"][1], "images", 1),
+        (&mixed["embeddings"]["float"][2], "images", 0),
+    ] {
+        assert!(is_close(found, &wanted[kind][place]["embedding"]), "{kind} {place}: {found}");
+    }
+    let image = json!({"width": 256, "height": 256, "format": "png", "bit_depth": 24});
+    assert_eq!((&pictures["images"][1], &mixed["embeddings"]["base64"]), (&image, &Value::Null));
+    let encoded = SERVER.post("/v1/embeddings", &json!({"input": "nothing", "encoding_format": "base64"})).ok();
+    let base64 = SERVER.post("/v2/embed", &json!({"texts": ["nothing"], "embedding_types": ["base64"]})).ok();
+    assert_eq!(base64["embeddings"], json!({"base64": [encoded["data"][0]["embedding"]]}));
+    let ranked = SERVER.post("/v2/rerank", &json!({"query": "a red circle", "documents": [url(0), url(1)]})).ok();
+    let scores =
+        SERVER.post("/v1/score", &json!({"text_1": "a red circle", "text_2": {"content": [image_url(0), image_url(1)]}})).ok();
+    let best = ranked["results"][0]["index"].as_u64().unwrap() as usize;
+    assert_eq!(ranked["results"][0]["relevance_score"], scores["data"][best]["score"]);
+    assert!(ranked["results"][1]["relevance_score"].as_f64() <= ranked["results"][0]["relevance_score"].as_f64());
+}
+
+#[test]
+fn coheres_form_refuses_what_blip2_has_no_place_for() {
+    let two = json!([{"content": [{"type": "text", "text": "a"}, image_url(0)]}]);
+    for (body, said) in [
+        (json!({"texts": ["a"], "embedding_types": ["int8"]}), "int8"),
+        (json!({"texts": ["a"], "images": []}), "exactly one"),
+        (json!({}), "exactly one"),
+        (json!({"texts": []}), "nothing in it"),
+        (json!({"texts": ["a"], "output_dimension": 8}), "output_dimension"),
+        (json!({"inputs": two}), "one part"),
+        (json!({"images": ["data:image/bmp;base64,Qk0="]}), "JPEG, PNG, GIF or WebP"),
+        (json!({"texts": ["a"], "model": "t5"}), "does not do embed"),
+        (json!({"texts": ["a"], "colour": 1}), "unknown field"),
+    ] {
+        let refused = SERVER.post("/v2/embed", &body).refused(400);
+        assert!(refused.contains(said), "{body}: {refused}");
+    }
+}
+
 #[test]
 fn candidates_are_ranked_as_on_the_command_line() {
     let answers: Vec<String> = (0..70).map(|n| format!("answer {n}")).collect();
@@ -188,6 +245,99 @@ fn streams_say_what_whole_answers_say() {
     let pieces: String = told.iter().filter_map(|event| event["choices"][0]["delta"]["content"].as_str()).collect();
     assert_eq!(json!(pieces.trim()), whole["choices"][0]["message"]["content"]);
     assert_eq!(told.last().unwrap()["usage"], whole["usage"]);
+}
+
+/// The events of a stream that ends with its connection.
+fn named_events(path: &str, body: &Value) -> Vec<Value> {
+    let reply = SERVER.post(path, body);
+    assert!(reply.header("content-type").starts_with("text/event-stream"), "{reply:?}");
+    let blocks = reply.text.split("\n\n").filter(|block| !block.is_empty());
+    let event = |block: &str| {
+        let (name, data) = block.strip_prefix("event: ").unwrap().split_once("\ndata: ").unwrap();
+        let event: Value = serde_json::from_str(data).unwrap();
+        assert_eq!(event["type"], name);
+        event
+    };
+    blocks.map(event).collect()
+}
+
+/// A conversation as responses take it.
+fn responding(parts: Value, more: Value) -> Value {
+    let mut body = json!({"model": "vqa-opt", "temperature": 0, "input": [{"role": "user", "content": parts}]});
+    body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    body
+}
+
+fn input_image(n: usize) -> Value {
+    json!({"type": "input_image", "detail": "auto", "image_url": image_url(n)["image_url"]["url"]})
+}
+
+#[test]
+fn responses_say_what_chat_says() {
+    let messages = json!([
+        {"role": "user", "content": [image_url(0), {"type": "text", "text": "what is it?"}]},
+        {"role": "assistant", "content": "a circle"},
+        {"role": "user", "content": "which colour?"},
+    ]);
+    let wanted = SERVER.post("/v1/chat/completions", &json!({"model": "vqa-opt", "temperature": 0, "messages": messages})).ok();
+    let mut body =
+        responding(json!([input_image(0), {"type": "input_text", "text": "what is it?"}]), json!({"metadata": {"a": "b"}}));
+    let earlier = json!({"type": "message", "id": "msg_1", "status": "completed", "role": "assistant",
+        "content": [{"type": "output_text", "text": "a circle", "annotations": [], "logprobs": []}]});
+    body["input"].as_array_mut().unwrap().extend([earlier, json!({"role": "user", "content": "which colour?"})]);
+    let found = SERVER.post("/v1/responses", &body).ok();
+    assert_eq!(found["output"][0]["content"][0]["text"], wanted["choices"][0]["message"]["content"]);
+    assert_eq!(found["usage"]["input_tokens"], wanted["usage"]["prompt_tokens"]);
+    assert_eq!(found["usage"]["output_tokens"], wanted["usage"]["completion_tokens"]);
+    assert_eq!((&found["store"], &found["metadata"]), (&json!(false), &json!({"a": "b"})));
+    let cut = SERVER.post("/v1/responses", &responding(json!([input_image(0)]), json!({"max_output_tokens": 1}))).ok();
+    assert_eq!((&cut["status"], &cut["incomplete_details"]["reason"]), (&json!("incomplete"), &json!("max_output_tokens")));
+    let id = found["id"].as_str().unwrap();
+    assert!(SERVER.get(&format!("/v1/responses/{id}")).refused(404).contains("not stored"));
+}
+
+#[test]
+fn responses_refuse_what_blip2_has_no_place_for() {
+    let user = |parts: Value| json!({"input": [{"role": "user", "content": parts}]});
+    for (more, param) in [
+        (json!({"instructions": "be brief"}), "instructions"),
+        (json!({"store": true}), "store"),
+        (json!({"previous_response_id": "resp_1"}), "previous_response_id"),
+        (json!({"tools": [{"type": "web_search"}]}), "tools"),
+        (json!({"text": {"format": {"type": "json_object"}}}), "text.format"),
+        (json!({"input": "hello"}), "input"),
+        (user(json!([{"type": "input_image", "image_url": "data:image/png;base64,!"}])), "input"),
+        (json!({"input": [{"role": "tool", "content": "a"}]}), "input[0]"),
+    ] {
+        let reply = SERVER.post("/v1/responses", &responding(json!([input_image(0)]), more.clone()));
+        assert_eq!((reply.status, &reply.json()["error"]["param"]), (400, &json!(param)), "{more}: {}", reply.text);
+    }
+    for unknown in [json!({"max_tokens": 5}), user(json!([{"type": "input_file", "file_id": "a"}]))] {
+        SERVER.post("/v1/responses", &responding(json!([input_image(0)]), unknown)).refused(400);
+    }
+}
+
+#[test]
+fn responses_are_streamed_as_typed_events() {
+    let mut body = responding(json!([input_image(0), {"type": "input_text", "text": "what?"}]), json!({"max_output_tokens": 20}));
+    let whole = SERVER.post("/v1/responses", &body).ok();
+    body["stream"] = true.into();
+    let told = named_events("/v1/responses", &body);
+    let names: Vec<&str> = told.iter().map(|event| event["type"].as_str().unwrap()).collect();
+    let before = ["response.created", "response.in_progress", "response.output_item.added", "response.content_part.added"];
+    let behind = ["response.output_text.done", "response.content_part.done", "response.output_item.done"];
+    let n = names.len();
+    assert_eq!((&names[..4], &names[n - 4..n - 1]), (&before[..], &behind[..]));
+    assert!(n > 10 && names[4..n - 4].iter().all(|name| *name == "response.output_text.delta"), "{names:?}");
+    assert_eq!(names[n - 1], format!("response.{}", whole["status"].as_str().unwrap()));
+    assert!((0..n).all(|place| told[place]["sequence_number"] == place));
+    let pieces: String = told.iter().filter_map(|event| event["delta"].as_str()).collect();
+    let (last, text) = (&told[n - 1]["response"], &whole["output"][0]["content"][0]["text"]);
+    assert_eq!((&json!(pieces), &told[n - 4]["text"], &last["output"][0]["content"][0]["text"]), (text, text, text));
+    assert_eq!((&last["usage"], &last["id"]), (&whole["usage"], &told[0]["response"]["id"]));
+    let parts = json!([{"type": "input_image", "image_url": "data:image/png;base64,AAAA"}]);
+    let failed = named_events("/v1/responses", &responding(parts, json!({"stream": true}))).pop().unwrap();
+    assert_eq!((&failed["type"], &failed["response"]["error"]["code"]), (&json!("response.failed"), &json!("invalid_image")));
 }
 
 #[test]

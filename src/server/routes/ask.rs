@@ -49,7 +49,10 @@ pub struct AskRequest {
 #[utoipa::path(
     post, path = "/ask", tag = "native",
     request_body = AskRequest,
-    responses((status = 200, body = Results<Written>), (status = "4XX", body = ErrorBody), (status = "5XX", body = ErrorBody)),
+    responses(
+        (status = 200, content((Results<Written> = "application/json"), (Value = "text/event-stream"))),
+        (status = "4XX", body = ErrorBody), (status = "5XX", body = ErrorBody),
+    ),
 )]
 pub async fn ask(
     State(app): State<Arc<App>>,

@@ -46,7 +46,10 @@ pub struct CaptionRequest {
 #[utoipa::path(
     post, path = "/caption", tag = "native",
     request_body = CaptionRequest,
-    responses((status = 200, body = Results<Written>), (status = "4XX", body = ErrorBody), (status = "5XX", body = ErrorBody)),
+    responses(
+        (status = 200, content((Results<Written> = "application/json"), (Value = "text/event-stream"))),
+        (status = "4XX", body = ErrorBody), (status = "5XX", body = ErrorBody),
+    ),
 )]
 pub async fn caption(
     State(app): State<Arc<App>>,
@@ -114,8 +117,8 @@ struct End {
 }
 
 impl Say for Pieces {
-    fn first(&mut self) -> Option<Event> {
-        None
+    fn first(&mut self) -> Vec<Event> {
+        Vec::new()
     }
 
     fn piece(&mut self, text: String, _: usize) -> Option<Event> {

@@ -13,19 +13,16 @@ use serde_json::{Value, json};
 use utoipa::ToSchema;
 
 use super::messages::{Conversation, Message};
-use super::options::{MOST_ALTERNATIVES, check_words};
+use super::options::{MOST_ALTERNATIVES, check_plain, check_words, is_plain};
 use super::stream::{self, Say};
-use crate::bundle::TaskName;
+use super::turn::{Opening, Turn, written};
 use crate::engine::{Alternative, Answer, GenerationOptions, TokenLogProb};
-use crate::prompt::Task;
 use crate::server::App;
 use crate::server::body;
-use crate::server::call::{self, Call};
 use crate::server::error::{ApiError, ErrorBody};
 use crate::server::guard::Spent;
 use crate::server::keys::Caller;
-use crate::server::picture;
-use crate::service::{Outcome, Want};
+use crate::service::Outcome;
 
 /// A conversation about one picture. Fields that would change the answer and that BLIP-2 has no place for are refused.
 #[derive(Deserialize, ToSchema)]
@@ -99,31 +96,31 @@ pub struct ChatRequest {
     logit_bias: Option<Value>,
     /// Is not read.
     #[serde(default)]
-    #[schema(value_type = Object)]
+    #[schema(value_type = Value)]
     user: Option<IgnoredAny>,
     /// Is not read.
     #[serde(default)]
-    #[schema(value_type = Object)]
+    #[schema(value_type = Value)]
     metadata: Option<IgnoredAny>,
     /// Is not read.
     #[serde(default)]
-    #[schema(value_type = Object)]
+    #[schema(value_type = Value)]
     store: Option<IgnoredAny>,
     /// Is not read.
     #[serde(default)]
-    #[schema(value_type = Object)]
+    #[schema(value_type = Value)]
     service_tier: Option<IgnoredAny>,
     /// Is not read.
     #[serde(default)]
-    #[schema(value_type = Object)]
+    #[schema(value_type = Value)]
     parallel_tool_calls: Option<IgnoredAny>,
     /// Is not read.
     #[serde(default)]
-    #[schema(value_type = Object)]
+    #[schema(value_type = Value)]
     safety_identifier: Option<IgnoredAny>,
     /// Is not read.
     #[serde(default)]
-    #[schema(value_type = Object)]
+    #[schema(value_type = Value)]
     prompt_cache_key: Option<IgnoredAny>,
 }
 
@@ -170,7 +167,7 @@ pub struct ChatResponse {
 pub struct Choice {
     index: usize,
     message: Said,
-    #[schema(value_type = Object)]
+    #[schema(value_type = Option<Object>)]
     logprobs: Option<Value>,
     /// `stop` or `length`.
     finish_reason: String,
@@ -201,7 +198,10 @@ pub struct Usage {
 #[utoipa::path(
     post, path = "/v1/chat/completions", tag = "openai",
     request_body = ChatRequest,
-    responses((status = 200, body = ChatResponse), (status = "4XX", body = ErrorBody), (status = "5XX", body = ErrorBody)),
+    responses(
+        (status = 200, content((ChatResponse = "application/json"), (Value = "text/event-stream"))),
+        (status = "4XX", body = ErrorBody), (status = "5XX", body = ErrorBody),
+    ),
 )]
 pub async fn complete(
     State(app): State<Arc<App>>,
@@ -211,57 +211,29 @@ pub async fn complete(
     let said = body::read::<ChatRequest>(&app, request).await?;
     let mut asked = said.value;
     asked.check()?;
-    let conversation = Conversation::read(std::mem::take(&mut asked.messages))?;
-    let task = if conversation.question.is_some() { TaskName::Ask } else { TaskName::Caption };
-    let pictures = std::slice::from_ref(&conversation.picture);
-    let call = Call::new(&app, caller, (asked.model.as_deref(), task, pictures), said.room)?;
-    let generation = call.generation(task, &asked.generation())?;
-    let task = task_of(&call, &conversation)?;
-    let n_prompt = n_prompt(&call, &task)?;
-    let given = picture::one(&app, conversation.picture).await.map_err(|error| error.about("messages"))?;
-    let want = Want::Write(task, Box::new(generation));
-    let ticket = call.submit(vec![call.asked(Ok(given), want)])?.remove(0)?;
-    let about = About::new(call.name(), n_prompt);
+    let conversation = Conversation::read(std::mem::take(&mut asked.messages), "messages")?;
+    let opening = Opening { model: asked.model.as_deref(), conversation, options: &asked.generation() };
+    let turn = Turn::begin(&app, caller, opening, said.room).await?;
+    let about = About::new(turn.call.name(), turn.n_prompt);
     if asked.stream == Some(true) {
         let with_usage = asked.stream_options.unwrap_or_default().include_usage;
-        return Ok(stream::stream(call, ticket, Chunks { about, with_usage }));
+        return Ok(stream::stream(turn.call, turn.ticket, Chunks { about, with_usage }));
     }
-    match call.ended(ticket).await? {
-        Outcome::Written(answer) => Ok(about.whole(*answer)),
-        _ => Err(ApiError::internal()),
-    }
-}
-
-/// The question with the turns before it, as the model's own prompt has them.
-fn task_of(call: &Call, conversation: &Conversation) -> Result<Task, ApiError> {
-    let Some(question) = &conversation.question else { return call::caption(None) };
-    let own = call.model.bundle.facts().prompts.get(&TaskName::Ask).map_or("{}", String::as_str);
-    call::ask(question.clone(), conversation.template(own))
-}
-
-/// Tokens of the prompt, those of the picture included.
-fn n_prompt(call: &Call, task: &Task) -> Result<usize, ApiError> {
-    let context = call.model.worker.context()?;
-    Ok(context.prompt(task)?.ids.len() + call.model.bundle.facts().qformer.n_queries)
+    Ok(about.whole(turn.answer().await?))
 }
 
 impl ChatRequest {
     /// Refuses what would be passed over in silence.
     fn check(&self) -> Result<(), ApiError> {
-        let is_none =
-            |value: &Option<Value>, plain: &[Value]| value.as_ref().is_none_or(|value| value.is_null() || plain.contains(value));
         let zero = |value: Option<f32>| value.unwrap_or(0.0) == 0.0;
-        let unknown = [
+        check_plain(&[
             ("frequency_penalty", zero(self.frequency_penalty)),
             ("presence_penalty", zero(self.presence_penalty)),
-            ("response_format", is_none(&self.response_format, &[json!({"type": "text"})])),
-            ("tools", is_none(&self.tools, &[json!([])])),
-            ("tool_choice", is_none(&self.tool_choice, &[json!("none"), json!("auto")])),
-            ("logit_bias", is_none(&self.logit_bias, &[json!({})])),
-        ];
-        if let Some((name, _)) = unknown.into_iter().find(|(_, is_plain)| !is_plain) {
-            return Err(ApiError::unsupported(name, format!("BLIP-2 has no {name}")));
-        }
+            ("response_format", is_plain(&self.response_format, &[json!({"type": "text"})])),
+            ("tools", is_plain(&self.tools, &[json!([])])),
+            ("tool_choice", is_plain(&self.tool_choice, &[json!("none"), json!("auto")])),
+            ("logit_bias", is_plain(&self.logit_bias, &[json!({})])),
+        ])?;
         if self.top_logprobs.is_some_and(|n| n > MOST_ALTERNATIVES) {
             return Err(ApiError::invalid(format!("{MOST_ALTERNATIVES} alternatives at most are told")).about("top_logprobs"));
         }
@@ -354,7 +326,8 @@ fn texts(answer: &Answer) -> Vec<(String, String)> {
     answer.candidates.iter().map(|candidate| (candidate.text.clone(), candidate.finish.to_string())).collect()
 }
 
-fn extra(answer: &Answer) -> Value {
+/// What OpenAI's form has no place for.
+pub fn extra(answer: &Answer) -> Value {
     let mut extra = json!({"timings_ms": answer.timings});
     if !answer.warnings.is_empty() {
         extra["warnings"] = json!(answer.warnings);
@@ -387,10 +360,9 @@ struct Chunks {
 }
 
 impl Say for Chunks {
-    fn first(&mut self) -> Option<Event> {
-        Some(stream::json(
-            &self.about.chunk(json!([{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": null}])),
-        ))
+    fn first(&mut self) -> Vec<Event> {
+        let delta = json!({"role": "assistant", "content": ""});
+        vec![stream::json(&self.about.chunk(json!([{"index": 0, "delta": delta, "finish_reason": null}])))]
     }
 
     fn piece(&mut self, text: String, _: usize) -> Option<Event> {
@@ -401,9 +373,8 @@ impl Say for Chunks {
     }
 
     fn last(&mut self, end: Result<Outcome, ApiError>) -> Vec<Event> {
-        let answer = match end {
-            Ok(Outcome::Written(answer)) => answer,
-            Ok(_) => return vec![stream::json(&ApiError::internal().body()), stream::done()],
+        let answer = match written(end) {
+            Ok(answer) => answer,
             Err(error) => return vec![stream::json(&error.body()), stream::done()],
         };
         let mut events = Vec::new();

@@ -37,7 +37,7 @@ pub struct EmbeddingsRequest {
     encoding_format: Option<String>,
     /// Is not read.
     #[serde(default)]
-    #[schema(value_type = Object)]
+    #[schema(value_type = Value)]
     user: Option<IgnoredAny>,
 }
 
@@ -134,20 +134,25 @@ async fn message(call: &Call, messages: Vec<Message>) -> Result<(Vec<Vec<f32>>, 
     }
 }
 
-/// Tokens that the Q-Former read.
 fn usage(call: &Call, texts: &[String]) -> Usage {
-    let context = call.model.worker.context();
-    let read =
-        |text: &String| context.as_ref().ok().and_then(|context| context.reading(text).ok()).map_or(0, |read| read.ids.len());
-    let queries = if texts.is_empty() { call.model.bundle.facts().qformer.n_queries } else { 0 };
-    let prompt_tokens = texts.iter().map(read).sum::<usize>() + queries;
+    let prompt_tokens = n_read(call, texts, usize::from(texts.is_empty()));
     Usage { prompt_tokens, completion_tokens: 0, total_tokens: prompt_tokens }
 }
 
+/// Tokens that the Q-Former read of texts, and its query tokens for pictures.
+pub fn n_read(call: &Call, texts: &[String], n_pictures: usize) -> usize {
+    let context = call.model.worker.context();
+    let read =
+        |text: &String| context.as_ref().ok().and_then(|context| context.reading(text).ok()).map_or(0, |read| read.ids.len());
+    texts.iter().map(read).sum::<usize>() + call.model.bundle.facts().qformer.n_queries * n_pictures
+}
+
 fn encoded(vector: Vec<f32>, as_base64: bool) -> Encoded {
-    if !as_base64 {
-        return Encoded::Float(vector);
-    }
-    let bytes: Vec<u8> = vector.into_iter().flat_map(f32::to_le_bytes).collect();
-    Encoded::Base64(BASE64_STANDARD.encode(bytes))
+    if as_base64 { Encoded::Base64(base64(&vector)) } else { Encoded::Float(vector) }
+}
+
+/// Little-endian float32 in base64.
+pub fn base64(vector: &[f32]) -> String {
+    let bytes: Vec<u8> = vector.iter().copied().flat_map(f32::to_le_bytes).collect();
+    BASE64_STANDARD.encode(bytes)
 }

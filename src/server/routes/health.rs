@@ -5,13 +5,14 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::State;
-use axum::http::StatusCode;
-use axum::http::header::CONTENT_TYPE;
+use axum::http::header::{ACCEPT, CONTENT_TYPE};
+use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::server::App;
+use crate::server::metrics;
 use crate::server::worker::State as Now;
 
 /// Whether requests should come here.
@@ -81,9 +82,16 @@ pub async fn load(State(app): State<Arc<App>>) -> Json<Load> {
     Json(Load { server_load: app.fleet.n_in_hand(), models })
 }
 
-/// Everything that is counted, in the text form of OpenMetrics 1.0.
-#[utoipa::path(get, path = "/metrics", tag = "server", responses((status = 200, body = String, content_type = "application/openmetrics-text")))]
-pub async fn metrics(State(app): State<Arc<App>>) -> Response {
-    let kind = [(CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")];
-    (kind, app.metrics.text(app.fleet.iter().map(|model| &*model.worker))).into_response()
+/// Everything that is counted, in the text form of OpenMetrics 1.0 for who accepts it, else in that of Prometheus.
+#[utoipa::path(
+    get, path = "/metrics", tag = "server",
+    responses((status = 200, content((String = "text/plain"), (String = "application/openmetrics-text")))),
+)]
+pub async fn metrics(State(app): State<Arc<App>>, headers: HeaderMap) -> Response {
+    let text = app.metrics.text(app.fleet.iter().map(|model| &*model.worker));
+    let accepted = headers.get_all(ACCEPT).iter().filter_map(|accepted| accepted.to_str().ok());
+    if accepted.into_iter().any(|accepted| accepted.contains("application/openmetrics-text")) {
+        return ([(CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], text).into_response();
+    }
+    ([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], metrics::plain(&text)).into_response()
 }

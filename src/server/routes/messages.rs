@@ -18,15 +18,15 @@ pub struct Message {
     pub content: Option<Content>,
     /// Is not read.
     #[serde(default)]
-    #[schema(value_type = Object)]
+    #[schema(value_type = Value)]
     name: Option<IgnoredAny>,
     /// Is not read.
     #[serde(default)]
-    #[schema(value_type = Object)]
+    #[schema(value_type = Value)]
     refusal: Option<IgnoredAny>,
     /// Is not read.
     #[serde(default)]
-    #[schema(value_type = Object)]
+    #[schema(value_type = Value)]
     annotations: Option<IgnoredAny>,
 }
 
@@ -70,7 +70,7 @@ pub enum ImageUrl {
         url: String,
         /// Is not read: every picture is seen in the one size of the model.
         #[serde(default)]
-        #[schema(value_type = Object)]
+        #[schema(value_type = Value)]
         #[allow(dead_code, reason = "it is named to be allowed")]
         detail: Option<IgnoredAny>,
     },
@@ -83,6 +83,13 @@ pub enum Thing {
     Text(String),
     /// A picture.
     Picture(PictureIn),
+}
+
+impl Message {
+    /// What somebody said, without what is not read.
+    pub fn new(role: String, content: Option<Content>) -> Self {
+        Self { role, content, name: None, refusal: None, annotations: None }
+    }
 }
 
 impl Content {
@@ -121,14 +128,16 @@ pub struct Conversation {
     pub turns: Vec<(String, String)>,
     /// The last question; none where nothing is said beside the picture.
     pub question: Option<String>,
+    /// The field of the request that it was read from.
+    pub field: &'static str,
 }
 
 impl Conversation {
-    /// Reads messages; an error for what BLIP-2 has no place for.
-    pub fn read(messages: Vec<Message>) -> Result<Self, ApiError> {
+    /// Reads the messages of a field; an error for what BLIP-2 has no place for.
+    pub fn read(messages: Vec<Message>, field: &'static str) -> Result<Self, ApiError> {
         let (mut pictures, mut turns, mut open) = (Vec::new(), Vec::new(), None::<String>);
         for (place, message) in messages.into_iter().enumerate() {
-            let param = format!("messages[{place}]");
+            let param = format!("{field}[{place}]");
             let (text, seen) = split(message.content);
             pictures.extend(seen);
             match message.role.as_str() {
@@ -143,13 +152,13 @@ impl Conversation {
                 _ => return Err(ApiError::invalid("a role is user or assistant").about(param)),
             }
         }
-        let question = open.ok_or_else(|| ApiError::invalid("the last message is the user's").about("messages"))?;
+        let question = open.ok_or_else(|| ApiError::invalid("the last message is the user's").about(field))?;
         if pictures.len() != 1 {
             let message = format!("BLIP-2 sees one picture; there are {}", pictures.len());
-            return Err(ApiError::invalid(message).about("messages"));
+            return Err(ApiError::invalid(message).about(field));
         }
         let question = Some(question).filter(|question| !question.is_empty());
-        Ok(Self { picture: pictures.remove(0), turns, question })
+        Ok(Self { picture: pictures.remove(0), turns, question, field })
     }
 
     /// The text around the question: the turns before it, each as the model's own prompt has it with its answer and a full stop behind.
@@ -184,7 +193,7 @@ mod tests {
     use super::*;
 
     fn read(messages: Value) -> Result<Conversation, ApiError> {
-        Conversation::read(serde_json::from_value(messages).unwrap())
+        Conversation::read(serde_json::from_value(messages).unwrap(), "messages")
     }
 
     fn picture() -> Value {

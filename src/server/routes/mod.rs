@@ -4,6 +4,7 @@ mod admin;
 mod ask;
 mod caption;
 mod chat;
+mod cohere;
 mod embed;
 mod embeddings;
 mod health;
@@ -14,10 +15,12 @@ mod models;
 pub(super) mod options;
 mod page;
 mod rank;
+mod responses;
 mod results;
 mod score;
 mod stream;
 mod tokenize;
+mod turn;
 
 use std::sync::Arc;
 
@@ -40,9 +43,10 @@ use super::kserve::{grpc, http as kserve};
     info(title = "blip2 serve", description = "BLIP-2: captions, questions, matching, vectors."),
     paths(
         caption::caption, ask::ask, matching::match_texts, embed::embed, rank::rank, images::look, images::forget, page::samples,
-        page::sample, chat::complete, models::list, models::one, embeddings::embed, score::score, score::rerank, tokenize::tokenize,
-        tokenize::detokenize, health::live, health::ready, health::version, health::load, health::metrics, admin::load, admin::unload,
-        kserve::server, kserve::live, kserve::ready, kserve::model, kserve::model_ready, kserve::infer
+        page::sample, chat::complete, responses::respond, responses::stored, models::list, models::one, embeddings::embed,
+        score::score, score::rerank, cohere::embed, tokenize::tokenize, tokenize::detokenize, health::live, health::ready,
+        health::version, health::load, health::metrics, admin::load, admin::unload, kserve::server, kserve::live, kserve::ready,
+        kserve::model, kserve::model_ready, kserve::infer
     ),
     modifiers(&Bearer),
     security((), ("bearer" = [])),
@@ -75,10 +79,12 @@ pub fn all(app: &Arc<App>) -> Router {
         .route("/rank", post(rank::rank))
         .route("/images", post(images::look))
         .route("/v1/chat/completions", post(chat::complete))
+        .route("/v1/responses", post(responses::respond))
         .route("/v1/embeddings", post(embeddings::embed))
         .route("/v1/score", post(score::score))
         .route("/score", post(score::score))
         .route("/v1/rerank", post(score::rerank))
+        .route("/v2/embed", post(cohere::embed))
         .route("/v2/rerank", post(score::rerank))
         .route("/rerank", post(score::rerank))
         .route("/tokenize", post(tokenize::tokenize))
@@ -89,6 +95,7 @@ pub fn all(app: &Arc<App>) -> Router {
         .route("/images/{image_id}", delete(images::forget))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{model}", get(models::one))
+        .route("/v1/responses/{response_id}", get(responses::stored))
         .route("/samples", get(page::samples))
         .route("/samples/{name}", get(page::sample))
         .route("/version", get(health::version))

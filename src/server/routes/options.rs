@@ -1,6 +1,7 @@
 //! How texts are written, as native routes name it: as the command line does.
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use utoipa::ToSchema;
 
 use crate::decode::EarlyStopping;
@@ -108,6 +109,19 @@ pub fn check_words(param: &str, words: &[String]) -> Result<(), ApiError> {
         return Err(ApiError::invalid(format!("{MOST_WORDS} texts at most can stand here")).about(param));
     }
     words.iter().try_for_each(|word| super::super::call::check_text(word, param))
+}
+
+/// Whether a field says nothing: absent, null, or one of the values that mean so.
+pub fn is_plain(value: &Option<Value>, plain: &[Value]) -> bool {
+    value.as_ref().is_none_or(|value| value.is_null() || plain.contains(value))
+}
+
+/// Refuses the first field that is not plain, for it would be passed over in silence.
+pub fn check_plain(fields: &[(&str, bool)]) -> Result<(), ApiError> {
+    match fields.iter().find(|(_, is_plain)| !is_plain) {
+        Some((name, _)) => Err(ApiError::unsupported(name, format!("BLIP-2 has no {name}"))),
+        None => Ok(()),
+    }
 }
 
 impl Early {

@@ -1,4 +1,4 @@
-//! `POST /v1/score` and `/v1/rerank`: matching probabilities in the forms that retrieval tools speak (vLLM's and Jina's).
+//! `POST /v1/score` and `/v1/rerank`: matching probabilities in the forms that retrieval tools speak (vLLM's, Jina's and Cohere's).
 
 use std::sync::Arc;
 
@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::chat::{Usage, now};
+use super::cohere::Meta;
 use super::messages::{Part, Thing};
 use crate::bundle::TaskName;
 use crate::server::App;
@@ -16,7 +17,7 @@ use crate::server::body;
 use crate::server::call::{self, Call};
 use crate::server::error::{ApiError, ErrorBody};
 use crate::server::keys::Caller;
-use crate::server::picture::{self, Given};
+use crate::server::picture::{self, Given, PictureIn};
 use crate::service::{Outcome, Want};
 
 /// Two lists of texts and pictures: of each pair one is a text and one a picture.
@@ -34,7 +35,7 @@ pub struct ScoreRequest {
     text_2: Things,
     /// Is not read.
     #[serde(default)]
-    #[schema(value_type = Object)]
+    #[schema(value_type = Value)]
     user: Option<IgnoredAny>,
 }
 
@@ -45,7 +46,7 @@ pub struct ScoreRequest {
 pub struct RerankRequest {
     /// The model; the first that matches if absent.
     model: Option<String>,
-    /// A text, or `{"content": [picture]}`.
+    /// A text, or `{"content": [picture]}`, or a picture's data URL.
     query: Things,
     /// Pictures, or texts.
     documents: Things,
@@ -56,15 +57,19 @@ pub struct RerankRequest {
     return_documents: bool,
     /// Is not read.
     #[serde(default)]
-    #[schema(value_type = Object)]
+    #[schema(value_type = Value)]
     user: Option<IgnoredAny>,
     /// Is not read.
     #[serde(default)]
-    #[schema(value_type = Object)]
+    #[schema(value_type = Value)]
     max_tokens_per_doc: Option<IgnoredAny>,
+    /// Is not read.
+    #[serde(default)]
+    #[schema(value_type = Value)]
+    priority: Option<IgnoredAny>,
 }
 
-/// Texts and pictures in the forms that clients have for them.
+/// Texts and pictures in the forms that clients have for them. A text that is the data URL of a picture is the picture.
 #[derive(Deserialize, ToSchema)]
 #[serde(untagged)]
 #[schema(no_recursion)]
@@ -133,6 +138,7 @@ pub struct RerankResponse {
     model: String,
     results: Vec<Placed>,
     usage: Usage,
+    meta: Meta,
 }
 
 /// A document and its matching probability.
@@ -200,14 +206,14 @@ pub async fn rerank(
     results.sort_by(|a, b| b.relevance_score.total_cmp(&a.relevance_score));
     results.truncate(top_n.unwrap_or(usize::MAX));
     let id = format!("rerank-{:032x}", rand::random::<u128>());
-    Ok(Json(RerankResponse { id, model: call.name().to_owned(), results, usage: Usage::default() }))
+    Ok(Json(RerankResponse { id, model: call.name().to_owned(), results, usage: Usage::default(), meta: Meta::new(None) }))
 }
 
 impl Things {
     /// All of them in order.
     pub fn all(self) -> Result<Vec<Thing>, ApiError> {
         match self {
-            Self::Text(text) | Self::Named { text } => Ok(vec![Thing::Text(text)]),
+            Self::Text(text) | Self::Named { text } => Ok(vec![Thing::of(text)]),
             Self::Content { content } => Ok(content.into_iter().map(Part::thing).collect()),
             Self::Several(several) => several.into_iter().map(OneThing::one).collect(),
         }
@@ -217,7 +223,7 @@ impl Things {
 impl OneThing {
     fn one(self) -> Result<Thing, ApiError> {
         match self {
-            Self::Text(text) | Self::Named { text } => Ok(Thing::Text(text)),
+            Self::Text(text) | Self::Named { text } => Ok(Thing::of(text)),
             Self::Part(part) => Ok(part.thing()),
             Self::Content { content } => {
                 let [part] = <[Part; 1]>::try_from(content).map_err(|_| ApiError::invalid("a document has one part"))?;
@@ -228,6 +234,14 @@ impl OneThing {
 }
 
 impl Thing {
+    /// Some clients have texts alone; a picture among them is its data URL.
+    fn of(text: String) -> Self {
+        if text.starts_with("data:image/") {
+            return Self::Picture(PictureIn { url: Some(text), ..PictureIn::default() });
+        }
+        Self::Text(text)
+    }
+
     fn text(&self) -> Option<String> {
         match self {
             Self::Text(text) => Some(text.clone()),

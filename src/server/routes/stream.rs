@@ -19,7 +19,7 @@ const ALIVE: Duration = Duration::from_secs(10);
 /// What a stream says of a text.
 pub trait Say: Send + 'static {
     /// Before anything is settled.
-    fn first(&mut self) -> Option<Event>;
+    fn first(&mut self) -> Vec<Event>;
     /// A piece of the text, and the number of its tokens.
     fn piece(&mut self, text: String, n_tokens: usize) -> Option<Event>;
     /// The last that is said, whether it went well or not.
@@ -35,7 +35,7 @@ struct State<S> {
 
 /// Streams one text. When its reader goes away, the text is given up.
 pub fn stream(call: Call, ticket: Ticket, mut say: impl Say) -> Response {
-    let ready = say.first().into_iter().collect();
+    let ready = say.first().into();
     let state = State { say, running: Some((call, ticket)), ready };
     let keep = KeepAlive::new().interval(ALIVE);
     let mut response = Sse::new(events(state)).keep_alive(keep).into_response();
@@ -68,6 +68,11 @@ fn events<S: Say>(state: State<S>) -> impl Stream<Item = Result<Event, Infallibl
 /// An event with JSON.
 pub fn json(value: &impl Serialize) -> Event {
     Event::default().json_data(value).expect("it is made of strings and numbers")
+}
+
+/// An event with a name beside its JSON.
+pub fn named(name: &str, value: &impl Serialize) -> Event {
+    Event::default().event(name).json_data(value).expect("it is made of strings and numbers")
 }
 
 /// What ends a stream, as OpenAI's servers say it.
