@@ -87,7 +87,7 @@ pub struct Limits {
     pub max_cost: usize,
     /// Connections at once.
     pub max_connections: usize,
-    /// Until a request's head is there.
+    /// Until a request's head is there, and so how long a connection may be idle between two requests.
     pub head_timeout_s: f64,
     /// Until a request's body is there.
     pub body_timeout_s: f64,
@@ -167,7 +167,7 @@ impl Default for Limits {
             max_texts: 256,
             max_cost: 8192,
             max_connections: 1024,
-            head_timeout_s: 10.0,
+            head_timeout_s: 30.0,
             body_timeout_s: 30.0,
             requests_per_s: 0.0,
         }

@@ -16,6 +16,8 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 /// A process that ends with the test.
 pub struct Server {
     child: Child,
+    /// Ends the process if the test ends without dropping this, as it does with what is static.
+    watcher: Child,
     pub address: String,
     /// Of gRPC, if it has one.
     pub grpc: String,
@@ -85,6 +87,7 @@ impl Server {
         }
         command.env_remove("BLIP2_MODEL").current_dir(at("")).stderr(Stdio::piped()).stdout(Stdio::null());
         let mut child = command.spawn().unwrap();
+        let watcher = watcher(child.id());
         let mut lines = BufReader::new(child.stderr.take().unwrap());
         let mut last = String::new();
         let (address, grpc) = loop {
@@ -106,7 +109,7 @@ impl Server {
             }
         });
         let config = ureq::Agent::config_builder().http_status_as_error(false).timeout_global(Some(PATIENCE));
-        Self { child, address, grpc, said, agent: config.build().into(), key: None }
+        Self { child, watcher, address, grpc, said, agent: config.build().into(), key: None }
     }
 
     fn wait_ready(&self) {
@@ -212,10 +215,18 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
+        let _ = self.watcher.kill();
+        let _ = self.watcher.wait();
         // It may have ended.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Waits until nobody holds the other end of its standard input, then ends a process.
+fn watcher(process: u32) -> Child {
+    let script = ["-c", "cat; kill -9 $0", &process.to_string()];
+    Command::new("sh").args(script).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
 }
 
 impl Reply {

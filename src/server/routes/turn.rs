@@ -2,13 +2,12 @@
 
 use std::sync::Arc;
 
-use tokio::sync::OwnedSemaphorePermit;
-
 use super::messages::Conversation;
 use crate::bundle::TaskName;
 use crate::engine::{Answer, GenerationOptions};
 use crate::prompt::Task;
 use crate::server::App;
+use crate::server::body::Room;
 use crate::server::call::{self, Call};
 use crate::server::error::ApiError;
 use crate::server::keys::Caller;
@@ -42,7 +41,7 @@ impl Turn {
         app: &Arc<App>,
         caller: Caller,
         Opening { model, conversation, options }: Opening<'_>,
-        room: OwnedSemaphorePermit,
+        room: Room,
     ) -> Result<Self, ApiError> {
         let task = if conversation.question.is_some() { TaskName::Ask } else { TaskName::Caption };
         let pictures = std::slice::from_ref(&conversation.picture);
