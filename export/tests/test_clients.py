@@ -166,7 +166,12 @@ CHECKS = [
     checks.negative_data_rejection,
 ]
 FEW = hypothesis.settings(
-    max_examples=15, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck), derandomize=True
+    max_examples=15,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(hypothesis.HealthCheck),
+    derandomize=True,
+    phases=[hypothesis.Phase.generate],
 )
 
 
@@ -180,6 +185,8 @@ def test_what_is_drawn_from_the_document_is_answered_as_it_says(
     document: schemathesis.BaseSchema, mode: schemathesis.GenerationMode
 ) -> None:
     routes = [found.ok() for found in document.get_all_operations()]
+    # What is drawn may be a model's name, for names that stand in tests are drawn too: the others would be without it.
+    routes = [route for route in routes if not route.path.endswith("/unload")]
     wrong: list[str] = []
     n_asked = 0
     for route in routes:
