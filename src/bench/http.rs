@@ -231,6 +231,8 @@ fn model(agent: &ureq::Agent, server: &Server) -> Result<String, BenchError> {
 /// The whole answer.
 fn ask(agent: &ureq::Agent, server: &Server, asked: &Request, told: &Told) -> Result<String, String> {
     let request = agent.post(format!("{}/{}", server.url, asked.route)).header("Content-Type", "application/json");
+    // Pictures come again here as they do not elsewhere.
+    let request = request.header("Cache-Control", "no-store");
     let request = if let Some(key) = &server.key { request.header("Authorization", format!("Bearer {key}")) } else { request };
     let mut response = request.send(&*asked.body).map_err(|error| error.to_string())?;
     if !response.status().is_success() {

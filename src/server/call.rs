@@ -44,7 +44,8 @@ impl Call {
         let id = pictures.first().and_then(|picture| picture.image_id.as_deref());
         let looked = id.filter(|_| model.is_none()).and_then(|id| app.images.get(caller.owner, id));
         let model = app.fleet.pick(model.or(looked.as_ref().map(|image| image.model.as_str())), task)?.clone();
-        Ok(Self { app: app.clone(), caller, model, keeps: app.config.cache.bytes > 0, room })
+        let keeps = caller.keeps && app.config.cache.bytes > 0;
+        Ok(Self { app: app.clone(), caller, model, keeps, room })
     }
 
     /// The model's name.

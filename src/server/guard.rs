@@ -3,11 +3,13 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use axum::body::Body;
 use axum::extract::{MatchedPath, Request, State};
-use axum::http::header::{AUTHORIZATION, HOST};
-use axum::http::{HeaderMap, HeaderName, HeaderValue};
+use axum::http::header::{AUTHORIZATION, CACHE_CONTROL, CONTENT_TYPE, HOST};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
+use futures_util::StreamExt;
 use http_body_util::{BodyExt, Limited};
 
 use super::App;
@@ -32,38 +34,68 @@ pub struct Spent(pub Timings);
 #[derive(Clone)]
 struct Who(Arc<str>);
 
-/// Names a request, and counts it once it is answered.
+/// A request that is being answered; it is counted when this goes.
+struct Counted {
+    app: Arc<App>,
+    start: Instant,
+    id: HeaderValue,
+    method: Method,
+    route: String,
+    status: u16,
+    caller: Arc<str>,
+}
+
+/// Names a request, and counts it once its answer has ended, or its client has gone.
 pub async fn observe(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
-    let start = Instant::now();
-    let id = request_id(request.headers());
-    let method = request.method().clone();
+    let (start, id, method) = (Instant::now(), request_id(request.headers()), request.method().clone());
     let route = request.extensions().get::<MatchedPath>().map_or("none", MatchedPath::as_str).to_owned();
     let mut response = next.run(request).await;
-    let time = start.elapsed();
     let refused = response.extensions().get::<Refused>().map(|Refused(error)| error);
     // Of gRPC, every answer is one of HTTP's good ones.
     let status = refused.map_or(response.status(), |error| error.status).as_u16();
-    app.metrics.answered(&route, status, time);
     if let Some(error) = refused {
         app.metrics.refused(error.code);
     }
-    let ms = milliseconds(time);
-    let caller = response.extensions().get().map_or("nobody", |Who(name)| name);
-    tracing::info!(request = id.to_str().unwrap_or_default(), caller, %method, route, status, ms, "answered");
-    let timing = server_timing(response.extensions().get::<Spent>(), ms);
+    let caller = response.extensions().get().map_or_else(|| "nobody".into(), |Who(name)| Arc::clone(name));
+    let timing = server_timing(response.extensions().get::<Spent>(), milliseconds(start.elapsed()));
     let headers = response.headers_mut();
-    headers.insert(REQUEST_ID, id);
+    headers.insert(REQUEST_ID, id.clone());
     headers.insert(SERVER_TIMING, timing);
     headers.insert("x-content-type-options", HeaderValue::from_static("nosniff"));
     headers.entry("cache-control").or_insert(HeaderValue::from_static("no-store"));
-    response
+    let counted = Counted { app, start, id, method, route, status, caller };
+    if is_stream(&response) { response.map(|body| until_its_end(body, counted)) } else { response }
+}
+
+/// Whether an answer goes on after its head.
+fn is_stream(response: &Response) -> bool {
+    response.headers().get(CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"text/event-stream"))
+}
+
+/// Counts a request when its body has been read, or nobody reads it any more.
+fn until_its_end(body: Body, counted: Counted) -> Body {
+    Body::from_stream(body.into_data_stream().inspect(move |_| {
+        // It goes with the stream.
+        let _ = &counted;
+    }))
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        let Self { app, start, id, method, route, status, caller } = self;
+        let time = start.elapsed();
+        app.metrics.answered(route, *status, time);
+        let (id, ms) = (id.to_str().unwrap_or_default(), milliseconds(time));
+        tracing::info!(request = id, caller = &**caller, %method, route, status, ms, "answered");
+    }
 }
 
 /// Lets in who has a key, or whoever is on this machine where there are none.
 pub async fn admit(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
     match caller(&app, request.headers()).and_then(counted) {
-        Ok(caller) => {
+        Ok(mut caller) => {
             let who = Who(caller.name.clone());
+            caller.keeps = !says_no_store(request.headers());
             request.extensions_mut().insert(caller);
             let mut response = next.run(request).await;
             response.extensions_mut().insert(who);
@@ -108,6 +140,12 @@ fn counted(caller: Caller) -> Result<Caller, ApiError> {
         Ok(()) => Ok(caller),
         Err(seconds) => Err(ApiError::too_often(seconds)),
     }
+}
+
+/// Whether nothing of a request may be kept.
+fn says_no_store(headers: &HeaderMap) -> bool {
+    let said = headers.get_all(CACHE_CONTROL).iter().filter_map(|value| value.to_str().ok());
+    said.flat_map(|value| value.split(',')).any(|directive| directive.trim().eq_ignore_ascii_case("no-store"))
 }
 
 fn bearer(headers: &HeaderMap) -> Option<&str> {

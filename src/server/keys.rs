@@ -28,6 +28,8 @@ pub struct Caller {
     pub name: Arc<str>,
     /// Of their requests.
     pub priority: i8,
+    /// Whether what is made of their pictures may be kept; a request may say that it may not.
+    pub keeps: bool,
     limiter: Option<Arc<DefaultDirectRateLimiter>>,
 }
 
@@ -61,7 +63,7 @@ struct Entry {
 impl Caller {
     /// Anybody, where there are no keys.
     pub fn anybody(rate: f64) -> Self {
-        Self { owner: 0, name: "anybody".into(), priority: 0, limiter: limiter(rate) }
+        Self { owner: 0, name: "anybody".into(), priority: 0, keeps: true, limiter: limiter(rate) }
     }
 
     /// Counts a request; if it is one too many, in how many seconds it will not be.
@@ -142,7 +144,7 @@ impl Entry {
         let digest = digest(&key);
         // The same for the same name, so that what is kept for somebody outlives a new key.
         let owner = Sha256::digest(name.as_bytes()).first_chunk().map_or(1, |bytes| u64::from_le_bytes(*bytes)).max(1);
-        let caller = Caller { owner, name: name.into(), priority, limiter: limiter(requests_per_s.unwrap_or(rate)) };
+        let caller = Caller { owner, name: name.into(), priority, keeps: true, limiter: limiter(requests_per_s.unwrap_or(rate)) };
         Ok(Known { digest, caller })
     }
 }

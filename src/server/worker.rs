@@ -1,6 +1,7 @@
 //! One bundle at work: the only place where what is asked meets what blocks. Handlers get a [`Ticket`] and wait for what it brings.
 
 use std::ops::ControlFlow;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -212,7 +213,8 @@ impl Worker {
         let before = std::mem::replace(&mut *self.state(), State::Loading);
         retire(before);
         let start = Instant::now();
-        match self.open() {
+        // A panic in a library is a bundle that cannot be loaded.
+        match catch_unwind(AssertUnwindSafe(|| self.open())).unwrap_or(Err(Error::Lost)) {
             Ok(service) => {
                 tracing::info!(model = self.plan.name, ms = milliseconds(start.elapsed()), "ready");
                 *pause = FIRST_PAUSE;

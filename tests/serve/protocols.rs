@@ -405,6 +405,17 @@ fn answers_carry_their_times_and_their_names() {
 }
 
 #[test]
+fn pictures_that_come_again_are_kept_unless_a_request_says_no() {
+    let server = Server::on(&["tests/bundles/t5"], &[]);
+    let body = json!({"images": [picture(0)]});
+    let looked = |headers: &[(&str, &str)]| {
+        let found = server.post_with("/caption", &body, headers).ok();
+        found["results"][0]["timings_ms"].get("vision").is_some()
+    };
+    assert_eq!([looked(&[]), looked(&[]), looked(&[("cache-control", "no-cache, No-Store")])], [true, false, true]);
+}
+
+#[test]
 fn the_document_of_the_routes_is_served_as_it_is_printed() {
     let printed = Command::new(env!("CARGO_BIN_EXE_blip2")).args(["serve", "--openapi"]).output().unwrap();
     let printed: Value = serde_json::from_slice(&printed.stdout).unwrap();
