@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from serving import ROOT, Server, serve
-from test_clients import PROMETHEUS, SOUND, metrics
+from test_clients import NAMED, PROMETHEUS, SOUND, metrics
 from test_engine import ENGINE
 
 DEPLOY = ROOT / "deploy"
@@ -44,7 +44,7 @@ def deployment() -> dict[str, Any]:
 
 def test_the_board_shows_the_metrics_that_there_are(server: Server) -> None:
     for path, body in SOUND.items():
-        assert server.ask(path, body)[0] == 200, path
+        assert server.ask(path.format(**NAMED), body)[0] == 200, path
     assert server.ask("/match", {})[0] == 400
     text = metrics(server, "*/*")[1]
     there = set(re.findall(r"^(\w+)[{ ]", text, re.M))

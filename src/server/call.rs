@@ -65,7 +65,8 @@ impl Call {
         let context = self.model.worker.context()?;
         let generation = context.generation(task, options)?;
         let defaults = self.model.bundle.facts().generation.get(&task).map_or(1, |defaults| defaults.max_new_tokens);
-        let wanted = generation.max_new_tokens.unwrap_or(defaults).min(self.model.bundle.room_behind(0));
+        let default = defaults.max(generation.processors.min_new_tokens);
+        let wanted = generation.max_new_tokens.unwrap_or(default).min(self.model.bundle.room_behind(0));
         let (cost, most) = (generation.strategy.n_rows().saturating_mul(wanted), self.app.config.limits.max_cost);
         if cost > most {
             let message = format!(
@@ -80,6 +81,7 @@ impl Call {
     pub fn source(&self, given: Given) -> Result<Source, ApiError> {
         match given {
             Given::Bytes(bytes) => Ok(Source::Encoded(bytes, self.app.config.picture_limits())),
+            Given::Seen(sight) => Ok(Source::Seen(sight)),
             Given::Id(id) => {
                 let image = self.app.images.get(self.caller.owner, &id);
                 let image =
@@ -92,6 +94,16 @@ impl Call {
                 Ok(Source::Seen(Box::new(image.sight)))
             }
         }
+    }
+
+    /// Pictures of which several things are wanted each: they are looked at once, before anything is asked.
+    pub async fn looked(&self, pictures: Vec<Result<Given, ApiError>>) -> Result<Vec<Result<Given, ApiError>>, ApiError> {
+        let ends = self.finish(pictures.into_iter().map(|given| self.asked(given, Want::See)).collect()).await?;
+        let seen = |end: Result<Outcome, ApiError>| match end? {
+            Outcome::Seen(sight) => Ok(Given::Seen(sight)),
+            _ => Err(ApiError::internal()),
+        };
+        Ok(ends.into_iter().map(seen).collect())
     }
 
     /// What is wanted of a picture, or why it cannot be asked.

@@ -11,6 +11,7 @@ use utoipa::ToSchema;
 
 use super::App;
 use super::error::ApiError;
+use crate::engine::Sight;
 
 /// With or without the padding, for clients differ.
 const BASE64: GeneralPurpose =
@@ -38,8 +39,10 @@ pub struct Uploads(Vec<Bytes>);
 pub enum Given {
     /// Encoded.
     Bytes(Arc<[u8]>),
-    /// Looked at before.
+    /// Looked at before, in another request.
     Id(String),
+    /// Looked at in this one.
+    Seen(Box<Sight>),
 }
 
 impl Uploads {

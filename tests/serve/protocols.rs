@@ -61,6 +61,7 @@ fn answers_come_picture_by_picture_and_question_by_question() {
     assert_eq!(found.len(), 4);
     for (place, found) in found.iter().enumerate() {
         assert_eq!((&found["tokens"], &found["question"]), (&wanted[place % 2]["tokens"], &json!(questions[place % 2])));
+        assert!(found["timings_ms"].get("vision").is_none(), "it was looked at once, before: {found}");
     }
 }
 

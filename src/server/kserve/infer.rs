@@ -98,6 +98,7 @@ pub async fn infer(app: &Arc<App>, caller: Caller, wanted: Inference, room: Room
     let wants = wants(&call, task, texts, parameters)?;
     let pictures = pictures(app, inputs.image).await?;
     let n_pictures = pictures.len();
+    let pictures = if wants.len() > 1 { looked(&call, pictures).await? } else { pictures };
     let asked = pictures.into_iter().flat_map(|given| {
         let call = &call;
         wants.clone().into_iter().map(move |want| call.asked(Ok(given.clone()), want))
@@ -111,6 +112,12 @@ pub async fn infer(app: &Arc<App>, caller: Caller, wanted: Inference, room: Room
     outputs.retain(|output| names.contains(&output.name));
     outputs.sort_by_key(|output| names.iter().position(|name| *name == output.name));
     Ok(Inferred { outputs, spent })
+}
+
+/// Pictures that are looked at once, for several texts each.
+async fn looked(call: &Call, pictures: Vec<Given>) -> Result<Vec<Given>, ApiError> {
+    let seen = call.looked(pictures.into_iter().map(Ok).collect()).await?;
+    seen.into_iter().enumerate().map(|(place, seen)| seen.map_err(|error| error.about(which(place, 1)))).collect()
 }
 
 /// The job at this place: its picture, and its text where each picture has several.

@@ -44,8 +44,8 @@ pub struct AskRequest {
 
 /// Answers questions about pictures.
 ///
-/// Results come picture by picture, each with the questions in their order. Several questions about one picture are fastest by the `image_id`
-/// that `/images` gives.
+/// Results come picture by picture, each with the questions in their order. With several questions every picture is looked at once, before
+/// the times of the results begin; for later ones `/images` gives it a name.
 #[utoipa::path(
     post, path = "/ask", tag = "native",
     request_body = AskRequest,
@@ -66,6 +66,7 @@ pub async fn ask(
     let call = Call::new(&app, caller, (model.as_deref(), TaskName::Ask, &images), said.room)?;
     let pictures = picture::given(&app, images, said.uploads).await?;
     let generation = Box::new(call.generation(TaskName::Ask, &options.generation()?)?);
+    let pictures = if questions.len() > 1 { call.looked(pictures).await? } else { pictures };
     let mut wanted: Vec<Wanted> = Vec::with_capacity(pictures.len() * questions.len());
     for given in pictures {
         for question in &questions {

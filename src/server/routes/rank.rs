@@ -66,6 +66,7 @@ pub async fn rank(
     let call = Call::new(&app, caller, (model.as_deref(), TaskName::Ask, &images), said.room)?;
     let pictures = picture::given(&app, images, said.uploads).await?;
     let n_chunks = answers.len().div_ceil(RANKED_AT_ONCE);
+    let pictures = if n_chunks > 1 { call.looked(pictures).await? } else { pictures };
     let wants = |given: Result<Given, ApiError>| {
         let (call, task) = (&call, &task);
         let chunks: Vec<_> = answers.chunks(RANKED_AT_ONCE).map(|answers| Want::Rank(task.clone(), answers.to_vec())).collect();
