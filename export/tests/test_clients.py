@@ -225,7 +225,9 @@ SOUND: dict[str, dict[str, Any]] = {
     "/v2/embed": {"images": [data_url()], "embedding_types": ["float", "base64"]},
     "/tokenize": {"model": "t5", "prompt": "a red circle"},
     "/detokenize": {"model": "t5", "tokens": [5, 6]},
-    "/v2/models/{model}/infer": {"inputs": [{"name": "image", "datatype": "BYTES", "shape": [1], "data": [data_url()]}]},
+    "/v2/models/{model}/infer": {
+        "inputs": [{"name": "image", "datatype": "BYTES", "shape": [1], "data": [data_url()]}]
+    },
 }
 NAMED = {"model": "t5"}
 
