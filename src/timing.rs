@@ -63,32 +63,53 @@ impl Stage {
 
 /// Time per stage; a stage that ran several times is summed, one that did not run is absent. Serialises as milliseconds.
 #[derive(Clone, Debug, Default)]
-pub struct Timings([Option<Duration>; Stage::ALL.len()]);
+pub struct Timings(Vec<Span>);
+
+/// A stage that ran.
+#[derive(Clone, Copy, Debug)]
+struct Span {
+    stage: Stage,
+    /// When it began first.
+    begin: Instant,
+    /// All its time.
+    time: Duration,
+}
 
 impl Timings {
     /// Runs `work` and adds its time to `stage`.
     pub fn time<T>(&mut self, stage: Stage, work: impl FnOnce() -> T) -> T {
         let start = Instant::now();
         let done = work();
-        self.add(stage, start.elapsed());
+        self.add(stage, start, start.elapsed());
         done
     }
 
-    /// Adds to a stage.
-    pub fn add(&mut self, stage: Stage, time: Duration) {
-        *self.0[stage as usize].get_or_insert_default() += time;
+    /// Adds to a stage what began then.
+    pub fn add(&mut self, stage: Stage, begin: Instant, time: Duration) {
+        match self.0.binary_search_by_key(&(stage as usize), |span| span.stage as usize) {
+            Ok(place) => {
+                let span = &mut self.0[place];
+                *span = Span { stage, begin: span.begin.min(begin), time: span.time + time };
+            }
+            Err(place) => self.0.insert(place, Span { stage, begin, time }),
+        }
     }
 
     /// Adds every stage of `other`.
     pub fn merge(&mut self, other: &Self) {
-        for (stage, time) in other.iter() {
-            self.add(stage, time);
+        for (stage, begin, time) in other.spans() {
+            self.add(stage, begin, time);
         }
     }
 
     /// The stages that ran, in order.
     pub fn iter(&self) -> impl Iterator<Item = (Stage, Duration)> {
-        Stage::ALL.into_iter().filter_map(|stage| Some((stage, self.0[stage as usize]?)))
+        self.spans().map(|(stage, _, time)| (stage, time))
+    }
+
+    /// The stages that ran, in order, with when each began first.
+    pub fn spans(&self) -> impl Iterator<Item = (Stage, Instant, Duration)> {
+        self.0.iter().map(|&Span { stage, begin, time }| (stage, begin, time))
     }
 
     /// All stages together.

@@ -11,7 +11,7 @@ const ORDER: [&str; 19] = [
 ];
 
 /// Outside libraries and the modules that may name them.
-const DOORS: [(&str, &str); 42] = [
+const DOORS: [(&str, &str); 47] = [
     ("axum", "server"),
     ("blake3", "service"),
     ("futures_util", "server"),
@@ -30,6 +30,11 @@ const DOORS: [(&str, &str); 42] = [
     ("tracing", "server"),
     ("tracing_subscriber", "server"),
     ("url", "server"),
+    ("async_trait", "server"),
+    ("opentelemetry", "server"),
+    ("opentelemetry_http", "server"),
+    ("opentelemetry_otlp", "server"),
+    ("opentelemetry_sdk", "server"),
     ("utoipa", "server"),
     ("nvml_wrapper", "bench"),
     ("schemars", "bench"),

@@ -9,7 +9,7 @@ use super::plain::plain;
 use crate::bundle::Bundle;
 use crate::error::Error;
 use crate::runtime::RuntimeOptions;
-use crate::server::{self, Config, LogFormat, ModelConfig};
+use crate::server::{self, Config, LogFormat, ModelConfig, Url};
 
 /// What `blip2 serve` takes. Flags and the environment stand over the file.
 #[derive(Debug, clap::Args)]
@@ -43,7 +43,11 @@ pub(in crate::cli) struct Serve {
     /// Memory for what was made of pictures that may come again, of each model; 0 keeps nothing [default: 256MiB]
     #[arg(long, value_name = "N", value_parser = super::args::bytes)]
     cache_bytes: Option<u64>,
-    /// After SIGTERM, how many seconds running requests may take [default: 30]
+    /// After SIGTERM, for how many seconds requests are still taken while /health/ready says that none should come: for balancers that learn
+    /// it late [default: 0]
+    #[arg(long, value_name = "S")]
+    grace: Option<f64>,
+    /// Then, how many seconds running requests may take [default: 30]
     #[arg(long, value_name = "S")]
     drain: Option<f64>,
     /// How a line of the log looks
@@ -52,6 +56,9 @@ pub(in crate::cli) struct Serve {
     /// What is logged: error, warn, info, debug or off; at info, a line for every request
     #[arg(long, value_name = "LEVEL", env = "BLIP2_LOG")]
     log: Option<String>,
+    /// An OpenTelemetry collector that gets traces by OTLP over HTTP, such as http://127.0.0.1:4318 [default: none are made]
+    #[arg(long, value_name = "URL", env = "BLIP2_TRACES")]
+    traces: Option<Url>,
     /// Check the settings and the bundles, print what holds, and end
     #[arg(long)]
     check: bool,
@@ -102,9 +109,11 @@ impl Serve {
         config.open |= self.open;
         config.limits.max_in_hand = self.max_in_hand.unwrap_or(config.limits.max_in_hand);
         config.cache.bytes = self.cache_bytes.unwrap_or(config.cache.bytes);
+        config.grace_s = self.grace.unwrap_or(config.grace_s);
         config.drain_s = self.drain.unwrap_or(config.drain_s);
         config.log.format = self.log_format.unwrap_or(config.log.format);
         config.log.level = self.log.clone().unwrap_or(config.log.level);
+        config.traces.endpoint = self.traces.clone().or(config.traces.endpoint);
         Ok(config)
     }
 }

@@ -230,8 +230,8 @@ impl Running {
     /// Times of a step that read the prompt or settled tokens.
     fn note(&mut self, is_first: bool, has_tokens: bool, (start, end): (Instant, Instant)) {
         if is_first {
-            self.timings.add(Stage::Waiting, start.saturating_duration_since(self.joined));
-            self.timings.add(Stage::Prefill, end - start);
+            self.timings.add(Stage::Waiting, self.joined, start.saturating_duration_since(self.joined));
+            self.timings.add(Stage::Prefill, start, end - start);
             self.read = Some(end);
         }
         if has_tokens {
@@ -244,7 +244,7 @@ impl Running {
 
     fn answer(mut self, texts: Vec<(Candidate, Vec<TokenLogProb>)>) -> Answer {
         if let Some(read) = self.read {
-            self.timings.add(Stage::Decode, read.elapsed());
+            self.timings.add(Stage::Decode, read, read.elapsed());
         }
         let (mut candidates, mut log_probs): (Vec<Candidate>, Vec<_>) = texts.into_iter().take(self.n_return).unzip();
         let Candidate { text, tokens, finish, score, .. } = candidates.first().cloned().unwrap_or_default();

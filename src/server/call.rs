@@ -138,8 +138,16 @@ impl Call {
     /// What comes of one of them.
     pub async fn ended(&self, ticket: Ticket) -> Result<Outcome, ApiError> {
         let outcome = ticket.end().await?;
-        self.model.worker.metrics().ended(&outcome);
+        self.took(&outcome);
         Ok(outcome)
+    }
+
+    /// Counts what came of a job, and where its time went.
+    pub fn took(&self, outcome: &Outcome) {
+        self.model.worker.metrics().ended(outcome);
+        if let Some(trace) = &self.caller.trace {
+            trace.took(self.name(), outcome);
+        }
     }
 }
 

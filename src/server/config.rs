@@ -4,6 +4,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use url::Url;
 
 use super::ServeError;
 use crate::pixels;
@@ -26,7 +27,9 @@ pub struct Config {
     pub keys: Option<PathBuf>,
     /// Whether anybody who reaches another address than loopback may ask without a key.
     pub open: bool,
-    /// After a SIGTERM, how long running requests may take.
+    /// After a SIGTERM, how long requests are still taken while `/health/ready` says that none should come: for balancers that learn it late.
+    pub grace_s: f64,
+    /// Then, how long running requests may take.
     pub drain_s: f64,
     /// The bundles; the first that can do what a request asks for does it, if the request names none.
     pub models: Vec<ModelConfig>,
@@ -38,6 +41,8 @@ pub struct Config {
     pub remote: RemoteConfig,
     /// What is written to standard error.
     pub log: LogConfig,
+    /// Where traces go, if anywhere.
+    pub traces: TraceConfig,
 }
 
 /// A bundle.
@@ -136,6 +141,17 @@ pub enum LogFormat {
     Json,
 }
 
+/// Where traces go, if anywhere.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TraceConfig {
+    /// An OpenTelemetry collector that takes OTLP over HTTP, such as `http://127.0.0.1:4318`; without a path, `/v1/traces` is its.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub endpoint: Option<Url>,
+    /// The share of requests that are traced, from 0 to 1; a request that is part of a trace already is traced if the rest of it is.
+    pub share: f64,
+}
+
 impl Default for Config {
     fn default() -> Self {
         Self {
@@ -144,12 +160,14 @@ impl Default for Config {
             grpc_listen: None,
             keys: None,
             open: false,
+            grace_s: 0.0,
             drain_s: 30.0,
             models: Vec::new(),
             limits: Limits::default(),
             cache: CacheConfig::default(),
             remote: RemoteConfig::default(),
             log: LogConfig::default(),
+            traces: TraceConfig::default(),
         }
     }
 }
@@ -180,6 +198,12 @@ impl Default for CacheConfig {
     }
 }
 
+impl Default for TraceConfig {
+    fn default() -> Self {
+        Self { endpoint: None, share: 1.0 }
+    }
+}
+
 impl Default for LogConfig {
     fn default() -> Self {
         Self { format: LogFormat::default(), level: "info".into() }
@@ -202,6 +226,7 @@ impl Config {
     pub fn check(&self) -> Result<(), ServeError> {
         let limits = &self.limits;
         let seconds = [
+            ("grace_s", self.grace_s),
             ("drain_s", self.drain_s),
             ("limits.max_wait_s", limits.max_wait_s),
             ("limits.head_timeout_s", limits.head_timeout_s),
@@ -232,6 +257,7 @@ impl Config {
                 self.log.level
             )));
         }
+        self.check_traces()?;
         self.check_names()?;
         self.check_openness()
     }
@@ -245,6 +271,17 @@ impl Config {
     pub fn picture_limits(&self) -> pixels::Limits {
         let Limits { max_pixels, max_side, max_body_bytes, .. } = self.limits;
         pixels::Limits { max_bytes: max_body_bytes as u64, max_pixels, max_side }
+    }
+
+    fn check_traces(&self) -> Result<(), ServeError> {
+        let TraceConfig { endpoint, share } = &self.traces;
+        if let Some(endpoint) = endpoint.as_ref().filter(|endpoint| !["http", "https"].contains(&endpoint.scheme())) {
+            return Err(ServeError::Value(format!("traces.endpoint is {endpoint}; it must be an address of http or https")));
+        }
+        if !(0.0..=1.0).contains(share) {
+            return Err(ServeError::Value(format!("traces.share is {share}; it must be from 0 to 1")));
+        }
+        Ok(())
     }
 
     fn check_names(&self) -> Result<(), ServeError> {
@@ -346,6 +383,9 @@ mod tests {
         says(&format!("drain_s = nan\n{models}"), "drain_s is NaN");
         says(&format!("{models}[limits]\nmax_in_hand = 0"), "limits.max_in_hand");
         says(&format!("{models}[log]\nlevel = 'loud'"), "log.level");
+        says(&format!("{models}[traces]\nendpoint = 'ftp://x.org'"), "traces.endpoint is ftp://x.org");
+        says(&format!("{models}[traces]\nendpoint = 'x.org'"), "endpoint");
+        says(&format!("{models}[traces]\nshare = 1.5"), "traces.share is 1.5");
         assert!(toml::from_str::<Config>(&format!("listen = '[::1]:80'\n{models}")).unwrap().check().is_ok());
         assert!(toml::from_str::<Config>(&format!("listen = '0.0.0.0:80'\nopen = true\n{models}")).unwrap().check().is_ok());
     }

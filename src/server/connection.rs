@@ -20,7 +20,8 @@ const MAX_STREAMS: u32 = 64;
 /// After an error of the listener, such as too many open files.
 const PAUSE: Duration = Duration::from_millis(50);
 
-/// Serves every listener until a signal, then ends: what runs may take its time, and a second signal cuts it off.
+/// Serves every listener until a signal, then ends: what comes in the time of grace is taken, what runs may take its time, and a second
+/// signal cuts both off.
 pub async fn serve(app: &Arc<App>, listeners: Vec<(TcpListener, Router)>) {
     let (stop, stopping) = watch::channel(false);
     let room = Arc::new(Semaphore::new(app.config.limits.max_connections.min(Semaphore::MAX_PERMITS)));
@@ -29,6 +30,15 @@ pub async fn serve(app: &Arc<App>, listeners: Vec<(TcpListener, Router)>) {
         .map(|(listener, router)| tokio::spawn(accept(app.clone(), (listener, router), room.clone(), stopping.clone())));
     let accepting: Vec<_> = accepting.collect();
     signal().await;
+    app.leave();
+    let grace = Duration::from_secs_f64(app.config.grace_s);
+    if !grace.is_zero() {
+        tracing::info!(in_hand = app.fleet.n_in_hand(), ?grace, "stopping: not ready any more, requests are still taken");
+        tokio::select! {
+            () = tokio::time::sleep(grace) => {}
+            () = signal() => return tracing::warn!(in_hand = app.fleet.n_in_hand(), "stopped at once"),
+        }
+    }
     app.drain();
     tracing::info!(in_hand = app.fleet.n_in_hand(), "stopping: what runs is finished, nothing new is taken");
     // Nobody listens any more only if all have ended.

@@ -15,6 +15,7 @@ use http_body_util::{BodyExt, Limited};
 use super::App;
 use super::error::{ApiError, Refused};
 use super::keys::Caller;
+use super::traces::Trace;
 use crate::timing::{Timings, milliseconds};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -43,12 +44,17 @@ struct Counted {
     route: String,
     status: u16,
     caller: Arc<str>,
+    trace: Option<Trace>,
 }
 
 /// Names a request, and counts it once its answer has ended, or its client has gone.
-pub async fn observe(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
+pub async fn observe(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
     let (start, id, method) = (Instant::now(), request_id(request.headers()), request.method().clone());
     let route = request.extensions().get::<MatchedPath>().map_or("none", MatchedPath::as_str).to_owned();
+    let trace = app.traces.as_ref().map(|traces| traces.begin((&method, &route), request.headers(), start));
+    if let Some(trace) = &trace {
+        request.extensions_mut().insert(trace.clone());
+    }
     let mut response = next.run(request).await;
     let refused = response.extensions().get::<Refused>().map(|Refused(error)| error);
     // Of gRPC, every answer is one of HTTP's good ones.
@@ -63,7 +69,7 @@ pub async fn observe(State(app): State<Arc<App>>, request: Request, next: Next) 
     headers.insert(SERVER_TIMING, timing);
     headers.insert("x-content-type-options", HeaderValue::from_static("nosniff"));
     headers.entry("cache-control").or_insert(HeaderValue::from_static("no-store"));
-    let counted = Counted { app, start, id, method, route, status, caller };
+    let counted = Counted { app, start, id, method, route, status, caller, trace };
     if is_stream(&response) { response.map(|body| until_its_end(body, counted)) } else { response }
 }
 
@@ -82,11 +88,15 @@ fn until_its_end(body: Body, counted: Counted) -> Body {
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        let Self { app, start, id, method, route, status, caller } = self;
+        let Self { app, start, id, method, route, status, caller, trace } = self;
         let time = start.elapsed();
         app.metrics.answered(route, *status, time);
         let (id, ms) = (id.to_str().unwrap_or_default(), milliseconds(time));
-        tracing::info!(request = id, caller = &**caller, %method, route, status, ms, "answered");
+        let traced = trace.as_ref().and_then(Trace::id);
+        tracing::info!(request = id, trace = traced, caller = &**caller, %method, route, status, ms, "answered");
+        if let Some(trace) = trace {
+            trace.end(*status, id, caller);
+        }
     }
 }
 
@@ -96,6 +106,7 @@ pub async fn admit(State(app): State<Arc<App>>, mut request: Request, next: Next
         Ok(mut caller) => {
             let who = Who(caller.name.clone());
             caller.keeps = !says_no_store(request.headers());
+            caller.trace = request.extensions().get().cloned();
             request.extensions_mut().insert(caller);
             let mut response = next.run(request).await;
             response.extensions_mut().insert(who);

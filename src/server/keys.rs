@@ -13,6 +13,7 @@ use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 
 use super::ServeError;
+use super::traces::Trace;
 
 /// How often it is looked whether the file has changed.
 const LOOKING: Duration = Duration::from_secs(1);
@@ -30,6 +31,8 @@ pub struct Caller {
     pub priority: i8,
     /// Whether what is made of their pictures may be kept; a request may say that it may not.
     pub keeps: bool,
+    /// Of the request, if it is traced.
+    pub trace: Option<Trace>,
     limiter: Option<Arc<DefaultDirectRateLimiter>>,
 }
 
@@ -63,7 +66,7 @@ struct Entry {
 impl Caller {
     /// Anybody, where there are no keys.
     pub fn anybody(rate: f64) -> Self {
-        Self { owner: 0, name: "anybody".into(), priority: 0, keeps: true, limiter: limiter(rate) }
+        Self { owner: 0, name: "anybody".into(), priority: 0, keeps: true, trace: None, limiter: limiter(rate) }
     }
 
     /// Counts a request; if it is one too many, in how many seconds it will not be.
@@ -144,7 +147,8 @@ impl Entry {
         let digest = digest(&key);
         // The same for the same name, so that what is kept for somebody outlives a new key.
         let owner = Sha256::digest(name.as_bytes()).first_chunk().map_or(1, |bytes| u64::from_le_bytes(*bytes)).max(1);
-        let caller = Caller { owner, name: name.into(), priority, keeps: true, limiter: limiter(requests_per_s.unwrap_or(rate)) };
+        let limiter = limiter(requests_per_s.unwrap_or(rate));
+        let caller = Caller { owner, name: name.into(), priority, limiter, ..Caller::anybody(0.0) };
         Ok(Known { digest, caller })
     }
 }

@@ -20,6 +20,7 @@ mod metrics;
 mod picture;
 mod remote;
 mod routes;
+mod traces;
 mod worker;
 
 use std::net::SocketAddr;
@@ -34,15 +35,17 @@ use tokio::sync::Semaphore;
 use crate::error::Error;
 use crate::runtime::RuntimeOptions;
 
-pub use config::{CacheConfig, Config, Limits, LogConfig, LogFormat, ModelConfig, RemoteConfig};
+pub use config::{CacheConfig, Config, Limits, LogConfig, LogFormat, ModelConfig, RemoteConfig, TraceConfig};
 pub use log::start as start_log;
 pub use routes::openapi;
+pub use url::Url;
 
 use fleet::Fleet;
 use images::Images;
 use keys::Keys;
 use metrics::Metrics;
 use remote::Remote;
+use traces::Traces;
 
 /// Threads that parse and answer; what computes has its own.
 const N_THREADS: usize = 2;
@@ -112,10 +115,12 @@ pub struct App {
     metrics: Metrics,
     images: Images,
     remote: Remote,
+    traces: Option<Traces>,
     /// Pictures that may be fetched at once.
     fetches: Semaphore,
     /// Room for bodies, in steps of [`body::ROOM_STEP`] bytes.
     bodies: Arc<Semaphore>,
+    is_leaving: AtomicBool,
     is_draining: AtomicBool,
 }
 
@@ -136,14 +141,28 @@ impl App {
         let rate = config.limits.requests_per_s;
         let keys = config.keys.as_deref().map(|path| Keys::open(path, rate)).transpose()?;
         let remote = Remote::new(&config.remote.allow).map_err(|error| ServeError::Value(error.to_string()))?;
+        let traces = Traces::start(&config.traces)?;
         let metrics = Metrics::new();
         let fleet = Fleet::start(&config, runtime, &metrics)?;
         let (images, room) = (Images::new(&config.cache), config.limits.max_bodies_bytes / body::ROOM_STEP);
         let bodies = Arc::new(Semaphore::new(room.min(Semaphore::MAX_PERMITS)));
         let fetches = Semaphore::new(N_FETCHES);
         let anybody = keys::Caller::anybody(rate);
-        let is_draining = AtomicBool::new(false);
-        Ok(Arc::new(Self { config, fleet, keys, anybody, metrics, images, remote, fetches, bodies, is_draining }))
+        let (is_leaving, is_draining) = (AtomicBool::new(false), AtomicBool::new(false));
+        Ok(Arc::new(Self {
+            config,
+            fleet,
+            keys,
+            anybody,
+            metrics,
+            images,
+            remote,
+            traces,
+            fetches,
+            bodies,
+            is_leaving,
+            is_draining,
+        }))
     }
 
     async fn serve(self: Arc<Self>, tell: impl FnOnce(&[Address])) -> Result<(), ServeError> {
@@ -158,14 +177,27 @@ impl App {
         let addresses = schemes.zip(&listeners).filter_map(|(scheme, (listener, _))| Some((scheme, listener.local_addr().ok()?)));
         tell(&addresses.collect::<Vec<_>>());
         connection::serve(&self, listeners).await;
+        if let Some(traces) = &self.traces {
+            traces.finish();
+        }
         Ok(())
     }
 
     /// Whether requests should come here.
     fn is_ready(&self) -> bool {
-        !self.is_draining() && self.fleet.is_ready()
+        !self.is_leaving() && self.fleet.is_ready()
     }
 
+    fn is_leaving(&self) -> bool {
+        self.is_leaving.load(Ordering::Relaxed)
+    }
+
+    /// No more requests should come.
+    fn leave(&self) {
+        self.is_leaving.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether requests that come nevertheless are refused.
     fn is_draining(&self) -> bool {
         self.is_draining.load(Ordering::Relaxed)
     }

@@ -1,12 +1,12 @@
 //! What a caller wants, and what it is told.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::terms::Terms;
 use crate::bundle::TaskName;
 use crate::decode::TokenId;
-use crate::engine::{Answer, Context, Flow, Generation, Match, Ranked, Sight};
+use crate::engine::{Answer, Context, Flow, Generation, Match, Order, Ranked, Sight};
 use crate::error::Error;
 use crate::language::Sizes;
 use crate::pixels::Limits;
@@ -159,6 +159,17 @@ impl Drop for Taken {
 }
 
 impl Outcome {
+    /// What was done, in a word.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Written(_) => "write",
+            Self::Ranked(..) => "rank",
+            Self::Matched(..) => "match",
+            Self::Embedded(..) | Self::Texts(..) => "embed",
+            Self::Seen(_) => "see",
+        }
+    }
+
     /// Every stage on the way.
     pub fn timings(&self) -> &Timings {
         match self {
@@ -177,12 +188,12 @@ impl Waiting {
 
     /// Its turn has come: the time in line goes to `stage`.
     pub fn begin(&mut self, stage: Stage) {
-        self.timings.add(stage, self.waited());
+        self.timings.add(stage, self.since, self.since.elapsed());
     }
 
-    /// How long it has waited now.
-    pub fn waited(&self) -> Duration {
-        self.since.elapsed()
+    /// The same, where an order has the time that was spent before.
+    pub fn begin_order(&self, order: &mut Order, stage: Stage) {
+        order.timings.add(stage, self.since, self.since.elapsed());
     }
 
     /// It waits again.

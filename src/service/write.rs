@@ -65,7 +65,7 @@ fn write(writer: &mut Writer, shared: &Shared, orders: &Receiver<Ordered>, runni
 
 fn join(writer: &mut Writer, (waiting, mut order): Ordered, running: &mut Running) {
     let Some(waiting) = waiting.if_wanted() else { return };
-    order.timings.add(Stage::Waiting, waiting.waited());
+    waiting.begin_order(&mut order, Stage::Waiting);
     match writer.join(order) {
         Ok(id) => drop(running.insert(id, waiting.job)),
         Err(error) => waiting.job.end(Err(error)),

@@ -130,6 +130,43 @@ fn a_signal_ends_what_runs_and_nothing_is_lost() {
 }
 
 #[test]
+fn in_the_time_of_grace_it_is_not_ready_and_answers() {
+    let mut server = Server::start(&["--grace", "3"]);
+    let start = Instant::now();
+    server.signal("-TERM");
+    while server.get("/health/ready").status == 200 {
+        assert!(start.elapsed() < Duration::from_secs(2), "it is still ready");
+    }
+    assert_eq!(server.get("/v2/models/t5/ready").status, 503);
+    // Each on a connection of its own.
+    for _ in 0..3 {
+        assert!(server.raw(&written("/caption", &json!({"model": "t5", "images": [picture(0)]}))).starts_with("HTTP/1.1 200 "));
+    }
+    assert!(server.wait().success());
+    assert!(start.elapsed() >= Duration::from_secs(3));
+}
+
+#[test]
+fn a_second_signal_ends_the_time_of_grace() {
+    let mut server = Server::start(&["--grace", "600"]);
+    server.signal("-TERM");
+    while server.get("/health/ready").status == 200 {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    server.signal("-TERM");
+    let start = Instant::now();
+    assert!(server.wait().success() && start.elapsed() < PATIENCE / 6);
+}
+
+/// A request that ends its connection.
+fn written(path: &str, body: &Value) -> Vec<u8> {
+    let body = body.to_string();
+    let length = body.len();
+    let head = "host: localhost\r\nconnection: close\r\ncontent-type: application/json";
+    format!("POST {path} HTTP/1.1\r\n{head}\r\ncontent-length: {length}\r\n\r\n{body}").into_bytes()
+}
+
+#[test]
 fn a_second_signal_ends_at_once() {
     let mut server = Server::start(&["--drain", "600"]);
     let slow = "POST /caption HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n";

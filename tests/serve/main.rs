@@ -10,3 +10,4 @@ mod load;
 mod promises;
 mod protocols;
 mod safety;
+mod traces;

@@ -94,7 +94,7 @@ pub fn model<'a>(app: &'a App, name: &str, version: &str) -> Result<&'a Model, A
 
 /// Whether a model answers requests that come now.
 pub fn is_ready(app: &App, model: &Model) -> bool {
-    !app.is_draining() && matches!(model.worker.now(), State::Ready(_))
+    !app.is_leaving() && matches!(model.worker.now(), State::Ready(_))
 }
 
 fn inputs(tasks: &[TaskName]) -> Vec<TensorMetadata> {

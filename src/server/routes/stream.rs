@@ -55,7 +55,7 @@ fn events<S: Say>(state: State<S>) -> impl Stream<Item = Result<Event, Infallibl
                 Told::Settled(n_tokens, text) => state.ready.extend(state.say.piece(text, n_tokens)),
                 Told::End(end) => {
                     if let Ok(outcome) = &end {
-                        call.model.worker.metrics().ended(outcome);
+                        call.took(outcome);
                     }
                     state.running = None;
                     state.ready.extend(state.say.last(end.map_err(ApiError::from)));
