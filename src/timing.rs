@@ -30,20 +30,6 @@ pub enum Stage {
 }
 
 impl Stage {
-    /// Every stage in order.
-    pub const ALL: [Self; 10] = [
-        Self::Queue,
-        Self::DecodeImage,
-        Self::Preprocess,
-        Self::Vision,
-        Self::Qformer,
-        Self::Match,
-        Self::Prompt,
-        Self::Waiting,
-        Self::Prefill,
-        Self::Decode,
-    ];
-
     /// The key in JSON.
     pub fn name(self) -> &'static str {
         match self {
@@ -132,4 +118,27 @@ impl Serialize for Timings {
 /// Rounded to microseconds.
 pub fn milliseconds(time: Duration) -> f64 {
     (time.as_secs_f64() * 1e6).round() / 1e3
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stages_are_in_order_summed_and_begin_with_the_first() {
+        let (start, second) = (Instant::now(), Duration::from_secs(1));
+        let (mut timings, mut other) = (Timings::default(), Timings::default());
+        timings.add(Stage::Decode, start + 4 * second, second);
+        timings.add(Stage::Queue, start + second, second);
+        other.add(Stage::Queue, start, second);
+        other.add(Stage::Vision, start + 2 * second, 2 * second);
+        timings.merge(&other);
+        let found: Vec<_> = timings.spans().map(|(stage, begin, time)| (stage, begin - start, time)).collect();
+        let zero = Duration::ZERO;
+        assert_eq!(
+            found,
+            [(Stage::Queue, zero, 2 * second), (Stage::Vision, 2 * second, 2 * second), (Stage::Decode, 4 * second, second)]
+        );
+        assert_eq!(timings.total(), 5 * second);
+    }
 }
