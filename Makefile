@@ -7,6 +7,7 @@ SWIFTSHADER := target/swiftshader
 QEMU := target/qemu
 BROWSER := target/browser
 PROMETHEUS := target/prometheus
+VLLM := target/vllm
 SCENES ?= 1000
 GENERATIONS ?= 10000
 FUZZ_COUNT ?= 100000
@@ -15,7 +16,7 @@ RECIPES ?= exact,fast
 ROUNDS ?= 5
 
 .DEFAULT_GOAL := help
-.PHONY: help run setup setup-webgpu setup-openvino setup-qemu setup-browser setup-kserve setup-prometheus setup-export build test test-rust test-python test-avx2 test-arm64 fmt demo-models evaluate parity bench fuzz promises clean
+.PHONY: help run setup setup-webgpu setup-openvino setup-qemu setup-browser setup-kserve setup-langchain setup-vllm setup-prometheus setup-export build test test-rust test-python test-avx2 test-arm64 fmt demo-models evaluate parity bench fuzz promises clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -75,6 +76,26 @@ target/kserve/.stamp: export/kserve.txt
 	$(PYTHON) -m venv target/kserve
 	target/kserve/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r export/kserve.txt
 	touch $@
+
+setup-langchain: target/langchain/.stamp ## LangChain's clients, to rank and to chat with in tests
+
+# An environment of their own: its reranker needs an older `cohere` than is tested here by itself.
+target/langchain/.stamp: export/langchain.txt
+	$(PYTHON) -m venv target/langchain
+	target/langchain/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r export/langchain.txt
+	touch $@
+
+setup-vllm: $(VLLM)/.stamp ## vLLM's own client, to measure a server with in tests
+
+# vLLM's wheel holds it as a program by itself, which needs neither the other 800 MB nor PyTorch.
+$(VLLM)/.stamp: export/vllm.txt
+	mkdir -p $(VLLM)/unpacked
+	-$(PYTHON) -m pip download --quiet --disable-pip-version-check --require-hashes --no-deps --only-binary :all: \
+		--dest $(VLLM)/unpacked -r export/vllm.txt && \
+		$(PYTHON) -c "import sys, zipfile; zipfile.ZipFile(sys.argv[1]).extract('vllm/vllm-rs', '$(VLLM)')" $(VLLM)/unpacked/*.whl && \
+		chmod +x $(VLLM)/vllm/vllm-rs && touch $@
+	rm -r $(VLLM)/unpacked
+	@test -e $@ || echo "skipped: no client of vLLM for this system"
 
 setup-prometheus: $(PROMETHEUS)/.stamp ## Prometheus, to read the metrics of a server in tests
 

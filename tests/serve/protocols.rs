@@ -246,6 +246,9 @@ fn streams_say_what_whole_answers_say() {
     let pieces: String = told.iter().filter_map(|event| event["choices"][0]["delta"]["content"].as_str()).collect();
     assert_eq!(json!(pieces.trim()), whole["choices"][0]["message"]["content"]);
     assert_eq!(told.last().unwrap()["usage"], whole["usage"]);
+    let begins: Vec<bool> = told.iter().map(|event| event["choices"][0]["delta"]["role"] == "assistant").collect();
+    assert!(begins[0] && !begins[1..].contains(&true), "the role is told once: {told:?}");
+    assert_ne!(told[0]["choices"][0]["delta"]["content"], "", "clients take the first chunk for the first token");
 }
 
 /// The events of a stream that ends with its connection.

@@ -217,7 +217,7 @@ pub async fn complete(
     let about = About::new(turn.call.name(), turn.n_prompt);
     if asked.stream == Some(true) {
         let with_usage = asked.stream_options.unwrap_or_default().include_usage;
-        return Ok(stream::stream(turn.call, turn.ticket, Chunks { about, with_usage }));
+        return Ok(stream::stream(turn.call, turn.ticket, Chunks { about, with_usage, has_begun: false }));
     }
     Ok(about.whole(turn.answer().await?))
 }
@@ -357,19 +357,30 @@ pub fn now() -> u64 {
 struct Chunks {
     about: About,
     with_usage: bool,
+    has_begun: bool,
+}
+
+impl Chunks {
+    /// With the role where the text begins: clients take the first chunk for the first token, so none may come before it.
+    fn delta(&mut self, mut delta: Value) -> Value {
+        if !std::mem::replace(&mut self.has_begun, true) {
+            delta["role"] = "assistant".into();
+        }
+        delta
+    }
 }
 
 impl Say for Chunks {
     fn first(&mut self) -> Vec<Event> {
-        let delta = json!({"role": "assistant", "content": ""});
-        vec![stream::json(&self.about.chunk(json!([{"index": 0, "delta": delta, "finish_reason": null}])))]
+        Vec::new()
     }
 
     fn piece(&mut self, text: String, _: usize) -> Option<Event> {
         if text.is_empty() {
             return None;
         }
-        Some(stream::json(&self.about.chunk(json!([{"index": 0, "delta": {"content": text}, "finish_reason": null}]))))
+        let delta = self.delta(json!({"content": text}));
+        Some(stream::json(&self.about.chunk(json!([{"index": 0, "delta": delta, "finish_reason": null}]))))
     }
 
     fn last(&mut self, end: Result<Outcome, ApiError>) -> Vec<Event> {
@@ -384,7 +395,8 @@ impl Say for Chunks {
                 events.push(self.about.chunk(json!([{"index": index, "delta": delta, "finish_reason": null}])));
             }
             let logprobs = (index == 0).then(|| log_probs(&answer.log_probs)).flatten();
-            events.push(self.about.chunk(json!([{"index": index, "delta": {}, "logprobs": logprobs, "finish_reason": finish}])));
+            let delta = self.delta(json!({}));
+            events.push(self.about.chunk(json!([{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}])));
         }
         if let Some(last) = events.last_mut() {
             last["blip2"] = extra(&answer);
