@@ -124,7 +124,7 @@ def test_warm_up_ends_when_latencies_stay_or_its_time_is_over(
 def test_a_step_is_the_one_behind_so_many_positions(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     peer = Peer(checkpoint, "float32", 1)
     first, seen = peer.first_past(""), []
-    hook = peer._model.language_model.register_forward_pre_hook(
+    hook = peer.model.language_model.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["past_key_values"].get_seq_length()), with_kwargs=True
     )
     written = peer.write([Path(PICTURES[0]).read_bytes()], [""], 5)
