@@ -23,6 +23,7 @@ _COMMANDS = {
         "serve `transformers` as a plain server does, to measure it",
     ),
     "bench": ("blip2_export.measure.bench", "measure the engine and `transformers` in turns and print the ratios"),
+    "bench-serve": ("blip2_export.measure.bench_serve", "measure servers in turns: the engine's and `transformers`'"),
     "evaluate": ("blip2_export.scenes.evaluate", "measure on held-out scenes how often a bundle is right"),
 }
 
