@@ -16,7 +16,7 @@ RECIPES ?= exact,fast
 ROUNDS ?= 5
 
 .DEFAULT_GOAL := help
-.PHONY: help run setup setup-webgpu setup-openvino setup-qemu setup-browser setup-kserve setup-langchain setup-vllm setup-prometheus setup-export build test test-rust test-python test-avx2 test-arm64 fmt demo-models evaluate parity bench fuzz promises clean
+.PHONY: help run setup setup-webgpu setup-openvino setup-qemu setup-browser setup-kserve setup-langchain setup-vllm setup-prometheus setup-export build test test-rust test-python test-avx2 test-arm64 fmt demo-models evaluate parity bench bench-serve fuzz promises clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -160,6 +160,11 @@ parity: setup-export setup build ## GENERATIONS texts of random checkpoints of e
 bench: WORK ?= target/bench
 bench: setup-export setup build ## the engine and transformers in turns on a random model of SHAPE in RECIPES, ROUNDS times; models stay in WORK, reports in WORK/reports
 	PYTHONPATH=export $(MODEL_PYTHON) -m blip2_export bench --shape $(SHAPE) --recipes $(RECIPES) --rounds $(ROUNDS) --work $(WORK)
+
+bench-serve: WORK ?= target/bench
+bench-serve: setup-export setup build ## `blip2 serve` and `transformers` behind FastAPI in turns, on a model of SHAPE or on CHECKPOINT; ALSO: NAME=URL or NAME=COMMAND of another server
+	PYTHONPATH=export $(MODEL_PYTHON) -m blip2_export bench-serve --shape $(SHAPE) --recipes $(RECIPES) --rounds $(ROUNDS) --work $(WORK) \
+		$(if $(CHECKPOINT),--checkpoint '$(CHECKPOINT)') $(if $(ALSO),--also '$(ALSO)')
 
 fuzz: ## FUZZ_COUNT damaged pictures of all formats: none panics, takes 2 seconds or 1 GB
 	FUZZ_COUNT=$(FUZZ_COUNT) cargo test --release --locked --test fuzz -- --ignored --nocapture --test-threads=1

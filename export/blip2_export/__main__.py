@@ -18,7 +18,12 @@ _COMMANDS = {
     "parity": ("blip2_export.check.parity", "compare a bundle in the engine with its checkpoint in transformers"),
     "emulate": ("blip2_export.check.emulate", "verify bundles on an emulated processor"),
     "baseline": ("blip2_export.measure.baseline", "measure `transformers` as `blip2 bench` measures the engine"),
+    "baseline-server": (
+        "blip2_export.measure.plain_server",
+        "serve `transformers` as a plain server does, to measure it",
+    ),
     "bench": ("blip2_export.measure.bench", "measure the engine and `transformers` in turns and print the ratios"),
+    "bench-serve": ("blip2_export.measure.bench_serve", "measure servers in turns: the engine's and `transformers`'"),
     "evaluate": ("blip2_export.scenes.evaluate", "measure on held-out scenes how often a bundle is right"),
 }
 

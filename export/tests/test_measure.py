@@ -124,7 +124,7 @@ def test_warm_up_ends_when_latencies_stay_or_its_time_is_over(
 def test_a_step_is_the_one_behind_so_many_positions(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     peer = Peer(checkpoint, "float32", 1)
     first, seen = peer.first_past(""), []
-    hook = peer._model.language_model.register_forward_pre_hook(
+    hook = peer.model.language_model.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["past_key_values"].get_seq_length()), with_kwargs=True
     )
     written = peer.write([Path(PICTURES[0]).read_bytes()], [""], 5)
@@ -589,6 +589,19 @@ def test_the_widest_instruction_set_comes_first(cpuinfo: str, wanted: str) -> No
     assert processors.instruction_set(cpuinfo) == wanted
 
 
-@pytest.mark.parametrize(("shape", "millions"), [("medium", 761), ("medium-t5", 1189)])
+@pytest.mark.parametrize("shape", ["demo", "medium", "medium-t5"])
+def test_every_token_of_a_model_to_measure_on_can_be_read(shape: str) -> None:
+    """Streams are timed by the pieces of text that come."""
+    plan = random_checkpoint._plan(shape, torch.float32)
+    ids = range(plan.config.text_config.vocab_size)
+    first = plan.tokenizer.encode("a", add_special_tokens=False)
+    texts = plan.tokenizer.batch_decode([[*first, token] for token in ids])
+    assert len(plan.tokenizer) == len(ids) and all(len(text) > 1 and "\ufffd" not in text for text in texts)
+    assert plan.tokenizer.convert_tokens_to_ids("<image>") == plan.config.image_token_index
+    prompt = "Question: what is it? Answer:"
+    assert prompt in plan.tokenizer.decode(plan.tokenizer(prompt).input_ids)
+
+
+@pytest.mark.parametrize(("shape", "millions"), [("demo", 3), ("medium", 761), ("medium-t5", 1189)])
 def test_a_model_to_measure_on_has_the_size_it_is_named_for(shape: str, millions: int) -> None:
     assert round(random_checkpoint.n_parameters(shape) / 1e6) == millions

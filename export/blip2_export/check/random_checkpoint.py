@@ -198,6 +198,29 @@ _MEDIUM = {  # a ViT-L/14 and the Q-Former of the released models
     "top": {"num_query_tokens": 32},
 }
 LARGE: dict[str, Shape] = {
+    "demo": {  # the dimensions of `models/demo-opt`
+        "vision_config": {
+            "hidden_size": 128,
+            "intermediate_size": 512,
+            "num_hidden_layers": 6,
+            "image_size": 96,
+            "patch_size": 12,
+        },
+        "qformer_config": {
+            "hidden_size": 128,
+            "intermediate_size": 512,
+            "num_hidden_layers": 5,
+            "encoder_hidden_size": 128,
+        },
+        "text_config": {
+            "vocab_size": 456,
+            "hidden_size": 128,
+            "word_embed_proj_dim": 128,
+            "ffn_dim": 512,
+            "num_hidden_layers": 4,
+        },
+        "top": {"num_query_tokens": 32},
+    },
     "medium": {  # the size of opt-350m, in the order of norms and with the full-width embeddings that all other OPTs have
         **_MEDIUM,
         "text_config": {
@@ -292,6 +315,7 @@ def _plan(shape: str | Shape, dtype: torch.dtype) -> _Plan:
     instruct = top.pop("model_type", "blip-2") == "instructblip"
     language = wanted.get("text_config", {}).get("model_type", "opt")
     tokenizer, ids = TOKENIZERS[language]()
+    tokenizer = _filled(tokenizer, wanted.get("text_config", {}).get("vocab_size", 0))
     sizes = {**_LANGUAGES[language], **ids, "vocab_size": len(tokenizer)}
     parts["text_config"] = {**sizes, **wanted.get("text_config", {}), "model_type": language}
     reads_text = instruct or parts["qformer_config"].get("use_qformer_text_input")
@@ -426,6 +450,27 @@ TOKENIZERS = {"opt": _byte_tokenizer, "t5": _unigram_tokenizer, "llama": _piece_
 
 def _fast(tokenizer: Tokenizer, **special: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=["<image>"], **special)
+
+
+def _filled(fast: PreTrainedTokenizerFast, n: int) -> PreTrainedTokenizerFast:
+    """With words up to id `n`, and in the place of bytes that no prompt has.
+
+    A model with more ids than tokens writes texts of nothing, and streams of half letters wait for the other half.
+    """
+    if n <= len(fast):
+        return fast
+    content = json.loads(fast.backend_tokenizer.to_str())
+    is_bytes, known = content["decoder"]["type"] == "ByteLevel", content["model"]["vocab"]
+    words = [f"{'Ġ' if is_bytes else '▁'}w{i}" for i in range(n)]
+    for token in [token for token in known if is_bytes and len(token) == 1 and token > "~" and token not in "ĠĊ"]:
+        place = known.pop(token)
+        known[words[place]] = place
+    more = [*fast.convert_ids_to_tokens(range(len(known), len(fast))), *words[len(fast) :]]
+    if isinstance(known, dict):
+        known.update(zip(more, range(len(known), n), strict=True))
+    else:
+        known.extend((word, -30.0) for word in more)
+    return _fast(Tokenizer.from_str(json.dumps(content)), **fast.special_tokens_map)
 
 
 def word_piece_tokenizer() -> Tokenizer:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from blip2_export.measure import machine, stop, work
 from blip2_export.measure.peer import Peer
+from blip2_export.measure.progress import say
 from blip2_export.measure.records import Files
-from blip2_export.measure.scenarios import Scenario, say
+from blip2_export.measure.scenarios import Scenario
 from blip2_export.read.checkpoint import CheckpointError
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 def _peers(args: argparse.Namespace) -> Iterator[tuple[str, Peer]]:
     """A model is let go before that of the next precision is loaded."""
     for dtype in args.dtype:
-        machine.require_memory(_n_bytes(args.checkpoint, dtype), str(args.checkpoint))
+        machine.require_memory(n_bytes(args.checkpoint, dtype), str(args.checkpoint))
         machine.forget_peak_memory()
         peer = Peer(args.checkpoint, dtype, args.threads, args.device)
         yield dtype, peer
@@ -74,7 +75,7 @@ def _peers(args: argparse.Namespace) -> Iterator[tuple[str, Peer]]:
         del peer
 
 
-def _n_bytes(checkpoint: Path, dtype: str) -> int:
+def n_bytes(checkpoint: Path, dtype: str) -> int:
     """The least that the weights take in memory: the files that hold them have 4 bytes a number or fewer."""
     files = [*checkpoint.glob("*.safetensors"), *checkpoint.glob("*.bin")]
     return sum(path.stat().st_size for path in files) * DTYPE_BYTES[dtype] // 4

@@ -13,15 +13,23 @@ from blip2_export.measure.baseline import DTYPE_BYTES, DTYPES
 from blip2_export.measure.binary import Engine
 from blip2_export.measure.models import SHAPES, Models
 from blip2_export.measure.peer import Peer
+from blip2_export.measure.progress import say
 from blip2_export.measure.recipes import RECIPES
 from blip2_export.measure.records import Files, Report
-from blip2_export.measure.scenarios import Scenario, say
+from blip2_export.measure.scenarios import Scenario
 from blip2_export.measure.work import Work
 
 _PEER = "transformers"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_sides(parser, "reports")
+    parser.add_argument("--compile", action="store_true", help="`transformers` with `torch.compile`")
+    work.add_arguments(parser, beams=5, queries=10, duration=0.0, warm_up=10.0)
+
+
+def add_sides(parser: argparse.ArgumentParser, out: str) -> None:
+    """What stands beside each other, and where: files go to `out` in the folder of models."""
     parser.add_argument("--shape", choices=SHAPES, default="medium", help="of the random model (default: %(default)s)")
     parser.add_argument(
         "--work",
@@ -34,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=work.folder,
         metavar="DIR",
-        help="gets the table and every report, of rounds and of all together (default: reports in --work)",
+        help=f"gets the table and every report, of rounds and of all together (default: {out} in --work)",
     )
     parser.add_argument(
         "--recipes",
@@ -51,8 +59,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="in which `transformers` computes (default: %(default)s)"
     )
-    parser.add_argument("--compile", action="store_true", help="`transformers` with `torch.compile`")
-    work.add_arguments(parser, beams=5, queries=10, duration=0.0, warm_up=10.0)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -148,7 +154,7 @@ class Turns:
         rounds = {side: {name: self._reports(side, name) for name in self.jobs} for side in self.sides}
         sides = {_PEER: rounds[_PEER], **{f"engine, {name}": rounds[name] for name in self.engines}}
         rows = list(table.rows({name: job.label for name, job in self.jobs.items()}, self._stages(joined)))
-        lines = [*_machine(there[0]), *self._subjects(joined), *self._agreements()]
+        lines = [*machine_lines(there[0]), *self._subjects(joined), *self._agreements()]
         return "\n".join([*lines, "", table.table(sides, rows), ""])
 
     def _measure(self, side: str, job: Job, files: Files) -> None:
@@ -204,7 +210,7 @@ class Turns:
                 yield f"same tokens, {name}, {self.jobs[job].label}: {same} of {len(both)}"
 
 
-def _machine(found: Report) -> Iterator[str]:
+def machine_lines(found: Report) -> Iterator[str]:
     told = found["machine"]
     yield f"processor: {told['processor'] or 'unknown'}"
     yield f"instruction set: {told['instruction_set']}"

@@ -28,23 +28,30 @@ class Engine:
             raise SystemExit(f"{' '.join(command)}: {next(lines, done.stderr.strip())}")
 
     def measure(self, scenario: str, work: Work, files: Files) -> None:
-        """Ctrl-C and SIGTERM are passed on: what was measured until then is in `files`."""
-        files.stem.parent.mkdir(parents=True, exist_ok=True)
-        outputs = ("--json", str(files.report), "--jsonl", str(files.records))
-        command = [str(self.binary), "bench", scenario, *_work(work), *_own(scenario, work), *self._model, *outputs]
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8") as process:
-            try:
-                _, said = process.communicate()
-            except KeyboardInterrupt:
-                process.terminate()
-                process.communicate()
-                raise
-        if process.returncode:
-            raise SystemExit(f"{' '.join(command)}: {said.strip()}")
+        bench(self.binary, [scenario, *_work(work), *_own(scenario, work), *self._model], files)
 
     @property
     def _model(self) -> tuple[str, ...]:
         return ("--model", str(self.bundle), "--threads", str(self.n_threads), *self.flags)
+
+
+def bench(binary: Path, typed: list[str], files: Files, limit: float | None = None) -> None:
+    """Ctrl-C and SIGTERM are passed on: what was measured until then is in `files`. `limit`: seconds that it may take."""
+    files.stem.parent.mkdir(parents=True, exist_ok=True)
+    outputs = ("--json", str(files.report), "--jsonl", str(files.records))
+    command = [str(binary), "bench", *typed, *outputs]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8") as process:
+        try:
+            _, said = process.communicate(timeout=limit)
+        except KeyboardInterrupt:
+            process.terminate()
+            process.communicate()
+            raise
+        except subprocess.TimeoutExpired as error:
+            process.kill()
+            raise SystemExit(f"{' '.join(command)}: is not through within {limit:.0f} s") from error
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)}: {said.strip()}")
 
 
 def _work(work: Work) -> list[str]:

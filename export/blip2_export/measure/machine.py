@@ -50,10 +50,21 @@ def forget_peak_memory() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak_memory() -> int | None:
-    """The most bytes that this process had resident."""
-    peak = _value(_read("/proc/self/status"), "VmHWM:")
+def peak_memory(process: int | str = "self") -> int | None:
+    """The most bytes that a process had resident."""
+    peak = _value(_read(f"/proc/{process}/status"), "VmHWM:")
     return peak and peak * 1024
+
+
+def peak_memory_of_session(leader: int) -> int | None:
+    """Of all the processes that are in it now, together."""
+    processes = [int(path.name) for path in Path("/proc").glob("[0-9]*") if _session(path.name) == leader]
+    return sum(peak_memory(process) or 0 for process in processes) or None
+
+
+def _session(process: str) -> int | None:
+    fields = _read(f"/proc/{process}/stat").rpartition(")")[2].split()  # behind the name, which may have spaces
+    return int(fields[3]) if fields else None
 
 
 def free_memory() -> int | None:

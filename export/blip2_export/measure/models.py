@@ -1,9 +1,10 @@
-"""The random checkpoint that is measured and its bundles, kept in a folder from one run to the next."""
+"""The checkpoint that is measured, drawn or given, and its bundles, kept in a folder from one run to the next."""
 
 from __future__ import annotations
 
 import functools
 import shutil
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,10 @@ import torch
 
 from blip2_export import bundle, graphs, read
 from blip2_export.check import random_checkpoint
-from blip2_export.measure import machine
+from blip2_export.measure import baseline, machine
 from blip2_export.measure.baseline import DTYPE_BYTES
+from blip2_export.measure.progress import say
 from blip2_export.measure.recipes import RECIPES, Recipe, bundle_of, weight_bits
-from blip2_export.measure.scenarios import say
 
 _BESIDE_WEIGHTS = 1 << 30  # bytes that the two sides take beside their weights
 SHAPES = sorted(random_checkpoint.SHAPES | random_checkpoint.LARGE | {"t5": random_checkpoint.FAMILIES["t5"]})
@@ -24,45 +25,61 @@ SHAPES = sorted(random_checkpoint.SHAPES | random_checkpoint.LARGE | {"t5": rand
 
 @dataclass
 class Models:
-    """`dtype`: in which the checkpoint is stored."""
+    """`dtype`: in which a drawn checkpoint is stored. `given`: one that is there, in the place of a drawn one."""
 
     folder: Path
     shape: str
     dtype: str = "float32"
+    given: Path | None = None
 
     @property
     def checkpoint(self) -> Path:
-        return self.folder / f"{self.shape}-{self.dtype}"
+        return self.given or self.folder / self._name
 
     def bundle(self, recipe: str) -> Path:
-        return self.folder / f"{self.shape}-{self.dtype}-{bundle_of(recipe)}"
+        return self.folder / f"{self._name}-{bundle_of(recipe)}"
+
+    @property
+    def _title(self) -> str:
+        return self.shape if self.given is None else self.given.name
+
+    @property
+    def _name(self) -> str:
+        if self.given is None:
+            return f"{self.shape}-{self.dtype}"
+        return f"{self._title}-{zlib.crc32(bytes(self.given.absolute())):08x}"  # others may have the same name
 
     def prepare(self, recipes: Sequence[str], peer_bytes: int) -> None:
         """Makes what is missing, or older than the code that makes it; refuses before that where there is no room.
 
         `peer_bytes`: what a parameter takes in `transformers`.
         """
-        n, stored = random_checkpoint.n_parameters(self.shape), DTYPE_BYTES[self.dtype]
-        config, drawn = (
-            self.checkpoint / "config.json",
-            _is_current(self.checkpoint / "config.json", _code(random_checkpoint)),
-        )
+        n, stored, config = self._n_parameters(), DTYPE_BYTES[self.dtype], self.checkpoint / "config.json"
+        drawn = self.given is not None or _is_current(config, _code(random_checkpoint))
         sizes = {self.checkpoint: stored, **{self.bundle(name): min(stored, RECIPES[name].n_bytes) for name in recipes}}
         disk = sum(size for path, size in sizes.items() if not path.exists())
-        machine.require_disk(self.folder, int(1.02 * n * disk), self.shape)
+        machine.require_disk(self.folder, int(1.02 * n * disk), self._title)
         largest = max(RECIPES[name].n_bytes for name in recipes)
-        machine.require_memory(int(n * (peer_bytes + largest)) + _BESIDE_WEIGHTS, self.shape)
+        machine.require_memory(int(n * (peer_bytes + largest)) + _BESIDE_WEIGHTS, self._title)
         self.folder.mkdir(parents=True, exist_ok=True)
-        write = functools.partial(random_checkpoint.write, shape=self.shape, seed=0, dtype=getattr(torch, self.dtype))
-        _keep_or_make(self.checkpoint, drawn, write)
+        if self.given is None:
+            write = functools.partial(
+                random_checkpoint.write, shape=self.shape, seed=0, dtype=getattr(torch, self.dtype)
+            )
+            _keep_or_make(self.checkpoint, drawn, write)
         for name in dict.fromkeys(map(bundle_of, recipes)):
             facts = self.bundle(name) / "bundle.json"
             built = drawn and _is_current(facts, [config, *_code(bundle), *_code(graphs), *_code(read)])
             _keep_or_make(self.bundle(name), built, functools.partial(self._convert, recipe=RECIPES[name]))
 
+    def _n_parameters(self) -> int:
+        if self.given is None:
+            return random_checkpoint.n_parameters(self.shape)
+        return baseline.n_bytes(self.given, "float32") // DTYPE_BYTES["float32"]
+
     def _convert(self, path: Path, recipe: Recipe) -> None:
         choices = bundle.Choices(
-            self.shape,
+            self._title,
             golden=False,
             loss=False,
             precisions=recipe.precisions,

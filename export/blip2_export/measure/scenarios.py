@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 from blip2_export.measure import machine, records
 from blip2_export.measure.peer import Peer, Written
+from blip2_export.measure.progress import say
 from blip2_export.measure.records import Files, Log, Record
 from blip2_export.measure.work import Input, Work
 
@@ -151,7 +151,3 @@ def _records(index: int, batch: Sequence[Input], written: Written, sent: float) 
 def _record(index: int, one: Input, text: str, sent: float, done: float) -> Record:
     about = {"index": index, "input": one.name, "n_pictures": 1, "output": text}
     return about | {"scheduled_ms": sent, "sent_ms": sent, "done_ms": done}
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

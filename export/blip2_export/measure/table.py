@@ -47,10 +47,10 @@ class Row:
     is_rate: bool = False
 
 
-def table(sides: dict[str, Rounds], rows: Sequence[Row]) -> str:
+def table(sides: dict[str, Rounds], rows: Sequence[Row], better: str = "times as fast") -> str:
     """The first side is what the others are compared with."""
     first, *others = sides
-    heads = ["", first, *(head for name in others for head in (name, "times as fast"))]
+    heads = ["", first, *(head for name in others for head in (name, better))]
     return samples.table(heads, (_cells(row, sides, first, others) for row in rows))
 
 
@@ -59,13 +59,13 @@ def rows(jobs: dict[str, str], stages: Sequence[str]) -> Iterator[Row]:
     yield from (Row(f"{stage}, ms", "stage", _stage(stage)) for stage in stages)
     for job in ("single", "beams"):
         if job in jobs:
-            yield Row(f"{jobs[job]}, ms", job, _latency("end_to_end"))
+            yield Row(f"{jobs[job]}, ms", job, latency("end_to_end"))
     if "single" in jobs:
-        yield Row("time to first token, ms", "single", _latency("time_to_first_token"))
-        yield Row("time per token behind it, ms", "single", _latency("time_per_output_token"))
+        yield Row("time to first token, ms", "single", latency("time_to_first_token"))
+        yield Row("time per token behind it, ms", "single", latency("time_per_output_token"))
     if "offline" in jobs:
-        yield Row(f"{jobs['offline']}, images/s", "offline", _rate("images"), True)
-        yield Row(f"{jobs['offline']}, tokens/s", "offline", _rate("tokens"), True)
+        yield Row(f"{jobs['offline']}, images/s", "offline", rate("images"), True)
+        yield Row(f"{jobs['offline']}, tokens/s", "offline", rate("tokens"), True)
 
 
 def over_rounds(values: Sequence[Value]) -> Value:
@@ -109,18 +109,19 @@ def _said(values: Sequence[Value]) -> str:
 
 
 def _stage(name: str) -> Callable[[Report], Value | None]:
-    return lambda report: _median(dict(map(tuple, report["figures"]["stages_ms"])).get(name))
+    return lambda report: _percentile(dict(map(tuple, report["figures"]["stages_ms"])).get(name), 50)
 
 
-def _latency(name: str) -> Callable[[Report], Value | None]:
-    return lambda report: _median(report["figures"]["latencies_ms"].get(name))
+def latency(name: str, rank: int = 50) -> Callable[[Report], Value | None]:
+    return lambda report: _percentile(report["figures"]["latencies_ms"].get(name), rank)
 
 
-def _median(summary: Report | None) -> Value | None:
+def _percentile(summary: Report | None, rank: int) -> Value | None:
     """None of what takes no time."""
-    found = summary and next(one for one in summary["percentiles"] if one["rank"] == 50)
+    found = summary and next(one for one in summary["percentiles"] if one["rank"] == rank)
     return Value(found["value"], tuple(found["interval"])) if found and found["value"] > 0 else None
 
 
-def _rate(name: str) -> Callable[[Report], Value | None]:
-    return lambda report: Value(report["figures"]["rates"][name], None)
+def rate(name: str) -> Callable[[Report], Value | None]:
+    """None where nothing was answered."""
+    return lambda report: Value(found, None) if (found := report["figures"]["rates"][name]) else None

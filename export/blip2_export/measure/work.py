@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser, beams: int, queries: int, dur
     """Names and meanings are those of `blip2 bench`; what follows the parser are defaults."""
     parser.add_argument(
         "--images",
-        type=_picture,
+        type=picture,
         nargs="+",
         default=sorted(SAMPLES.glob("*.png")),
         metavar="FILE",
@@ -88,12 +88,17 @@ def add_arguments(parser: argparse.ArgumentParser, beams: int, queries: int, dur
     parser.add_argument(
         "--text", action="append", default=[], metavar="TEXT", help="a question of `ask`; may be given several times"
     )
-    parser.add_argument("--tokens", type=count(2), default=20, metavar="N", help="of every text (default: %(default)s)")
     parser.add_argument("--beams", type=count(1), default=beams, metavar="N", help="default: %(default)s")
     parser.add_argument(
         "--pictures", type=count(1), default=8, metavar="N", help="of `offline`, at once (default: %(default)s)"
     )
     _add_scenarios(parser)
+    add_amounts(parser, queries, duration, warm_up)
+
+
+def add_amounts(parser: argparse.ArgumentParser, queries: int, duration: float, warm_up: float) -> None:
+    """How much is measured, and by whom."""
+    parser.add_argument("--tokens", type=count(2), default=20, metavar="N", help="of every text (default: %(default)s)")
     parser.add_argument(
         "--queries", type=count(1), default=queries, metavar="N", help="to measure at least (default: %(default)s)"
     )
@@ -171,7 +176,7 @@ def count(least: int) -> Callable[[str], int]:
     return read
 
 
-def _picture(text: str) -> Path:
+def picture(text: str) -> Path:
     if not Path(text).is_file():
         raise argparse.ArgumentTypeError(f"{text}: no such picture")
     return Path(text)
