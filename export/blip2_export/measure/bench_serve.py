@@ -169,8 +169,8 @@ class Turns:
     _rounds: list[int] = field(default_factory=list)  # that have begun
 
     def run(self, n_rounds: int) -> None:
-        """Every second round goes backwards. An earlier run's reports of rounds are removed."""
-        for old in (self.out / "rounds").glob("*.json*"):
+        """Every second round goes backwards. An earlier run's reports of rounds and logs are removed."""
+        for old in (*(self.out / "rounds").glob("*.json*"), *(self.out / "logs").glob("*.log")):
             old.unlink()
         for i in range(n_rounds):
             self._rounds.append(i)
