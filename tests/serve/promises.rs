@@ -197,7 +197,8 @@ fn gaps(server: &Server, n: usize, mut after_first: impl FnMut()) -> Vec<f64> {
     body["stream"] = true.into();
     let lines = BufReader::new(server.send_only("/caption", &body)).lines().map_while(Result::ok);
     let (mut last, mut gaps) = (None, Vec::new());
-    for _ in lines.filter(|line| line.starts_with("data: {\"text\"")) {
+    // The connection stays open behind the last piece.
+    for _ in lines.filter(|line| line.starts_with("data: ")).take_while(|line| line.starts_with("data: {\"text\"")) {
         let now = Instant::now();
         match last.replace(now) {
             Some(last) => gaps.push((now - last).as_secs_f64() * 1e3),
