@@ -17,7 +17,7 @@ const CLIENTS: usize = 96;
 fn measured(options: &[&str]) -> Server {
     let threads = std::thread::available_parallelism().unwrap().to_string();
     let model = std::env::var("PROMISES_MODEL").unwrap_or_else(|_| "models/demo-opt".into());
-    Server::on(&[&model], &[&["--cache-bytes", "0", "--log", "error", "--threads", &threads], options].concat())
+    Server::behind(&[&model], &[&["--cache-bytes", "0", "--log", "error", "--threads", &threads], options].concat())
 }
 
 /// About a picture that has to be looked at.
