@@ -56,7 +56,7 @@ class QFormer(nn.Module):
 
     def matching_logits(self, features: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """ITM logits [batch, 2] of the bi-directional mask, averaged over the queries."""
-        both = torch.cat([torch.ones(len(ids), self.n_queries, dtype=mask.dtype), mask], 1)
+        both = torch.cat([mask.new_ones(len(ids), self.n_queries), mask], 1)
         hidden = self._joint(features, ids, both)
         return self.itm_head(hidden[:, : self.n_queries]).mean(1)
 
@@ -74,13 +74,13 @@ class QFormer(nn.Module):
         `ids` and `mask` [batch, texts, length]; logits [batch, texts, length, vocab]. The queries are computed once a picture.
         """
         n, (rows, texts, length) = self.n_queries, ids.shape
-        seen = torch.zeros(n + texts * length, n + texts * length, dtype=torch.bool)
+        seen = torch.zeros(n + texts * length, n + texts * length, dtype=torch.bool, device=ids.device)
         seen[:, :n] = True
-        seen[n:, n:] = torch.block_diag(*[torch.ones(length, length).tril()] * texts).bool()
-        alive = torch.cat([torch.ones(rows, n, dtype=torch.bool), mask.flatten(1).bool()], 1)
+        seen[n:, n:] = torch.block_diag(*[torch.ones(length, length, device=ids.device).tril()] * texts).bool()
+        alive = torch.cat([mask.new_ones(rows, n).bool(), mask.flatten(1).bool()], 1)
         # A mask of another type than the features' gives wrong scores without an error.
         additive = torch.where(seen[None] & alive[:, None, :], 0.0, -1e4)[:, None].to(features.dtype)
-        places = torch.arange(length).repeat(texts)[None]
+        places = torch.arange(length, device=ids.device).repeat(texts)[None]
         hidden = self._joint(features, ids.flatten(1), additive, places)
         logits = F.linear(self.transform(hidden[:, n:]), self.embeddings.word_embeddings.weight, self.head_bias)
         return hidden[:, :n], logits.unflatten(1, (texts, length))

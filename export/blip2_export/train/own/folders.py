@@ -1,0 +1,81 @@
+"""What training leaves: ordinary folders of `transformers`, which the exporter takes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval
+
+from blip2_export.train.own import start
+from blip2_export.train.own.base import Base
+from blip2_export.train.own.sources import DataError
+from blip2_export.train.own.stage2 import Stage2
+from blip2_export.train.qformer import QFormer
+
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "image_processor_config.json")
+
+
+def write_stage1(folder: Path, base: Base, model: QFormer, tokenizer: Any) -> None:
+    """What `Blip2ForImageTextRetrieval` reads; beside it the head that writes (`cls.*`) and the temperature (`temp`)."""
+    config = _config(base, model.cfg, model.n_queries, Blip2ForImageTextRetrieval)
+    more = {"query_tokens": model.query_tokens, "cls.predictions.bias": model.head_bias, "temp": model.temperature}
+    _write(folder, base, config, _tensors({"vision_model": base.vision, **start.parts(model)}, more), tokenizer)
+
+
+def write_stage2(folder: Path, base: Base, model: Stage2, question_tokenizer: Any | None = None) -> None:
+    """What `Blip2ForConditionalGeneration` reads; with the tokenizer of questions, if its Q-Former reads any."""
+    config = _config(base, model.qformer.config, model.query_tokens.shape[1], Blip2ForConditionalGeneration)
+    modules: dict[str, nn.Module] = {
+        "vision_model": model.eye if model.eye is not None else base.vision,
+        "qformer": model.qformer,
+        "language_projection": model.language_projection,
+        "language_model": model.language.model,
+    }
+    if model.embeddings is not None:
+        modules["embeddings"] = model.embeddings
+    _write(folder, base, config, _tensors(modules, {"query_tokens": model.query_tokens}), base.tokenizer())
+    if question_tokenizer is not None:
+        question_tokenizer.save_pretrained(folder / "qformer_tokenizer")
+
+
+def _config(base: Base, qformer: Any, n_queries: int, kind: type) -> Blip2Config:
+    whole = {**base.config.to_dict(), "qformer_config": qformer.to_dict(), "num_query_tokens": n_queries}
+    config = Blip2Config.from_dict(whole)
+    config.architectures = [kind.__name__]
+    return config
+
+
+def _tensors(modules: dict[str, nn.Module], more: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of tied tensors only the first."""
+    named = {
+        f"{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict().items()
+    } | more
+    names = {value.data_ptr(): name for name, value in reversed(named.items())}
+    return {name: named[name].detach().cpu().contiguous().clone() for name in names.values()}
+
+
+def _write(folder: Path, base: Base, config: Blip2Config, tensors: dict[str, Tensor], tokenizer: Any) -> None:
+    """Beside the folder first, so that there is never half of one."""
+    aside = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        config.dtype = torch.float32
+        config.save_pretrained(aside)
+        save_file(tensors, aside / "model.safetensors", {"format": "pt"})
+        tokenizer.save_pretrained(aside)
+        for name in _PROCESSOR_FILES:
+            if (base.checkpoint.folder / name).is_file():
+                shutil.copyfile(base.checkpoint.folder / name, aside / name)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(aside, folder)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise DataError(f"{folder}: it cannot be written ({error})") from error

@@ -1,0 +1,86 @@
+"""Questions (Li et al. 2023, section 4.2): the question goes into the Q-Former, image encoder and Q-Former are trained at a higher
+resolution, the language model stays as it is."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Blip2QFormerModel
+
+from blip2_export.train import vqa
+from blip2_export.train.own import language
+from blip2_export.train.own.base import Base
+from blip2_export.train.own.records import Question, Record
+from blip2_export.train.own.sources import DataError
+from blip2_export.train.own.stage2 import Stage2
+from blip2_export.train.qformer import QFormer
+
+PROMPT = "Question: {} Answer:"
+LONGEST = 32  # tokens of a question that the Q-Former reads
+
+
+@dataclass
+class Asked:
+    """What the Q-Former reads of each row, and what the language model reads and writes."""
+
+    ids: Tensor
+    mask: Tensor
+    texts: language.Texts
+
+    def to(self, device: torch.device) -> Asked:
+        """The same on another device."""
+        return Asked(self.ids.to(device), self.mask.to(device), self.texts.to(device))
+
+
+def asked(
+    texts: language.Language, tokenizer: Any, n_questions: int, every_answer: bool = True
+) -> Callable[[list[Record], random.Random, Tensor], Asked]:
+    """So many questions of each picture. `every_answer`: each is a row with its weight, as LAVIS trains; otherwise one is drawn by it."""
+
+    def say(records: list[Record], rng: random.Random, _: Tensor) -> Asked:
+        rows, questions = [], []
+        for place, record in enumerate(records):
+            for question in rng.sample(record.questions, min(n_questions, len(record.questions))):
+                for answer, weight in _answers(question, rng, every_answer):
+                    rows.append(language.Text(place, PROMPT.format(question.text), answer, weight))
+                    questions.append(question.text)
+        read = tokenizer(questions, padding=True, truncation=True, max_length=LONGEST, return_tensors="pt")
+        return Asked(read.input_ids, read.attention_mask, texts.texts(rows))
+
+    return say
+
+
+def model(base: Base, first: QFormer, side: int, speaks: language.Language) -> Stage2:
+    """Everything of the base at another size, with the text branch of `first` in its Q-Former."""
+    made = Stage2(_reader(base, first), base.model.query_tokens, speaks)
+    made.language_projection.load_state_dict(base.model.language_projection.state_dict())
+    made.eye = vqa.at_size(base.vision, side)
+    made.embeddings = first.embeddings
+    return made
+
+
+def _reader(base: Base, first: QFormer) -> Blip2QFormerModel:
+    """The base's Q-Former, whose feed-forward layers of texts come from stage 1 where it has none."""
+    made = Blip2QFormerModel(first.cfg)
+    own, texts = base.model.qformer.state_dict(), first.qformer.state_dict()
+    if any(own[name].shape != texts[name].shape for name in own.keys() & texts.keys()):
+        raise DataError(f"{base.checkpoint.folder}: its Q-Former has another shape than that of stage 1")
+    made.load_state_dict({**texts, **own})
+    return made
+
+
+def usable(records: Sequence[Record]) -> list[Record]:
+    """Records with questions."""
+    return [record for record in records if record.questions]
+
+
+def _answers(question: Question, rng: random.Random, every: bool) -> Sequence[tuple[str, float]]:
+    if every:
+        return question.answers
+    texts, weights = zip(*question.answers, strict=True)
+    return [(rng.choices(texts, weights)[0], 1.0)]

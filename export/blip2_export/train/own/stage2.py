@@ -1,0 +1,60 @@
+"""Stage 2 and questions: a trained Q-Former in front of a frozen language model (Li et al. 2023, sections 3.3 and 4.2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from blip2_export.train.own import together
+from blip2_export.train.own.language import Language, Texts, loss
+
+
+@dataclass
+class Written:
+    """Pictures as features of a frozen encoder, or as pixels for one that is trained, and texts about them.
+
+    `question_ids`, `question_mask` [rows, length]: what the Q-Former reads beside its queries, if it reads anything.
+    """
+
+    seen: Tensor
+    texts: Texts
+    question_ids: Tensor | None = None
+    question_mask: Tensor | None = None
+
+
+class Stage2(nn.Module):
+    """What is trained: Q-Former, query tokens and projection; with `eye` the image encoder as well, with `embeddings` those of questions."""
+
+    def __init__(self, qformer: nn.Module, queries: Tensor, language: Language) -> None:
+        super().__init__()
+        self.qformer = qformer
+        self.query_tokens = nn.Parameter(queries.detach().clone())
+        self.language_projection = nn.Linear(queries.shape[-1], language.width)
+        self.eye: nn.Module | None = None
+        self.embeddings: nn.Module | None = None
+        # Not a part: it is frozen, and goes into no checkpoint.
+        self._language = (language,)
+
+    @property
+    def language(self) -> Language:
+        return self._language[0]
+
+    def prefix(self, batch: Written) -> Tensor:
+        """Soft prompts [rows, queries, width of the language model], a row for each text."""
+        seen = self.eye(batch.seen).last_hidden_state if self.eye is not None else batch.seen
+        seen = seen[batch.texts.picture]
+        tokens = self.query_tokens.expand(len(seen), -1, -1)
+        n = tokens.shape[1]
+        more = {}
+        if self.embeddings is not None and batch.question_ids is not None and batch.question_mask is not None:
+            mask = torch.cat([batch.question_mask.new_ones(len(tokens), n), batch.question_mask], 1)
+            tokens = self.embeddings(batch.question_ids, query_embeds=tokens)
+            more = {"query_length": n, "attention_mask": mask}
+        hidden = self.qformer(query_embeds=tokens, encoder_hidden_states=seen, **more).last_hidden_state
+        return self.language_projection(hidden[:, :n])
+
+    def forward(self, batch: Written) -> dict[str, Tensor]:
+        """The mean over the weighted tokens of all processes, as far as this one has them."""
+        return {"lm": loss(self.language, self.prefix(batch), batch.texts) / together.mean(batch.texts.mass)}

@@ -1,0 +1,245 @@
+"""Stage 1 and stage 2 on own data, from the data to a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from blip2_export.train.frozen import frozen
+from blip2_export.train.own import batches, folders, language, loop, pictures, questions, records, split, start
+from blip2_export.train.own.base import Base, open_base
+from blip2_export.train.own.batches import Batches, Part, Sizes
+from blip2_export.train.own.loop import Fit, Run, Schedule, Task
+from blip2_export.train.own.order import Order
+from blip2_export.train.own.order import Part as Weighted
+from blip2_export.train.own.sources import DataError
+from blip2_export.train.own.stage1 import Captions, Stage1
+from blip2_export.train.own.stage2 import Stage2, Written
+from blip2_export.train.stage2 import query_only
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a person says of a run. `data`: sets, each with its weight; `held_out`: a share of them, or a set of its own."""
+
+    data: list[tuple[Path, float]]
+    base: Path
+    work: Path
+    images: Path | None = None
+    held_out: float | Path = 0.02
+    bert: Path | None = None
+    qformer: Path | None = None
+    n_queries: int | None = None
+    prompt: str = ""
+    schedule: Schedule = field(default_factory=lambda: Schedule(1000))
+    sizes: Sizes = field(default_factory=lambda: Sizes(64))
+    precision: str = "no"
+    seed: int = 0
+    workers: int = 2
+    measure_every: int = 1000
+    patience: int = 0
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """Records to learn from by set, and those that are held out."""
+
+    order: Order
+    train: list[records.Record]
+    held_out: list[records.Record]
+
+
+def train_stage1(setup: Setup, out: Path | None) -> None:
+    """ITC + ITM + ITG around the frozen encoder; leaves `stage1.pt` in the work folder and, if wanted, a retrieval folder."""
+    accelerator, base, learnt = _accelerator(setup), open_base(setup.base), _learnt(setup)
+    tokenizer, first = _first(setup, base, learnt)
+    model = Stage1(first, tokenizer)
+    with frozen(base.vision, "image encoder"):
+        make = _batches(setup, base, learnt)
+        say = batches.captioned(model.encode)
+        eye = _placed(base.vision, accelerator)
+
+        def losses(trained: nn.Module, part: Part) -> dict[str, Tensor]:
+            return trained(_captions(eye, part, accelerator.device))
+
+        held_out = _held_out(setup, base, learnt, say)
+        task = Task(
+            model,
+            lambda step: make.parts(step, say),
+            losses,
+            _mean_of(held_out, losses) if held_out else None,
+            notes=lambda part: part.bad,
+        )
+        Fit(_run(setup, "stage1"), task, accelerator).go()
+    if out is not None and accelerator.is_main_process:
+        folders.write_stage1(out, base, model.qformer, tokenizer)
+
+
+def train_stage2(setup: Setup, out: Path) -> None:
+    """The language model's loss in front of the frozen model; writes a folder."""
+    accelerator, base, learnt = _accelerator(setup), open_base(setup.base), _learnt(setup)
+    if not base.has_language:
+        raise DataError(f"{setup.base}: it has no language model, which stage 2 needs")
+    _, first = _first(setup, base, learnt)
+    _take_stage1(first, setup)
+    speaks = language.of_family(base.family, base.model.language_model, base.tokenizer())
+    model = Stage2(query_only(first.qformer), first.query_tokens, speaks)
+    with frozen(base.vision, "image encoder"), frozen(base.model.language_model, "language model"):
+        make = _batches(setup, base, learnt)
+        say = batches.written(speaks, setup.prompt, splits=base.family == "t5" and not setup.prompt)
+        eye = _placed(base.vision, accelerator)
+        _placed(base.model.language_model, accelerator)
+
+        def losses(trained: nn.Module, part: Part) -> dict[str, Tensor]:
+            seen = _features(eye, part.pixels.to(accelerator.device))
+            return trained(Written(seen, part.said.to(accelerator.device)))
+
+        held_out = _held_out(setup, base, learnt, say)
+        task = Task(
+            model,
+            lambda step: make.parts(step, say),
+            losses,
+            _mean_of(held_out, losses) if held_out else None,
+            notes=lambda part: part.bad,
+        )
+        Fit(_run(setup, "stage2"), task, accelerator).go()
+    if accelerator.is_main_process:
+        folders.write_stage2(out, base, model)
+
+
+def train_questions(setup: Setup, out: Path, side: int, n_questions: int = 4) -> None:
+    """Image encoder and Q-Former learn to answer, at `side` × `side`; the text branch is that of stage 1 in the work folder, or of --qformer."""
+    accelerator, base, learnt = _accelerator(setup), open_base(setup.base), _learnt(setup)
+    if not base.has_language:
+        raise DataError(f"{setup.base}: it has no language model, which answers")
+    tokenizer, first = _first(setup, base, learnt)
+    _take_stage1(first, setup)
+    speaks = language.of_family(base.family, base.model.language_model, base.tokenizer())
+    model = questions.model(base, first, side, speaks)
+    with frozen(base.model.language_model, "language model"):
+        make = Batches(learnt.order, base.look(side), setup.sizes, setup.seed)
+        say = questions.asked(speaks, tokenizer, n_questions)
+        _placed(base.model.language_model, accelerator)
+
+        def losses(trained: nn.Module, part: Part) -> dict[str, Tensor]:
+            said = part.said.to(accelerator.device)
+            return trained(Written(part.pixels.to(accelerator.device), said.texts, said.ids, said.mask))
+
+        held_out = _held_out(setup, base, learnt, say, side)
+        task = Task(
+            model,
+            lambda step: make.parts(step, say),
+            losses,
+            _mean_of(held_out, losses) if held_out else None,
+            notes=lambda part: part.bad,
+        )
+        Fit(_run(setup, "vqa"), task, accelerator).go()
+    if accelerator.is_main_process:
+        folders.write_stage2(out, base, model, tokenizer)
+
+
+def _accelerator(setup: Setup) -> Accelerator:
+    return Accelerator(mixed_precision=setup.precision)
+
+
+def _run(setup: Setup, name: str) -> Run:
+    facts = {
+        "base": str(setup.base),
+        "data": [[str(path), weight] for path, weight in setup.data],
+        "held_out": str(setup.held_out),
+        "batch": setup.sizes.batch,
+        "seed": setup.seed,
+        "precision": setup.precision,
+        **{key: value for key, value in asdict(setup.schedule).items() if key != "betas"},
+    }
+    more = {"measure_every": setup.measure_every, "patience": setup.patience, "workers": setup.workers}
+    return Run(name, setup.work, setup.schedule, setup.seed, setup.sizes.accumulate, facts=facts, **more)
+
+
+def _learnt(setup: Setup) -> Learnt:
+    """Reads all sets; whatever is passed over is said."""
+    sets, held_out, train = [], list[records.Record](), list[records.Record]()
+    apart = records.read(setup.held_out, setup.images) if isinstance(setup.held_out, Path) else None
+    for path, weight in setup.data:
+        found, passed_over = batches.usable(records.read(path, setup.images))
+        if passed_over:
+            print(f"warning: {path}: {passed_over} captions that are empty or far too long are passed over")
+        parts = split.apart(found, apart) if apart is not None else split.by_share(found, float(setup.held_out))  # type: ignore[arg-type]
+        if parts.doubled:
+            print(
+                f"warning: {path}: {len(parts.doubled)} pictures are held out under another name, and not learnt: {parts.doubled[0]}"
+            )
+        sets.append(Weighted(parts.train, weight))
+        held_out += parts.held_out if apart is None else []
+        train += parts.train
+    return Learnt(Order(sets, setup.seed), train, apart or held_out)
+
+
+def _first(setup: Setup, base: Base, learnt: Learnt) -> tuple[Any, Any]:
+    """The Q-Former's tokenizer, and the Q-Former as it starts."""
+    from blip2_export.read.adapter import open_folder
+
+    setup.work.mkdir(parents=True, exist_ok=True)
+    begins = start.Start(setup.bert, open_folder(setup.qformer) if setup.qformer else None, setup.n_queries)
+    captions = (caption for record in learnt.train for caption in record.captions)
+    tokenizer = start.tokenizer(setup.work, begins, captions)
+    return tokenizer, start.qformer(base, begins, len(tokenizer))
+
+
+def _take_stage1(first: nn.Module, setup: Setup) -> None:
+    file = setup.work / "stage1.pt"
+    if not file.exists():
+        if setup.qformer is None:
+            raise DataError(f"{file} is missing; run `train stage1` with the same --work first, or name --qformer")
+        return
+    kept = {name.removeprefix("qformer."): value for name, value in loop.read(file)["model"].items()}
+    loop.fill(dict(first.named_parameters()), kept, file)
+
+
+def _batches(setup: Setup, base: Base, learnt: Learnt) -> Batches:
+    return Batches(learnt.order, base.look(base.config.vision_config.image_size), setup.sizes, setup.seed)
+
+
+def _held_out(setup: Setup, base: Base, learnt: Learnt, say: Callable[..., Any], side: int | None = None) -> list[Part]:
+    """The same parts whenever it is measured: as many as there are whole ones, at most 20."""
+    if len(learnt.held_out) < 2:
+        return []
+    size = min(setup.sizes.part, len(learnt.held_out))
+    look, order = base.look(side or base.config.vision_config.image_size), Order([Weighted(learnt.held_out)], setup.seed)
+    whole = Batches(order, look, Sizes(size), setup.seed)
+    return [part for step in range(min(20, len(learnt.held_out) // size)) for part in whole.parts(step, say)]
+
+
+def _mean_of(
+    parts: list[Part], losses: Callable[[nn.Module, Part], dict[str, Tensor]]
+) -> Callable[[nn.Module], dict[str, Any]]:
+    def measure(model: nn.Module) -> dict[str, Any]:
+        found = [losses(model, part) for part in parts]
+        means = {key: float(torch.stack([one[key].float() for one in found]).mean()) for key in found[0]}
+        return {"loss": sum(value for key, value in means.items() if not key.startswith("_")), **means}
+
+    return measure
+
+
+def _placed(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    return model.to(accelerator.device)
+
+
+def _features(eye: nn.Module, pixels: Tensor) -> Tensor:
+    with torch.no_grad():
+        return eye(pixels).last_hidden_state
+
+
+def _captions(eye: nn.Module, part: Part, device: torch.device) -> Captions:
+    said = part.said
+    rest = (tensor.to(device) for tensor in (said.ids, said.mask, said.picture, said.chances))
+    return Captions(_features(eye, part.pixels.to(device)), *rest)
+
+
+__all__ = ["Learnt", "Setup", "pictures", "train_stage1", "train_stage2"]

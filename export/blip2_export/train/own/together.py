@@ -1,0 +1,49 @@
+"""What several processes share, so that they learn what one with the whole batch would; alone each of these is nothing at all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+
+def size() -> int:
+    """How many processes there are."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this is, from 0."""
+    return distributed.get_rank() if size() > 1 else 0
+
+
+def gathered(rows: Tensor) -> Tensor:
+    """The rows of all processes, in their order; gradients flow back to whoever made a row."""
+    return _Gathered.apply(rows) if size() > 1 else rows
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, rows: Tensor) -> Tensor:
+        context.n_rows = len(rows)
+        found = [torch.empty_like(rows) for _ in range(size())]
+        distributed.all_gather(found, rows.contiguous())
+        return torch.cat(found)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> Tensor:
+        """What every process' loss says of this one's rows."""
+        whole = gradients[0].contiguous().clone()
+        distributed.all_reduce(whole)
+        first = rank() * context.n_rows
+        return whole[first : first + context.n_rows]
+
+
+def mean(value: Tensor) -> Tensor:
+    """Over processes, without gradients."""
+    value = value.detach().clone().float()
+    if size() > 1:
+        distributed.all_reduce(value)
+        value /= size()
+    return value
