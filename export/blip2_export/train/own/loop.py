@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from blip2_export.train.own import together
+from blip2_export.train.own.estimate import rehearse
 from blip2_export.train.own.progress import Progress
 from blip2_export.train.own.sources import DataError
 
@@ -88,15 +89,19 @@ class Task:
     notes: Callable[[Any], dict[str, str]] = lambda _: {}
 
 
-class _Steps(Dataset[list[Any]]):
+class _Steps(Dataset[list[Any] | DataError]):
     def __init__(self, make: Callable[[int], list[Any]], n: int) -> None:
         self.make, self.n = make, n
 
     def __len__(self) -> int:
         return self.n
 
-    def __getitem__(self, step: int) -> list[Any]:
-        return self.make(step)
+    def __getitem__(self, step: int) -> list[Any] | DataError:
+        try:
+            return self.make(step)
+        except DataError as error:
+            # Raised here, it would come out of another process with all its traces in its text.
+            return error
 
 
 class Fit:
@@ -117,19 +122,43 @@ class Fit:
         if self.step >= steps:
             return
         progress, saved = Progress(run, self.step, self.accelerator.is_main_process), time.monotonic()
+        self._foretell(progress)
         self.model.train()
         for step, parts in self._batches(range(self.step, steps)):
             progress.add(self._update(step, parts), [self.task.notes(part) for part in parts])
             self.step = step + 1
             is_last = self.step == steps
-            if self.task.measure and (is_last or self.step % run.measure_every == 0) and self._measured(progress):
-                progress.write({"step": self.step, "ended": f"not better for {run.patience} measurements"})
-                is_last = True
+            if self.task.measure and (is_last or self.step % run.measure_every == 0):
+                is_last = self._measured(progress) or is_last
+                progress.pace.measured()
             if is_last or time.monotonic() - saved > run.save_seconds:
                 self._save(run.checkpoint, steps if is_last else self.step)
+                progress.pace.saved()
                 saved = time.monotonic()
             if is_last:
                 break
+
+    def _foretell(self, progress: Progress) -> None:
+        """Rehearses a step, and measures what is held out before anything is learnt."""
+        # Both as in a step; neither leaves anything behind.
+        self.model.train()
+        found = rehearse(
+            lambda: self.task.parts(self.step), self._rehearsed, lambda: self._before(progress), self.run.workers
+        )
+        progress.foretell(found)
+
+    def _rehearsed(self, part: Any) -> None:
+        with self.accelerator.autocast():
+            losses = self.task.losses(self.model, part)
+        self.accelerator.backward(_loss(losses))
+        self.optimiser.zero_grad()
+
+    def _before(self, progress: Progress) -> None:
+        if self.task.measure is None:
+            return
+        found = self._held_out()
+        if self.step == 0:
+            progress.write({"step": 0, "held_out": found})
 
     def _update(self, step: int, parts: list[Any]) -> dict[str, float]:
         # The same noise whenever, and on whichever machine, the step is made.
@@ -142,7 +171,7 @@ class Fit:
             is_last = n + 1 == len(parts)
             with self.accelerator.autocast(), self.accelerator.no_sync(self.model) if not is_last else _nothing():
                 losses = self.task.losses(self.model, part)
-            total = torch.stack([value for key, value in losses.items() if not key.startswith("_")]).sum() / len(parts)
+            total = _loss(losses) / len(parts)
             self._check(step, total)
             self.accelerator.backward(total)
             for key, value in losses.items():
@@ -161,11 +190,7 @@ class Fit:
 
     def _measured(self, progress: Progress) -> bool:
         """Measures on what is held out; whether that was in vain too often."""
-        assert self.task.measure is not None
-        self.model.eval()
-        with torch.no_grad(), self.accelerator.autocast():
-            found = self.task.measure(self.accelerator.unwrap_model(self.model))
-        self.model.train()
+        found = self._held_out()
         progress.write({"step": self.step, "held_out": found})
         key, more = self.task.better
         value = float(found[key])
@@ -174,7 +199,18 @@ class Fit:
             self._save(self.run.best, self.step)
         else:
             self.since_best += 1
-        return 0 < self.run.patience <= self.since_best
+        gives_up = 0 < self.run.patience <= self.since_best
+        if gives_up:
+            progress.write({"step": self.step, "ended": f"not better for {self.run.patience} measurements"})
+        return gives_up
+
+    def _held_out(self) -> dict[str, Any]:
+        assert self.task.measure is not None
+        self.model.eval()
+        with torch.no_grad(), self.accelerator.autocast():
+            found = self.task.measure(self.accelerator.unwrap_model(self.model))
+        self.model.train()
+        return found
 
     def _batches(self, steps: range) -> Iterator[tuple[int, list[Any]]]:
         loader = DataLoader(
@@ -185,7 +221,10 @@ class Fit:
             # `parts` is a closure; nothing else can carry it over.
             multiprocessing_context="fork" if self.run.workers else None,
         )
-        return zip(steps, loader, strict=True)
+        for step, parts in zip(steps, loader, strict=True):
+            if isinstance(parts, DataError):
+                raise parts
+            yield step, parts
 
     def _save(self, file: Path, step: int) -> None:
         if not self.accelerator.is_main_process:
@@ -249,6 +288,10 @@ def _adam(trained: dict[str, nn.Parameter], schedule: Schedule) -> torch.optim.O
     others = [p for p in trained.values() if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": schedule.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=schedule.learning_rate, betas=schedule.betas)
+
+
+def _loss(losses: dict[str, Tensor]) -> Tensor:
+    return torch.stack([value for key, value in losses.items() if not key.startswith("_")]).sum()
 
 
 def _difference(kept: str, now: dict[str, Any] | None) -> str:

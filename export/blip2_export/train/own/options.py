@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blip2_export.train.own.batches import Sizes
+from blip2_export.train.own.chain import Chain
 from blip2_export.train.own.length import Length
 from blip2_export.train.own.loop import Schedule
 from blip2_export.train.own.sources import DataError
@@ -92,6 +93,11 @@ def setup(args: argparse.Namespace, stage: str) -> Setup:
     )
 
 
+def chain(args: argparse.Namespace, inner: str = "") -> Chain | None:
+    """What follows, of a stage that has a folder of its own or not."""
+    return Chain(args.convert / inner, args.engine, args.evaluate_on, args.force) if args.convert else None
+
+
 def weighted(said: str) -> tuple[Path, float]:
     """`PATH` or `PATH=WEIGHT`; a path that is there is never cut."""
     path, equals, weight = said.rpartition("=")
@@ -119,7 +125,7 @@ def share_or_path(said: str) -> float | Path:
 
 def _check(args: argparse.Namespace) -> None:
     least = {"steps": 1, "batch_size": 1, "accumulate": 1, "workers": 0, "measure_every": 1, "patience": 0, "warmup": 0}
-    more = {"queries": 1, "questions": 1, "threads": 0}
+    more = {"queries": 1, "questions": 1, "threads": 0, "evaluate_on": 1}
     for name, number in (least | more).items():
         typed = getattr(args, name, None)
         if typed is not None and typed < number:
@@ -152,7 +158,7 @@ def _add_data(group: argparse._ArgumentGroup, stage: str) -> None:
         default="0.02",
         metavar="SHARE|PATH",
         help="share of the pictures that is not learnt but measured on, chosen by name, so that it stays the same as data is "
-        "added; or a set of its own (default: %(default)s, our choice). A picture of it that is in --data as well, byte by byte, is "
+        "added; or a set of its own (default: %(default)s, our choice). A picture of it that is in --data too, byte by byte, is "
         "not learnt",
     )
     if stage == "vqa":
@@ -294,4 +300,29 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
     )
 
 
-__all__: Sequence[str] = ("SIDE", "USUAL", "add", "setup", "share_or_path", "weighted")
+def add_chain(group: argparse._ArgumentGroup) -> None:
+    """The options of what follows training."""
+    group.add_argument(
+        "--convert",
+        type=Path,
+        metavar="BUNDLE",
+        help="make a bundle of --out, verify it and evaluate it on what is held out: recall and matching, captions, answers; "
+        "both need the engine, without it the bundle alone is made",
+    )
+    group.add_argument(
+        "--engine",
+        type=Path,
+        metavar="FILE",
+        help="the blip2 binary (default: $BLIP2_ENGINE, target/release/blip2, or PATH's)",
+    )
+    group.add_argument(
+        "--evaluate-on",
+        type=int,
+        default=500,
+        metavar="N",
+        help="pictures that it is evaluated on, at most (default: %(default)s)",
+    )
+    group.add_argument("--force", action="store_true", help="replace an existing BUNDLE, once the new one is complete")
+
+
+__all__: Sequence[str] = ("SIDE", "USUAL", "add", "add_chain", "chain", "setup", "share_or_path", "weighted")

@@ -7,7 +7,10 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from blip2_export.train.own.pace import Pace
+
 if TYPE_CHECKING:
+    from blip2_export.train.own.estimate import Rehearsal
     from blip2_export.train.own.loop import Run
 
 
@@ -18,20 +21,35 @@ class Progress:
         self.run, self.step, self.tells = run, start, tells
         self.sums, self.count, self.since = dict[str, float](), 0, time.monotonic()
         self.bad: set[str] = set()
+        self.pace = Pace(run.schedule.steps, run.measure_every, run.save_seconds)
 
     def add(self, measured: dict[str, float], notes: list[dict[str, str]]) -> None:
         """What a step measured, and which pictures it could not read."""
         for key, value in measured.items():
             self.sums[key] = self.sums.get(key, 0.0) + value
         self.step, self.count = self.step + 1, self.count + 1
+        self.pace.stepped()
         for note in notes:
             self._note(note)
         if self.step % self.run.log_every == 0 or self.step == self.run.schedule.steps:
             took = time.monotonic() - self.since
-            left = (self.run.schedule.steps - self.step) * took / self.count
+            left = self.pace.left(self.step)
             means = {key: round(value / self.count, 6) for key, value in self.sums.items()}
             self.write({"step": self.step, **means, "steps_per_s": round(self.count / took, 3), "left_s": round(left)})
             self.sums, self.count, self.since = {}, 0, time.monotonic()
+
+    def foretell(self, found: Rehearsal) -> None:
+        """What a rehearsal found, before the first step."""
+        self.pace.expected = (found.step, found.measurement)
+        left, n = self.pace.left(self.step), self.run.schedule.steps - self.step
+        if self.tells:
+            print(
+                f"{self.run.name}: {n} steps of about {found.step:.3g} s, a measurement takes {found.measurement:.3g} s: "
+                f"about {_time(left)}; {found.peak / (1 << 30):.2f} GiB of memory so far",
+                file=sys.stderr,
+                flush=True,
+            )
+        self.pace.begin()
 
     def write(self, row: dict[str, Any]) -> None:
         """A line in the log of the run, and for whoever looks on."""

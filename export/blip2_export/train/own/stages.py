@@ -17,6 +17,7 @@ from blip2_export.read.checkpoint import Checkpoint, CheckpointError
 from blip2_export.train.frozen import frozen
 from blip2_export.train.own import (
     batches,
+    estimate,
     folders,
     language,
     loop,
@@ -43,8 +44,8 @@ from blip2_export.train.stage2 import query_only
 class Setup:
     """What a person says of a run. `data`: sets, each with its weight; `held_out`: a share of them, or a set of its own.
 
-    `answers`, `held_out_answers`: the annotations of VQAv2's questions, for each set. `length`: gives `schedule` its steps once the data
-    is known.
+    `answers`, `held_out_answers`: the annotations of VQAv2's questions, for each set. `length`: gives `schedule` its steps once the
+    data is known.
     """
 
     data: list[tuple[Path, float]]
@@ -77,8 +78,11 @@ class Learnt:
     held_out: list[records.Record]
 
 
-def train_stage1(setup: Setup, out: Path | None) -> None:
-    """ITC + ITM + ITG around the frozen encoder; leaves `stage1.pt` in the work folder and, if wanted, a retrieval folder."""
+def train_stage1(setup: Setup, out: Path | None) -> list[records.Record]:
+    """ITC + ITM + ITG around the frozen encoder; leaves `stage1.pt` in the work folder and, if wanted, a retrieval folder.
+
+    Of every stage the records that were held out are given back.
+    """
     accelerator = _accelerator(setup)
     base, learnt = open_base(setup.base), _learnt(setup, batches.usable)
     setup = _planned(setup, learnt)
@@ -100,12 +104,14 @@ def train_stage1(setup: Setup, out: Path | None) -> None:
             _mean_of(held_out, losses) if held_out else None,
             notes=lambda part: part.bad,
         )
-        Fit(_run(setup, "stage1"), task, accelerator).go()
+        _fit(_run(setup, "stage1"), task, accelerator, [base.vision], out)
     if out is not None and accelerator.is_main_process:
         folders.write_stage1(out, base, model.qformer, tokenizer)
+    accelerator.wait_for_everyone()
+    return learnt.held_out
 
 
-def train_stage2(setup: Setup, out: Path) -> None:
+def train_stage2(setup: Setup, out: Path) -> list[records.Record]:
     """The language model's loss in front of the frozen model; writes a folder."""
     accelerator, base = _accelerator(setup), open_base(setup.base)
     if not base.has_language:
@@ -134,12 +140,14 @@ def train_stage2(setup: Setup, out: Path) -> None:
             _mean_of(held_out, losses) if held_out else None,
             notes=lambda part: part.bad,
         )
-        Fit(_run(setup, "stage2"), task, accelerator).go()
+        _fit(_run(setup, "stage2"), task, accelerator, [base.vision, base.model.language_model], out)
     if accelerator.is_main_process:
         folders.write_stage2(out, base, model)
+    accelerator.wait_for_everyone()
+    return learnt.held_out
 
 
-def train_questions(setup: Setup, out: Path, side: int, n_questions: int = 4) -> None:
+def train_questions(setup: Setup, out: Path, side: int, n_questions: int = 4) -> list[records.Record]:
     """Image encoder and Q-Former learn to answer, at `side` × `side`.
 
     What the Q-Former reads texts with is that of stage 1 in the work folder, or of --qformer.
@@ -171,9 +179,20 @@ def train_questions(setup: Setup, out: Path, side: int, n_questions: int = 4) ->
             _mean_of(held_out, losses) if held_out else None,
             notes=lambda part: part.bad,
         )
-        Fit(_run(setup, "vqa"), task, accelerator).go()
+        _fit(_run(setup, "vqa"), task, accelerator, [base.vision, base.model.language_model], out)
     if accelerator.is_main_process:
         folders.write_stage2(out, base, model, tokenizer)
+    accelerator.wait_for_everyone()
+    return learnt.held_out
+
+
+def _fit(run: Run, task: Task, accelerator: Accelerator, still: list[nn.Module], out: Path | None) -> None:
+    """Trains what wants gradients beside what is `still`, after telling what that will take."""
+    told = estimate.of(task.model, *still)
+    if accelerator.is_main_process:
+        estimate.check_disk(run.work, run.name, told, out)
+        print(f"{run.name}: {told}", file=sys.stderr)
+    Fit(run, task, accelerator).go()
 
 
 def _accelerator(setup: Setup) -> Accelerator:
