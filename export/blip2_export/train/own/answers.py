@@ -27,8 +27,8 @@ def accuracy(answer: str, given: Sequence[str]) -> float:
 def plain(text: str) -> str:
     """Lower case without articles, numbers as digits, punctuation only within numbers.
 
-    The evaluation does so to answers; here both sides are treated alike, so that "the car" of ten people is not missed, and apostrophes are
-    dropped, for which it has a table.
+    The evaluation does so to answers; here both sides are treated alike, so that "the car" of ten people is not missed. Apostrophes
+    are dropped, where it has a table of contractions.
     """
     text = re.sub(r"['’`]", "", text.lower())
     text = re.sub(r"(?<=\d),(?=\d{3})", "", text)

@@ -1,10 +1,11 @@
-"""What is measured on, and a few pictures of it that are shown: the same ones whenever it is looked at, whatever the number of processes."""
+"""What is measured on, and a few pictures of it that are shown: the same whenever it is looked at, on however many processes."""
 
 from __future__ import annotations
 
 import io
 import random
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class HeldOut:
         """All of it, in parts that are as large as one another, give or take one; made as they are asked for."""
         n = max(1, len(self.records) // self.size)
         edges = [len(self.records) * i // n for i in range(n + 1)]
-        for first, end in zip(edges, edges[1:], strict=False):
+        for first, end in pairwise(edges):
             yield self.part(self.records[first:end], say)
 
     def part(self, wanted: Sequence[Record], say: Say) -> Part:

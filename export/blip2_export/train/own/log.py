@@ -1,4 +1,4 @@
-"""The log of a run, WORK/PHASE.jsonl: one object a line, in the order of their steps, each step once however often the run was killed.
+"""The log of a run, WORK/PHASE.jsonl: one object a line, by their steps, each step once however often the run was killed.
 
     {"step": 0, "settings": {…}, "machine": {…}}                  when it began
     {"step": 40, "resumed": true}                                 it went on from a checkpoint
@@ -8,8 +8,8 @@
     {"step": 1000, "bad": {"b.jpg": "OSError: …"}}                 pictures that gave way to others, when first met
     {"step": 9000, "ended": "…", "best_step": 7000}               why, and where its best measurement was
 
-`steps`: how many steps a line is the mean of. `rate`: the learning rate. `gradient_norm`: before clipping. `left_s`: until the end, measuring
-and saving included. A value that is not finite is `null`.
+`steps`: how many steps a line is the mean of. `rate`: the learning rate. `gradient_norm`: before clipping. `left_s`: until the end,
+measuring and saving included. Every line has `at`, seconds since 1970. A value that is not finite is `null`.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ class Known:
 
 
 def of_stage1(model: Stage1, parts: Iterable[Part], see: Callable[[Part], Captions]) -> dict[str, float]:
-    """Losses as they are learnt, matching, and retrieval among everything that is held out. `see`: features of a part whose `said` is known."""
+    """Losses as they are learnt, matching, and retrieval among everything that is held out. `see`: features of a part."""
     means, gallery = Means(), Gallery()
     for part in parts:
         batch = see(replace(part, said=part.said.said))
@@ -141,7 +141,7 @@ class Gallery:
             self.vectors.append(nn.functional.normalize(model.qformer.text_projection(hidden), dim=-1).float().cpu())
 
     def recalls(self, model: Stage1) -> dict[str, float]:
-        """R@1 and R@5 of texts for pictures and of pictures for texts, by similarity and, where there are few, by matching the best."""
+        """R@1 and R@5 of texts for pictures and of pictures for texts, by similarity and, among few, by matching the best."""
         scores = torch.stack([(torch.cat(self.vectors) @ image.T).amax(1) for image in self.images])
         true = torch.zeros_like(scores, dtype=torch.bool)
         rows, columns = zip(*self.pairs, strict=True)

@@ -188,7 +188,8 @@ svg { width: 100%; height: auto; display: block; } svg text { fill: var(--soft);
 .key { display: inline-flex; align-items: center; gap: .35rem; margin-right: 1rem; }
 .key i { width: .8rem; height: .8rem; border-radius: 2px; display: inline-block; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 15rem), 1fr)); gap: 1.5rem; }
-article img { width: 100%; max-width: 15rem; border-radius: 4px; display: block; } article ul { padding-left: 1.1rem; margin: .25rem 0; }
+article img { width: 100%; max-width: 15rem; border-radius: 4px; display: block; }
+article ul { padding-left: 1.1rem; margin: .25rem 0; }
 .said { list-style: none; padding: 0 !important; } .said span { color: var(--soft); font-size: .8rem; margin-right: .4rem; }
 .said li:last-child { font-weight: 600; }
 """

@@ -1,4 +1,4 @@
-"""How a run goes: a line for people, one of JSON for machines, TensorBoard's file where wanted, and a page after every measurement."""
+"""How a run goes: a line for people, one of JSON for machines, TensorBoard's file where wanted, a page after every measurement."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""Stage 1 and stage 2 on own data, from the data to a folder."""
+"""Stage 1, stage 2 and questions on own data, from the data to a folder."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from blip2_export.read.adapter import open_folder
+from blip2_export.read.checkpoint import Checkpoint, CheckpointError
 from blip2_export.train.frozen import frozen
 from blip2_export.train.own import (
     batches,
@@ -24,11 +27,13 @@ from blip2_export.train.own import (
     records,
     split,
     start,
+    together,
     watch,
 )
 from blip2_export.train.own.base import Base, open_base
 from blip2_export.train.own.batches import Batches, Part, Sizes
 from blip2_export.train.own.held_out import HeldOut
+from blip2_export.train.own.length import Length
 from blip2_export.train.own.loop import Fit, Run, Schedule, Task
 from blip2_export.train.own.order import Order
 from blip2_export.train.own.order import Part as Weighted
@@ -37,13 +42,18 @@ from blip2_export.train.own.stage1 import Captions, Stage1
 from blip2_export.train.own.stage2 import Stage2, Written
 from blip2_export.train.stage2 import query_only
 
+_MEASURED_TOGETHER = 128  # pictures at most
+
 
 @dataclass(frozen=True)
 class Setup:
     """What a person says of a run. `data`: sets, each with its weight; `held_out`: a share of them, or a set of its own.
 
-    `better`: the measure that tells the best checkpoint, by default that of the phase; `write`: `best` or `last`, the weights that are
-    written. `samples`: pictures whose captions or answers are shown, every `sample_every` steps or else with each measurement.
+    `better`: the measure that tells the best checkpoint, by default that of the phase; `write`: `best` or `last`, the weights that
+    are written. `samples`: pictures whose captions or answers are shown, every `sample_every` steps or else with each measurement.
+
+    `answers`, `held_out_answers`: the annotations of VQAv2's questions, for each set. `length`: gives `schedule` its steps once the
+    data is known.
     """
 
     data: list[tuple[Path, float]]
@@ -67,6 +77,9 @@ class Setup:
     samples: int = 4
     sample_every: int = 0
     tensorboard: bool = False
+    answers: tuple[Path, ...] = ()
+    held_out_answers: Path | None = None
+    length: Length | None = None
 
 
 @dataclass(frozen=True)
@@ -80,8 +93,10 @@ class Learnt:
 
 def train_stage1(setup: Setup, out: Path | None) -> None:
     """ITC + ITM + ITG around the frozen encoder; leaves `stage1.pt` in the work folder and, if wanted, a retrieval folder."""
-    accelerator, base, learnt = _accelerator(setup), open_base(setup.base), _learnt(setup)
-    tokenizer, first = _first(setup, base, learnt)
+    accelerator = _accelerator(setup)
+    base, learnt = open_base(setup.base), _learnt(setup, batches.usable)
+    setup = _planned(setup, learnt)
+    tokenizer, first = _first(setup, base, learnt, accelerator)
     model = Stage1(first, tokenizer)
     with frozen(base.vision, "image encoder"):
         make = _batches(setup, base, learnt)
@@ -112,10 +127,12 @@ def train_stage1(setup: Setup, out: Path | None) -> None:
 
 def train_stage2(setup: Setup, out: Path) -> None:
     """The language model's loss in front of the frozen model; writes a folder."""
-    accelerator, base, learnt = _accelerator(setup), open_base(setup.base), _learnt(setup)
+    accelerator, base = _accelerator(setup), open_base(setup.base)
     if not base.has_language:
         raise DataError(f"{setup.base}: it has no language model, which stage 2 needs")
-    _, first = _first(setup, base, learnt)
+    learnt = _learnt(setup, batches.usable)
+    setup = _planned(setup, learnt)
+    _, first = _first(setup, base, learnt, accelerator)
     _take_stage1(first, setup)
     speaks = language.of_family(base.family, base.model.language_model, base.tokenizer())
     model = Stage2(query_only(first.qformer), first.query_tokens, speaks)
@@ -150,11 +167,17 @@ def train_stage2(setup: Setup, out: Path) -> None:
 
 
 def train_questions(setup: Setup, out: Path, side: int, n_questions: int = 4) -> None:
-    """Image encoder and Q-Former learn to answer, at `side` × `side`; the text branch is that of stage 1 in the work folder, or of --qformer."""
-    accelerator, base, learnt = _accelerator(setup), open_base(setup.base), _learnt(setup)
+    """Image encoder and Q-Former learn to answer, at `side` × `side`.
+
+    What the Q-Former reads texts with is that of stage 1 in the work folder, or of --qformer.
+    """
+    accelerator, base = _accelerator(setup), open_base(setup.base)
     if not base.has_language:
         raise DataError(f"{setup.base}: it has no language model, which answers")
-    tokenizer, first = _first(setup, base, learnt)
+    questions.check_side(base, side)
+    learnt = _learnt(setup, questions.usable)
+    setup = _planned(setup, learnt)
+    tokenizer, first = _first(setup, base, learnt, accelerator)
     _take_stage1(first, setup)
     speaks = language.of_family(base.family, base.model.language_model, base.tokenizer())
     model = questions.model(base, first, side, speaks)
@@ -195,6 +218,8 @@ def _run(setup: Setup, name: str, accelerator: Accelerator) -> Run:
         "base": str(setup.base),
         "data": [[str(path), weight] for path, weight in setup.data],
         "held_out": str(setup.held_out),
+        "start": [str(setup.bert), str(setup.qformer), setup.n_queries],
+        "prompt": setup.prompt,
         "batch": setup.sizes.batch,
         "seed": setup.seed,
         "precision": setup.precision,
@@ -213,34 +238,83 @@ def _run(setup: Setup, name: str, accelerator: Accelerator) -> Run:
     return Run(name, setup.work, setup.schedule, setup.seed, setup.sizes.accumulate, facts=facts, **more)
 
 
-def _learnt(setup: Setup) -> Learnt:
-    """Reads all sets; whatever is passed over is said."""
+def _learnt(setup: Setup, usable: Callable[[list[records.Record]], tuple[list[records.Record], str]]) -> Learnt:
+    """Reads all sets. `usable`: what can be learnt of records, and what has to be said of the rest."""
     sets, held_out, train = [], list[records.Record](), list[records.Record]()
-    apart = records.read(setup.held_out, setup.images) if isinstance(setup.held_out, Path) else None
-    for path, weight in setup.data:
-        found, passed_over = batches.usable(records.read(path, setup.images))
-        if passed_over:
-            print(f"warning: {path}: {passed_over} captions that are empty or far too long are passed over")
+    apart = _apart(setup, usable)
+    answers = setup.answers or (None,) * len(setup.data)
+    if len(answers) != len(setup.data):
+        raise DataError(f"--answers names {len(answers)} files for {len(setup.data)} sets; name one for each --data")
+    for (path, weight), notes in zip(setup.data, answers, strict=True):
+        found = _read(path, setup.images, notes, usable)
         parts = split.apart(found, apart) if apart is not None else split.by_share(found, float(setup.held_out))  # type: ignore[arg-type]
         if parts.doubled:
-            print(
-                f"warning: {path}: {len(parts.doubled)} pictures are held out under another name, and not learnt: {parts.doubled[0]}"
-            )
+            n, first = len(parts.doubled), parts.doubled[0]
+            _warn(f"{path}: {n} pictures are held out under another name, and not learnt: {first}")
+        if not parts.train:
+            raise DataError(f"{path}: nothing is left to learn from, all {len(found)} records are held out")
         sets.append(Weighted(parts.train, weight))
         held_out += parts.held_out if apart is None else []
         train += parts.train
     return Learnt(Order(sets, setup.seed), train, apart or held_out)
 
 
-def _first(setup: Setup, base: Base, learnt: Learnt) -> tuple[Any, Any]:
-    """The Q-Former's tokenizer, and the Q-Former as it starts."""
-    from blip2_export.read.adapter import open_folder
+def _apart(setup: Setup, usable: Callable[..., Any]) -> list[records.Record] | None:
+    if not isinstance(setup.held_out, Path):
+        return None
+    return _read(setup.held_out, setup.images, setup.held_out_answers, usable)
 
+
+def _read(path: Path, images: Path | None, answers: Path | None, usable: Callable[..., Any]) -> list[records.Record]:
+    found, passed_over = usable(records.read(path, images, answers))
+    if passed_over:
+        _warn(f"{path}: {passed_over}")
+    if not found:
+        raise DataError(f"{path}: it has no record to learn from")
+    return there(path, found)
+
+
+def there(path: Path, found: list[records.Record]) -> list[records.Record]:
+    """Those whose picture is there. Some that are missing are told; where most are, the folder is wrong."""
+    missing = [record for record in found if record.source.size() is None]
+    if not missing:
+        return found
+    said = f"{path}: {len(missing)} of {len(found)} pictures are not there, the first is {missing[0].key}"
+    if len(missing) * 2 > len(found):
+        raise DataError(f"{said}; name the folder that they are in with --images")
+    _warn(f"{said}; they are passed over")
+    gone = {record.key for record in missing}
+    return [record for record in found if record.key not in gone]
+
+
+def _warn(said: str) -> None:
+    if together.is_first():
+        print(f"warning: {said}", file=sys.stderr)
+
+
+def _planned(setup: Setup, learnt: Learnt) -> Setup:
+    """With the steps that its length takes on this data."""
+    setup.sizes.check()
+    if setup.length is None:
+        return setup
+    return replace(setup, schedule=setup.length.schedule(setup.schedule, len(learnt.order), setup.sizes.batch))
+
+
+def _first(setup: Setup, base: Base, learnt: Learnt, accelerator: Accelerator) -> tuple[Any, Any]:
+    """The Q-Former's tokenizer, and the Q-Former as it starts."""
     setup.work.mkdir(parents=True, exist_ok=True)
-    begins = start.Start(setup.bert, open_folder(setup.qformer) if setup.qformer else None, setup.n_queries)
+    begins = start.Start(setup.bert, _opened(setup.qformer) if setup.qformer else None, setup.n_queries)
     captions = (caption for record in learnt.train for caption in record.captions)
-    tokenizer = start.tokenizer(setup.work, begins, captions)
+    with accelerator.main_process_first():
+        tokenizer = start.tokenizer(setup.work, begins, captions)
     return tokenizer, start.qformer(base, begins, len(tokenizer))
+
+
+def _opened(folder: Path) -> Checkpoint:
+    try:
+        return open_folder(folder)
+    except CheckpointError as error:
+        raise DataError(str(error)) from error
 
 
 def _take_stage1(first: nn.Module, setup: Setup) -> None:
@@ -262,7 +336,9 @@ def _batches(setup: Setup, base: Base, learnt: Learnt) -> Batches:
 
 def _held_out(setup: Setup, base: Base, learnt: Learnt, side: int | None = None) -> HeldOut:
     look = base.look(side or base.config.vision_config.image_size)
-    return HeldOut(learnt.held_out, look, setup.sizes.part, setup.seed)
+    # The same, however many processes there are.
+    size = min(setup.sizes.batch // setup.sizes.accumulate, _MEASURED_TOGETHER)
+    return HeldOut(learnt.held_out, look, size, setup.seed)
 
 
 def _fit(run: Run, task: Task, accelerator: Accelerator, write: str) -> None:
