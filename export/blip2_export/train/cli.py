@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import logging
 
 from blip2_export.read.checkpoint import CheckpointError
 from blip2_export.train import demo
-from blip2_export.train.own import chain, folders, options, stages, together
+from blip2_export.train.own import chain, folders, measures, options, stages, together
 from blip2_export.train.own.records import Record
 from blip2_export.train.own.sources import DataError
 
@@ -110,6 +111,9 @@ def _run_demo(args: argparse.Namespace) -> None:
 
 
 def _run_own(args: argparse.Namespace) -> None:
+    # Its reports are about names of tensors that are ours.
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     is_all = args.what == "all"
     plans = [
         _plan(args, stage, stage if is_all else "") for stage in (("stage1", "stage2") if is_all else (args.what,))
@@ -136,6 +140,7 @@ class _Plan:
 
     def check(self) -> None:
         """Refuses what would fail after training."""
+        measures.better(self.stage, self.setup.better)
         if self.chain is not None and self.out is None:
             raise DataError("--convert makes a bundle of the folder that --out names; name one")
         if self.out is not None:

@@ -71,17 +71,14 @@ def check_disk(work: Path, name: str, told: Estimate, out: Path | None) -> None:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """Seconds of a step and of a measurement, and the most bytes that were in use."""
+    """Seconds of a step, and the most bytes that were in use."""
 
     step: float
-    measurement: float
     peak: int
 
 
-def rehearse(
-    make: Callable[[], list[Any]], compute: Callable[[Any], None], measure: Callable[[], None], workers: int
-) -> Rehearsal:
-    """`make`: the parts of a step, in so many `workers`; `compute`: forward and backward of one; `measure`: on what is held out.
+def rehearse(make: Callable[[], list[Any]], compute: Callable[[Any], None], workers: int) -> Rehearsal:
+    """`make`: the parts of a step, in so many `workers`; `compute`: forward and backward of one.
 
     What is done first is slower than ever after, so it is done again, unless that takes long.
     """
@@ -90,14 +87,12 @@ def rehearse(
         took, _ = _timed(lambda: compute(parts[0]))
         if took < _ENOUGH:
             took, _ = _timed(lambda: compute(parts[0]))
-        measuring, _ = _timed(measure)
     except torch.OutOfMemoryError as error:
         raise DataError(
             "a part of a step does not fit into memory; raise --accumulate, or lower --batch-size"
         ) from error
     computing = took * len(parts)
-    step = max(computing, making / workers) if workers else computing + making
-    return Rehearsal(step, measuring, _peak())
+    return Rehearsal(max(computing, making / workers) if workers else computing + making, _peak())
 
 
 def _timed(what: Callable[[], Any]) -> tuple[float, Any]:

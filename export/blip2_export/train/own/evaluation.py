@@ -15,13 +15,12 @@ import numpy as np
 from PIL import Image
 
 from blip2_export.scenes.held_out import Engine
+from blip2_export.train.own.answers import accuracy
 from blip2_export.train.own.captions import clean, says_something
 from blip2_export.train.own.records import Question, Record
 from blip2_export.train.own.sources import File
 
 _BLOCK = 8  # pictures that are matched with the texts of all of them
-_PEOPLE = 10  # that answer each question of VQAv2
-_AGREE = 3  # of them are enough for an answer to be right
 
 
 @dataclass(frozen=True)
@@ -96,21 +95,10 @@ def _answered(engine: Engine, shown: Sequence[Shown], rows: list[dict[str, Any]]
         asked = {question.text: question for question in one.questions}
         for row in engine.rows("ask", "--image", one.path, "--", *asked) if asked else []:
             question = asked[row["question"]]
-            scores.append(accuracy(row["text"], question.answers))
+            scores.append(accuracy(row["text"], question.given))
             answers = dict(question.answers)
             rows.append({"picture": one.path, "question": question.text, "written": row["text"], "answers": answers})
     return {"answers_right": float(np.mean(scores)), "questions": float(len(scores))}
-
-
-def accuracy(said: str, answers: Sequence[tuple[str, float]]) -> float:
-    """Of VQAv2 (Antol et al. 2015): over all who answered, min(1, how many of the others said the same / 3), as if ten had.
-
-    Answers are compared in lower case without marks; the evaluation server also writes numbers as digits and drops articles.
-    """
-    same = round(_PEOPLE * sum(share for answer, share in answers if clean(answer) == clean(said)))
-    return (
-        (same * min(1.0, (same - 1) / _AGREE) + (_PEOPLE - same) * min(1.0, same / _AGREE)) / _PEOPLE if same else 0.0
-    )
 
 
 def overlap(one: str, other: str) -> float:

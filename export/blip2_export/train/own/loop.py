@@ -7,7 +7,8 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,9 @@ class Schedule:
 class Run:
     """A named phase: where its files go, how large its steps are, and how often it is looked at.
 
-    `accumulate`: parts of a step that are computed one after another. `measure_every`: steps between measurements on what is held out.
-    `patience`: measurements without a better one after which it ends, 0 for never.
+    `accumulate`: parts of a step that are computed one after another. `measure_every`: steps between measurements on what is held
+    out. `patience`: measurements without a better one after which it ends, 0 for never. `sample_every`: steps between samples, 0 for
+    with measurements. `pictures`: of a step, over all processes.
     """
 
     name: str
@@ -60,11 +62,23 @@ class Run:
     measure_every: int = 1000
     save_seconds: float = 300.0
     patience: int = 0
+    sample_every: int = 0
+    pictures: int = 1
+    tensorboard: bool = False
     facts: dict[str, Any] | None = None
+    machine: dict[str, Any] = field(default_factory=dict)
 
     @property
     def checkpoint(self) -> Path:
         return self.work / f"{self.name}.pt"
+
+    @property
+    def log(self) -> Path:
+        return self.work / f"{self.name}.jsonl"
+
+    @property
+    def page(self) -> Path:
+        return self.work / f"{self.name}.html"
 
     @property
     def best(self) -> Path:
@@ -77,7 +91,8 @@ class Task:
 
     `parts`: what a step sees, as so many parts of this process; made in another process, a pure function of the step.
     `losses`: of `model` on a part that lies on the device; the loss is their sum, keys that start with `_` are only logged.
-    `measure`: on what is held out; `better`: the key of it that tells the best checkpoint, and whether more is better.
+    `measure`: on what is held out; `better`: the key of it that tells the best checkpoint, and whether more is better. `sample`: what
+    the model says of a few pictures; `thumbnails`: those pictures, as JPEG. Both see the model in evaluation, and draw what they like.
     `notes`: what parts have to say besides, such as pictures that could not be read.
     """
 
@@ -86,7 +101,19 @@ class Task:
     losses: Callable[[nn.Module, Any], dict[str, Tensor]]
     measure: Callable[[nn.Module], dict[str, Any]] | None = None
     better: tuple[str, bool] = ("loss", False)
+    sample: Callable[[nn.Module], list[dict[str, Any]]] | None = None
+    thumbnails: dict[str, bytes] = field(default_factory=dict)
     notes: Callable[[Any], dict[str, str]] = lambda _: {}
+
+
+@dataclass
+class Best:
+    """The best measurement so far: its value and step, and how many came since."""
+
+    by: str
+    value: float | None = None
+    step: int | None = None
+    since: int = 0
 
 
 class _Steps(Dataset[list[Any] | DataError]):
@@ -113,52 +140,70 @@ class Fit:
         self.trained = {name: p for name, p in task.model.named_parameters() if p.requires_grad}
         self.model = accelerator.prepare_model(task.model)
         self.optimiser = accelerator.prepare_optimizer(_adam(self.trained, run.schedule))
-        self.step, self.best, self.since_best = 0, math.nan, 0
+        self.step, self.best = 0, Best(task.better[0])
 
     def go(self) -> None:
         """Trains, measures, saves; every file is whole at any moment."""
         self._resume()
-        run, steps = self.run, self.run.schedule.steps
-        if self.step >= steps:
+        if self._is_over:
             return
-        progress, saved = Progress(run, self.step, self.accelerator.is_main_process), time.monotonic()
-        self._foretell(progress)
+        progress = Progress(self.run, self.step, self.accelerator.is_main_process)
+        progress.thumbnails = self.task.thumbnails
+        try:
+            self._foretell(progress)
+            self._train(progress)
+        finally:
+            progress.close()
+
+    def take(self, best: bool) -> str:
+        """Puts the weights that are to be kept into the model: the best ones if wanted and known, else the last; says which."""
+        key, value, step = self.best.by, self.best.value, self.best.step
+        if not best:
+            return f"{self.run.name}: the last weights, of step {self.step}"
+        if step is None or value is None:
+            return f"{self.run.name}: the last weights, of step {self.step}, for nothing was measured"
+        if step != self.step:
+            fill(self.trained, read(self.run.best)["model"], self.run.best)
+        return (
+            f"{self.run.name}: the best weights by {key} ({value:.4g}), of step {step}; the last step was {self.step}"
+        )
+
+    @property
+    def _is_over(self) -> bool:
+        return self.step >= self.run.schedule.steps or 0 < self.run.patience <= self.best.since
+
+    def _train(self, progress: Progress) -> None:
+        run, saved = self.run, time.monotonic()
         self.model.train()
-        for step, parts in self._batches(range(self.step, steps)):
+        for step, parts in self._batches(range(self.step, run.schedule.steps)):
             progress.add(self._update(step, parts), [self.task.notes(part) for part in parts])
             self.step = step + 1
-            is_last = self.step == steps
-            if self.task.measure and (is_last or self.step % run.measure_every == 0):
-                is_last = self._measured(progress) or is_last
-                progress.pace.measured()
-            if is_last or time.monotonic() - saved > run.save_seconds:
-                self._save(run.checkpoint, steps if is_last else self.step)
-                progress.pace.saved()
+            self._look(progress)
+            if self._is_over or time.monotonic() - saved > run.save_seconds:
+                with progress.aside("save"):
+                    self._save()
                 saved = time.monotonic()
-            if is_last:
+            if self._is_over:
                 break
+        is_whole = self.step >= run.schedule.steps
+        progress.end(
+            "all steps are done" if is_whole else f"not better for {run.patience} measurements", self.best.step
+        )
 
     def _foretell(self, progress: Progress) -> None:
-        """Rehearses a step, and measures what is held out before anything is learnt."""
-        # Both as in a step; neither leaves anything behind.
+        """Rehearses a step, and measures what is held out before anything is learnt; neither leaves anything behind."""
+        if self.task.measure and self.step == 0:
+            with progress.aside("measure"), self._looking() as model:
+                found = together.agreed(self.task.measure(model))
+            progress.measured(found, False)
         self.model.train()
-        found = rehearse(
-            lambda: self.task.parts(self.step), self._rehearsed, lambda: self._before(progress), self.run.workers
-        )
-        progress.foretell(found)
+        progress.foretell(rehearse(lambda: self.task.parts(self.step), self._rehearsed, self.run.workers))
 
     def _rehearsed(self, part: Any) -> None:
         with self.accelerator.autocast():
             losses = self.task.losses(self.model, part)
         self.accelerator.backward(_loss(losses))
         self.optimiser.zero_grad()
-
-    def _before(self, progress: Progress) -> None:
-        if self.task.measure is None:
-            return
-        found = self._held_out()
-        if self.step == 0:
-            progress.write({"step": 0, "held_out": found})
 
     def _update(self, step: int, parts: list[Any]) -> dict[str, float]:
         # The same noise whenever, and on whichever machine, the step is made.
@@ -188,29 +233,50 @@ class Fit:
                 f"{self.run.name}: the loss is {float(total)} at step {step}; lower --learning-rate"
             )
 
-    def _measured(self, progress: Progress) -> bool:
-        """Measures on what is held out; whether that was in vain too often."""
-        found = self._held_out()
-        progress.write({"step": self.step, "held_out": found})
-        key, more = self.task.better
-        value = float(found[key])
-        if math.isnan(self.best) or (value > self.best if more else value < self.best):
-            self.best, self.since_best = value, 0
-            self._save(self.run.best, self.step)
-        else:
-            self.since_best += 1
-        gives_up = 0 < self.run.patience <= self.since_best
-        if gives_up:
-            progress.write({"step": self.step, "ended": f"not better for {self.run.patience} measurements"})
-        return gives_up
+    def _look(self, progress: Progress) -> None:
+        """Measures and samples when it is time for that, and draws the page."""
+        run, task = self.run, self.task
 
-    def _held_out(self) -> dict[str, Any]:
-        assert self.task.measure is not None
+        def is_time(every: int) -> bool:
+            return self.step % every == 0 or self.step == run.schedule.steps
+
+        if task.measure and is_time(run.measure_every):
+            with progress.aside("measure"), self._looking() as model:
+                found = together.agreed(task.measure(model))
+            better = self._is_better(found)
+            progress.measured(found, better)
+            if better:
+                with progress.aside("save"):
+                    self._save()
+                    self._save_best()
+        if task.sample and is_time(run.sample_every or run.measure_every):
+            with progress.aside("sample"), self._looking() as model:
+                samples = task.sample(model)
+            progress.sampled(samples)
+        if is_time(run.measure_every):
+            progress.draw()
+
+    @contextmanager
+    def _looking(self) -> Iterator[nn.Module]:
+        """The model in evaluation, by itself in each process, which all see the same; modes and random state stay as they were."""
+        modes = [(module, module.training) for module in self.model.modules()]
+        cards = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
         self.model.eval()
-        with torch.no_grad(), self.accelerator.autocast():
-            found = self.task.measure(self.accelerator.unwrap_model(self.model))
-        self.model.train()
-        return found
+        try:
+            with torch.random.fork_rng(cards), torch.no_grad(), self.accelerator.autocast(), together.alone():
+                yield self.accelerator.unwrap_model(self.model)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+    def _is_better(self, found: dict[str, float]) -> bool:
+        key, more = self.task.better
+        value, best = float(found[key]), self.best.value
+        if math.isfinite(value) and (best is None or (value > best if more else value < best)):
+            self.best = Best(key, value, self.step)
+            return True
+        self.best.since += 1
+        return False
 
     def _batches(self, steps: range) -> Iterator[tuple[int, list[Any]]]:
         loader = DataLoader(
@@ -226,18 +292,25 @@ class Fit:
                 raise parts
             yield step, parts
 
-    def _save(self, file: Path, step: int) -> None:
-        if not self.accelerator.is_main_process:
-            return
+    def _save(self) -> None:
+        """Where to go on from."""
         scaler = self.accelerator.scaler
-        state = {
-            "step": step,
-            "model": {name: p.detach().cpu() for name, p in self.trained.items()},
+        more = {
             "optimiser": self.optimiser.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
-            "best": (self.best, self.since_best),
-            "facts": json.dumps(self.run.facts, sort_keys=True),
+            "best": vars(self.best),
         }
+        self._write(self.run.checkpoint, more)
+
+    def _save_best(self) -> None:
+        """The weights alone, after the checkpoint that says they are the best: who finds that one knows whether these are missing."""
+        self._write(self.run.best, {"best": vars(self.best)})
+
+    def _write(self, file: Path, more: dict[str, Any]) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        weights = {name: p.detach().cpu() for name, p in self.trained.items()}
+        state = {"step": self.step, "model": weights, "facts": json.dumps(self.run.facts, sort_keys=True), **more}
         aside = file.with_suffix(".tmp")
         try:
             torch.save(state, aside)
@@ -260,8 +333,14 @@ class Fit:
         self.optimiser.load_state_dict(kept["optimiser"])
         if self.accelerator.scaler is not None and kept["scaler"]:
             self.accelerator.scaler.load_state_dict(kept["scaler"])
-        self.step, (self.best, self.since_best) = int(kept["step"]), kept["best"]
+        self.step, self.best = int(kept["step"]), Best(**kept["best"])
+        if self.best.step == self.step and not self._has_best():
+            self._save_best()
         self.accelerator.print(f"{self.run.name}: going on from step {self.step}")
+
+    def _has_best(self) -> bool:
+        """Whether the best weights are those that the checkpoint speaks of."""
+        return self.run.best.exists() and read(self.run.best)["step"] == self.best.step
 
 
 def read(file: Path) -> dict[str, Any]:

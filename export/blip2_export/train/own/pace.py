@@ -1,73 +1,72 @@
-"""How fast a run is, and from that when it will end: steps, measurements and checkpoints each take their own time."""
+"""When a run ends, from what its recent steps took, and what measuring and saving take besides."""
 
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-_RECENT = 200  # steps; a machine that gets slower or faster is followed within so many
-_FIRST = 2  # steps that take longer than all others, for caches are cold and kernels are chosen
+_RECENT = 100
 
 
 class Pace:
-    """Told whenever something has ended; what lies between two ends is the time of the later one.
+    """Told when each step is done; whatever is done between steps `aside` is counted apart.
 
-    `expected`: seconds of a step and of a measurement, as long as none was seen.
+    `every`: how often each kind of it comes, in steps. `every_s`: in seconds.
     """
 
     def __init__(
         self,
-        steps: int,
-        measure_every: int,
-        save_seconds: float,
-        expected: tuple[float, float] = (0.0, 0.0),
+        every: dict[str, int],
+        every_s: dict[str, float],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.steps, self.measure_every, self.save_seconds, self.clock = steps, measure_every, save_seconds, clock
-        self.expected = expected
-        self.last = clock()
-        self.of_steps: deque[float] = deque(maxlen=_RECENT)
-        self.n_seen, self.of_measuring, self.of_saving = 0, deque[float](maxlen=5), deque[float](maxlen=5)
+        self.every, self.every_s, self.clock = every, every_s, clock
+        self.steps: deque[float] = deque(maxlen=_RECENT)
+        self.asides: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=5))
+        self.mark, self.besides, self.n = clock(), 0.0, 0
 
-    def begin(self) -> None:
-        """The first step begins now."""
-        self.last = self.clock()
-
-    def stepped(self) -> None:
-        """A step has ended."""
-        self.n_seen += 1
-        took = self._since()
-        if self.n_seen == _FIRST + 1:
-            self.of_steps.clear()
-        self.of_steps.append(took)
-
-    def measured(self) -> None:
-        """A measurement on what is held out has ended."""
-        self.of_measuring.append(self._since())
-
-    def saved(self) -> None:
-        """A checkpoint is written."""
-        self.of_saving.append(self._since())
-
-    def left(self, step: int) -> float:
-        """Seconds from the end of so many steps to the end of the run."""
-        is_sure = self.n_seen > _FIRST or not self.expected[0]
-        steps = (self.steps - step) * (_mean(self.of_steps) if is_sure else self.expected[0])
-        n_measurements = self._measurements(self.steps) - self._measurements(step) if self.measure_every else 0
-        whole = steps + n_measurements * (_mean(self.of_measuring) if self.of_measuring else self.expected[1])
-        n_saves = 1 + int(whole / self.save_seconds) if self.save_seconds else self.steps - step
-        return whole + n_saves * _mean(self.of_saving) if step < self.steps else 0.0
-
-    def _measurements(self, step: int) -> int:
-        """Of so many steps; the last is always measured."""
-        return step // self.measure_every + (step == self.steps and step % self.measure_every > 0)
-
-    def _since(self) -> float:
+    def step(self) -> float:
+        """One more is done; the seconds that it took."""
         now = self.clock()
-        took, self.last = now - self.last, now
+        took, self.mark, self.besides = max(1e-9, now - self.mark - self.besides), now, 0.0
+        if self.n == 1:
+            # The first one also made buffers and chose kernels.
+            self.steps.clear()
+        if self.n or not self.steps:
+            self.steps.append(took)
+        self.n += 1
         return took
 
+    def expect(self, took: float) -> None:
+        """Takes a step to be that long until there are two; the first begins now."""
+        self.steps.append(took)
+        self.mark, self.besides = self.clock(), 0.0
 
-def _mean(seconds: deque[float]) -> float:
-    return sum(seconds) / len(seconds) if seconds else 0.0
+    @contextmanager
+    def aside(self, kind: str) -> Iterator[None]:
+        """What is done here is no part of a step."""
+        before = self.clock()
+        yield
+        took = self.clock() - before
+        self.besides += took
+        self.asides[kind].append(took)
+
+    def last(self, kind: str) -> float:
+        """Seconds of the last time."""
+        return self.asides[kind][-1]
+
+    def left(self, step: int, steps: int) -> float:
+        """Seconds from after `step` to the end."""
+        found = (steps - step) * _mean(self.steps)
+        for kind, every in self.every.items():
+            # At the end it is done in any case.
+            times = -(-steps // every) - step // every if step < steps else 0
+            found += times * _mean(self.asides[kind])
+        busy = sum(_mean(self.asides[kind]) / every for kind, every in self.every_s.items() if every > 0)
+        return found * (1 + busy)
+
+
+def _mean(values: deque[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

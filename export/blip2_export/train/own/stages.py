@@ -21,15 +21,19 @@ from blip2_export.train.own import (
     folders,
     language,
     loop,
+    machine,
+    measures,
     pictures,
     questions,
     records,
     split,
     start,
     together,
+    watch,
 )
 from blip2_export.train.own.base import Base, open_base
 from blip2_export.train.own.batches import Batches, Part, Sizes
+from blip2_export.train.own.held_out import HeldOut
 from blip2_export.train.own.length import Length
 from blip2_export.train.own.loop import Fit, Run, Schedule, Task
 from blip2_export.train.own.order import Order
@@ -39,10 +43,15 @@ from blip2_export.train.own.stage1 import Captions, Stage1
 from blip2_export.train.own.stage2 import Stage2, Written
 from blip2_export.train.stage2 import query_only
 
+_MEASURED_TOGETHER = 128  # pictures at most
+
 
 @dataclass(frozen=True)
 class Setup:
     """What a person says of a run. `data`: sets, each with its weight; `held_out`: a share of them, or a set of its own.
+
+    `better`: the measure that tells the best checkpoint, by default that of the phase; `write`: `best` or `last`, the weights that
+    are written. `samples`: pictures whose captions or answers are shown, every `sample_every` steps or else with each measurement.
 
     `answers`, `held_out_answers`: the annotations of VQAv2's questions, for each set. `length`: gives `schedule` its steps once the
     data is known.
@@ -64,6 +73,11 @@ class Setup:
     workers: int = 2
     measure_every: int = 1000
     patience: int = 0
+    better: str = ""
+    write: str = "best"
+    samples: int = 4
+    sample_every: int = 0
+    tensorboard: bool = False
     answers: tuple[Path, ...] = ()
     held_out_answers: Path | None = None
     length: Length | None = None
@@ -93,18 +107,24 @@ def train_stage1(setup: Setup, out: Path | None) -> list[records.Record]:
         say = batches.captioned(model.encode)
         eye = _placed(base.vision, accelerator)
 
-        def losses(trained: nn.Module, part: Part) -> dict[str, Tensor]:
-            return trained(_captions(eye, part, accelerator.device))
+        def see(part: Part) -> Captions:
+            return _captions(eye, part, accelerator.device)
 
-        held_out = _held_out(setup, base, learnt, say)
+        def losses(trained: nn.Module, part: Part) -> dict[str, Tensor]:
+            return trained(see(part))
+
+        looks = watch.stage1(_held_out(setup, base, learnt), model, see, setup.samples)
         task = Task(
             model,
             lambda step: make.parts(step, say),
             losses,
-            _mean_of(held_out, losses) if held_out else None,
+            looks.measure,
+            measures.better("stage1", setup.better),
+            looks.sample,
+            looks.thumbnails,
             notes=lambda part: part.bad,
         )
-        _fit(_run(setup, "stage1"), task, accelerator, [base.vision], out)
+        _fit(_run(setup, "stage1", accelerator), task, accelerator, setup.write, [base.vision], out)
     if out is not None and accelerator.is_main_process:
         folders.write_stage1(out, base, model.qformer, tokenizer)
     accelerator.wait_for_everyone()
@@ -124,23 +144,37 @@ def train_stage2(setup: Setup, out: Path) -> list[records.Record]:
     model = Stage2(query_only(first.qformer), first.query_tokens, speaks)
     with frozen(base.vision, "image encoder"), frozen(base.model.language_model, "language model"):
         make = _batches(setup, base, learnt)
-        say = batches.written(speaks, setup.prompt, splits=base.family == "t5" and not setup.prompt)
+        splits = base.family == "t5" and not setup.prompt
+        say = batches.written(speaks, setup.prompt, splits)
         eye = _placed(base.vision, accelerator)
         _placed(base.model.language_model, accelerator)
 
-        def losses(trained: nn.Module, part: Part) -> dict[str, Tensor]:
+        def write(part: Part) -> Written:
             seen = _features(eye, part.pixels.to(accelerator.device))
-            return trained(Written(seen, part.said.to(accelerator.device)))
+            return Written(seen, part.said.to(accelerator.device))
 
-        held_out = _held_out(setup, base, learnt, say)
+        def losses(trained: nn.Module, part: Part) -> dict[str, Tensor]:
+            return trained(write(part))
+
+        looks = watch.stage2(_held_out(setup, base, learnt), speaks, setup.prompt, splits, write, setup.samples)
         task = Task(
             model,
             lambda step: make.parts(step, say),
             losses,
-            _mean_of(held_out, losses) if held_out else None,
+            looks.measure,
+            measures.better("stage2", setup.better),
+            looks.sample,
+            looks.thumbnails,
             notes=lambda part: part.bad,
         )
-        _fit(_run(setup, "stage2"), task, accelerator, [base.vision, base.model.language_model], out)
+        _fit(
+            _run(setup, "stage2", accelerator),
+            task,
+            accelerator,
+            setup.write,
+            [base.vision, base.model.language_model],
+            out,
+        )
     if accelerator.is_main_process:
         folders.write_stage2(out, base, model)
     accelerator.wait_for_everyone()
@@ -167,39 +201,43 @@ def train_questions(setup: Setup, out: Path, side: int, n_questions: int = 4) ->
         say = questions.asked(speaks, tokenizer, n_questions)
         _placed(base.model.language_model, accelerator)
 
-        def losses(trained: nn.Module, part: Part) -> dict[str, Tensor]:
+        def write(part: Part) -> Written:
             said = part.said.to(accelerator.device)
-            return trained(Written(part.pixels.to(accelerator.device), said.texts, said.ids, said.mask))
+            return Written(part.pixels.to(accelerator.device), said.texts, said.ids, said.mask)
 
-        held_out = _held_out(setup, base, learnt, say, side)
+        def losses(trained: nn.Module, part: Part) -> dict[str, Tensor]:
+            return trained(write(part))
+
+        looks = watch.vqa(_held_out(setup, base, learnt, side), speaks, tokenizer, n_questions, write, setup.samples)
         task = Task(
             model,
             lambda step: make.parts(step, say),
             losses,
-            _mean_of(held_out, losses) if held_out else None,
+            looks.measure,
+            measures.better("vqa", setup.better),
+            looks.sample,
+            looks.thumbnails,
             notes=lambda part: part.bad,
         )
-        _fit(_run(setup, "vqa"), task, accelerator, [base.vision, base.model.language_model], out)
+        _fit(
+            _run(setup, "vqa", accelerator),
+            task,
+            accelerator,
+            setup.write,
+            [base.vision, base.model.language_model],
+            out,
+        )
     if accelerator.is_main_process:
         folders.write_stage2(out, base, model, tokenizer)
     accelerator.wait_for_everyone()
     return learnt.held_out
 
 
-def _fit(run: Run, task: Task, accelerator: Accelerator, still: list[nn.Module], out: Path | None) -> None:
-    """Trains what wants gradients beside what is `still`, after telling what that will take."""
-    told = estimate.of(task.model, *still)
-    if accelerator.is_main_process:
-        estimate.check_disk(run.work, run.name, told, out)
-        print(f"{run.name}: {told}", file=sys.stderr)
-    Fit(run, task, accelerator).go()
-
-
 def _accelerator(setup: Setup) -> Accelerator:
     return Accelerator(mixed_precision=setup.precision)
 
 
-def _run(setup: Setup, name: str) -> Run:
+def _run(setup: Setup, name: str, accelerator: Accelerator) -> Run:
     facts = {
         "base": str(setup.base),
         "data": [[str(path), weight] for path, weight in setup.data],
@@ -209,9 +247,18 @@ def _run(setup: Setup, name: str) -> Run:
         "batch": setup.sizes.batch,
         "seed": setup.seed,
         "precision": setup.precision,
+        "better": measures.better(name, setup.better)[0],
         **{key: value for key, value in asdict(setup.schedule).items() if key != "betas"},
     }
-    more = {"measure_every": setup.measure_every, "patience": setup.patience, "workers": setup.workers}
+    more = {
+        "measure_every": setup.measure_every,
+        "patience": setup.patience,
+        "workers": setup.workers,
+        "sample_every": setup.sample_every,
+        "pictures": setup.sizes.batch,
+        "tensorboard": setup.tensorboard,
+        "machine": machine.facts(accelerator.device),
+    }
     return Run(name, setup.work, setup.schedule, setup.seed, setup.sizes.accumulate, facts=facts, **more)
 
 
@@ -296,6 +343,9 @@ def _opened(folder: Path) -> Checkpoint:
 
 def _take_stage1(first: nn.Module, setup: Setup) -> None:
     file = setup.work / "stage1.pt"
+    best = setup.work / "stage1_best.pt"
+    if setup.write == "best" and file.exists() and best.exists():
+        file = best
     if not file.exists():
         if setup.qformer is None:
             raise DataError(f"{file} is missing; run `train stage1` with the same --work first, or name --qformer")
@@ -308,31 +358,26 @@ def _batches(setup: Setup, base: Base, learnt: Learnt) -> Batches:
     return Batches(learnt.order, base.look(base.config.vision_config.image_size), setup.sizes, setup.seed)
 
 
-def _held_out(setup: Setup, base: Base, learnt: Learnt, say: Callable[..., Any], side: int | None = None) -> list[Part]:
-    """The same parts whenever it is measured: as many as there are whole ones, at most 20."""
-    if len(learnt.held_out) < 2:
-        return []
-    n = together.size()
-    size = min(setup.sizes.part * n, len(learnt.held_out)) // n * n
-    if not size:
-        return []
-    look, order = (
-        base.look(side or base.config.vision_config.image_size),
-        Order([Weighted(learnt.held_out)], setup.seed),
-    )
-    whole = Batches(order, look, Sizes(size), setup.seed)
-    return [part for step in range(min(20, len(learnt.held_out) // size)) for part in whole.parts(step, say)]
+def _held_out(setup: Setup, base: Base, learnt: Learnt, side: int | None = None) -> HeldOut:
+    look = base.look(side or base.config.vision_config.image_size)
+    # The same, however many processes there are.
+    size = min(setup.sizes.batch // setup.sizes.accumulate, _MEASURED_TOGETHER)
+    return HeldOut(learnt.held_out, look, size, setup.seed)
 
 
-def _mean_of(
-    parts: list[Part], losses: Callable[[nn.Module, Part], dict[str, Tensor]]
-) -> Callable[[nn.Module], dict[str, Any]]:
-    def measure(model: nn.Module) -> dict[str, Any]:
-        found = [losses(model, part) for part in parts]
-        means = {key: float(together.mean(torch.stack([one[key].float() for one in found]).mean())) for key in found[0]}
-        return {"loss": sum(value for key, value in means.items() if not key.startswith("_")), **means}
-
-    return measure
+def _fit(run: Run, task: Task, accelerator: Accelerator, write: str, still: list[nn.Module], out: Path | None) -> None:
+    """Trains beside what is `still`, after telling what that takes, and leaves the weights in the model that are to be written."""
+    if write not in ("best", "last"):
+        raise DataError(f"--write {write}: it is best or last")
+    told = estimate.of(task.model, *still)
+    if accelerator.is_main_process:
+        estimate.check_disk(run.work, run.name, told, out)
+        print(f"{run.name}: {told}", file=sys.stderr)
+    fit = Fit(run, task, accelerator)
+    fit.go()
+    said = fit.take(write == "best")
+    if accelerator.is_main_process:
+        print(said, file=sys.stderr)
 
 
 def _placed(model: nn.Module, accelerator: Accelerator) -> nn.Module:
