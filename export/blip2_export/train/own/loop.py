@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from blip2_export.train.own import together
+from blip2_export.train.own.hardware import Precision
 from blip2_export.train.own.progress import Progress
 from blip2_export.train.own.sources import DataError
+from blip2_export.train.own.stop import Interrupted, Stop, Stopped
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,8 @@ class Schedule:
 class Run:
     """A named phase: where its files go, how large its steps are, and how often it is looked at.
 
-    `accumulate`: parts of a step that are computed one after another. `measure_every`: steps between measurements on what is held out.
-    `patience`: measurements without a better one after which it ends, 0 for never.
+    `accumulate`: parts of a step that are computed one after another. `measure_every`: steps between measurements on what is
+    held out. `patience`: measurements without a better one after which it ends, 0 for never.
     """
 
     name: str
@@ -59,6 +63,7 @@ class Run:
     measure_every: int = 1000
     save_seconds: float = 300.0
     patience: int = 0
+    precision: str = "no"
     facts: dict[str, Any] | None = None
 
     @property
@@ -78,6 +83,7 @@ class Task:
     `losses`: of `model` on a part that lies on the device; the loss is their sum, keys that start with `_` are only logged.
     `measure`: on what is held out; `better`: the key of it that tells the best checkpoint, and whether more is better.
     `notes`: what parts have to say besides, such as pictures that could not be read.
+    `mass`: what the losses of a part are means over; parts count by it, so that so many small ones are one large one.
     """
 
     model: nn.Module
@@ -86,6 +92,7 @@ class Task:
     measure: Callable[[nn.Module], dict[str, Any]] | None = None
     better: tuple[str, bool] = ("loss", False)
     notes: Callable[[Any], dict[str, str]] = lambda _: {}
+    mass: Callable[[Any], Tensor] = lambda _: torch.ones(())
 
 
 class _Steps(Dataset[list[Any]]):
@@ -107,29 +114,52 @@ class Fit:
         run.work.mkdir(parents=True, exist_ok=True)
         self.trained = {name: p for name, p in task.model.named_parameters() if p.requires_grad}
         self.model = accelerator.prepare_model(task.model)
-        self.optimiser = accelerator.prepare_optimizer(_adam(self.trained, run.schedule))
-        self.step, self.best, self.since_best = 0, math.nan, 0
+        self.optimiser = _adam(self.trained, run.schedule)
+        self.precision = Precision(run.precision, accelerator.device)
+        self.step, self.best, self.since_best, self.measured = 0, math.nan, 0, 0
 
     def go(self) -> None:
-        """Trains, measures, saves; every file is whole at any moment."""
+        """Trains, measures, saves; every file is whole at any moment. Ends with `Stopped` if a signal asks it to."""
         self._resume()
-        run, steps = self.run, self.run.schedule.steps
-        if self.step >= steps:
+        steps = self.run.schedule.steps
+        if self.step >= steps and not self._due():
             return
-        progress, saved = Progress(run, self.step, self.accelerator.is_main_process), time.monotonic()
+        with Stop() as stop:
+            try:
+                is_done = self._train(stop)
+            except Interrupted:
+                is_done = False
+            if not is_done:
+                self._save(self.run.checkpoint, self.step)
+                raise Stopped(self.run.name, self.step, steps, stop.signal)
+        self.measured = steps
+        self._save(self.run.checkpoint, steps)
+        self.accelerator.wait_for_everyone()
+
+    def _train(self, stop: Stop) -> bool:
+        """Whether it came to the end, or to a measurement after which nothing is waited for; not if it was asked to stop."""
+        progress, saved = Progress(self.run, self.step, self.accelerator.is_main_process), time.monotonic()
         self.model.train()
-        for step, parts in self._batches(range(self.step, steps)):
+        if self._due() and self._measured(progress, stop):  # it was stopped before it had measured
+            return True
+        for step, parts in self._batches(range(self.step, self.run.schedule.steps)):
             progress.add(self._update(step, parts), [self.task.notes(part) for part in parts])
             self.step = step + 1
-            is_last = self.step == steps
-            if self.task.measure and (is_last or self.step % run.measure_every == 0) and self._measured(progress):
-                progress.write({"step": self.step, "ended": f"not better for {run.patience} measurements"})
-                is_last = True
-            if is_last or time.monotonic() - saved > run.save_seconds:
-                self._save(run.checkpoint, steps if is_last else self.step)
+            stop.asked = together.any_(stop.asked)
+            if stop.asked and (self.step < self.run.schedule.steps or self._due()):
+                return False
+            if self._due() and self._measured(progress, stop):
+                return True
+            if time.monotonic() - saved > self.run.save_seconds:
+                self._save(self.run.checkpoint, self.step)
                 saved = time.monotonic()
-            if is_last:
-                break
+        return True
+
+    def _due(self) -> bool:
+        """Whether a measurement comes at this step, and has not been."""
+        run = self.run
+        comes = self.step == run.schedule.steps or self.step % run.measure_every == 0
+        return self.task.measure is not None and self.step > self.measured and comes
 
     def _update(self, step: int, parts: list[Any]) -> dict[str, float]:
         # The same noise whenever, and on whichever machine, the step is made.
@@ -138,34 +168,44 @@ class Fit:
         for group in self.optimiser.param_groups:
             group["lr"] = schedule.learning_rate * schedule.factor(step)
         self.optimiser.zero_grad()
-        for n, part in enumerate(parts):
-            is_last = n + 1 == len(parts)
-            with self.accelerator.autocast(), self.accelerator.no_sync(self.model) if not is_last else _nothing():
-                losses = self.task.losses(self.model, part)
-            total = torch.stack([value for key, value in losses.items() if not key.startswith("_")]).sum() / len(parts)
-            self._check(step, total)
-            self.accelerator.backward(total)
+        for n, (part, share) in enumerate(zip(parts, self._shares(parts), strict=True)):
+            waits = n + 1 < len(parts)
+            with self.accelerator.no_sync(self.model) if waits else nullcontext():
+                with self.precision.autocast():
+                    losses = self.task.losses(self.model, part)
+                kept = [value.float() if value.itemsize < 4 else value for value in _shown(losses).values()]
+                total = torch.stack(kept).sum() * share
+                self._check(step, total, "the loss")
+                self.precision.scaler.scale(total).backward()
             for key, value in losses.items():
-                logged[key] = logged.get(key, 0.0) + float(together.mean(value)) / len(parts)
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.unscale_(self.optimiser.optimizer)
+                logged[key] = logged.get(key, 0.0) + float(together.mean(value)) * share
+        self.precision.scaler.unscale_(self.optimiser)
         norm = nn.utils.clip_grad_norm_(self.trained.values(), schedule.clip)
-        self.optimiser.step()
-        return {**logged, "_gradient": float(norm), "_rate": float(self.optimiser.param_groups[0]["lr"])}
+        self._check(step, norm, "the norm of the gradients")
+        self.precision.step(self.optimiser, float(norm))
+        logged |= {"_gradient": float(norm), "_rate": float(self.optimiser.param_groups[0]["lr"])}
+        if self.precision.tolerates_overflow:
+            logged["_skipped"] = float(self.precision.skipped)
+        return {key: value for key, value in logged.items() if math.isfinite(value)}
 
-    def _check(self, step: int, total: Tensor) -> None:
-        if not torch.isfinite(total):
-            raise FloatingPointError(
-                f"{self.run.name}: the loss is {float(total)} at step {step}; lower --learning-rate"
-            )
+    def _shares(self, parts: list[Any]) -> list[float]:
+        masses = [float(together.mean(self.task.mass(part))) for part in parts]
+        return [mass / sum(masses) for mass in masses]
 
-    def _measured(self, progress: Progress) -> bool:
+    def _check(self, step: int, value: Tensor, what: str) -> None:
+        """All processes end where one has to: the others would wait for it."""
+        if not self.precision.tolerates_overflow and not torch.isfinite(together.mean(value)):
+            said = f"{self.run.name}: {what} is {float(value.detach())} at step {step}"
+            raise FloatingPointError(f"{said}; lower --learning-rate")
+
+    def _measured(self, progress: Progress, stop: Stop) -> bool:
         """Measures on what is held out; whether that was in vain too often."""
         assert self.task.measure is not None
         self.model.eval()
-        with torch.no_grad(), self.accelerator.autocast():
+        with torch.no_grad(), self.precision.autocast(), stop.at_once():
             found = self.task.measure(self.accelerator.unwrap_model(self.model))
         self.model.train()
+        self.measured = self.step
         progress.write({"step": self.step, "held_out": found})
         key, more = self.task.better
         value = float(found[key])
@@ -174,7 +214,10 @@ class Fit:
             self._save(self.run.best, self.step)
         else:
             self.since_best += 1
-        return 0 < self.run.patience <= self.since_best
+        ends = 0 < self.run.patience <= self.since_best and self.step < self.run.schedule.steps
+        if ends:
+            progress.write({"step": self.step, "ended": f"not better for {self.run.patience} measurements"})
+        return ends
 
     def _batches(self, steps: range) -> Iterator[tuple[int, list[Any]]]:
         loader = DataLoader(
@@ -184,24 +227,27 @@ class Fit:
             num_workers=self.run.workers,
             # `parts` is a closure; nothing else can carry it over.
             multiprocessing_context="fork" if self.run.workers else None,
+            worker_init_fn=_leave_signals,
         )
         return zip(steps, loader, strict=True)
 
     def _save(self, file: Path, step: int) -> None:
         if not self.accelerator.is_main_process:
             return
-        scaler = self.accelerator.scaler
         state = {
             "step": step,
             "model": {name: p.detach().cpu() for name, p in self.trained.items()},
             "optimiser": self.optimiser.state_dict(),
-            "scaler": scaler.state_dict() if scaler is not None else None,
-            "best": (self.best, self.since_best),
+            "precision": self.precision.state(),
+            "best": (self.best, self.since_best, self.measured),
             "facts": json.dumps(self.run.facts, sort_keys=True),
         }
         aside = file.with_suffix(".tmp")
         try:
-            torch.save(state, aside)
+            with aside.open("wb") as opened:
+                torch.save(state, opened)
+                opened.flush()
+                os.fsync(opened.fileno())
             os.replace(aside, file)
         except (OSError, RuntimeError) as error:
             aside.unlink(missing_ok=True)
@@ -219,9 +265,8 @@ class Fit:
             )
         fill(self.trained, kept["model"], file)
         self.optimiser.load_state_dict(kept["optimiser"])
-        if self.accelerator.scaler is not None and kept["scaler"]:
-            self.accelerator.scaler.load_state_dict(kept["scaler"])
-        self.step, (self.best, self.since_best) = int(kept["step"]), kept["best"]
+        self.precision.take(kept["precision"])
+        self.step, (self.best, self.since_best, self.measured) = int(kept["step"]), kept["best"]
         self.accelerator.print(f"{self.run.name}: going on from step {self.step}")
 
 
@@ -257,6 +302,12 @@ def _difference(kept: str, now: dict[str, Any] | None) -> str:
     return ", ".join(f"{key}: {before.get(key)} then, {after.get(key)} now" for key in keys[:3])
 
 
-class _nothing:
-    def __enter__(self) -> None: ...
-    def __exit__(self, *_: object) -> None: ...
+def _leave_signals(_: int) -> None:
+    """Ctrl-C is heard by all processes; those that make batches end when the one that asks for them does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _shown(losses: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What is learnt from."""
+    return {key: value for key, value in losses.items() if not key.startswith("_")}

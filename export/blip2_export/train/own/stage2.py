@@ -25,7 +25,10 @@ class Written:
 
 
 class Stage2(nn.Module):
-    """What is trained: Q-Former, query tokens and projection; with `eye` the image encoder as well, with `embeddings` those of questions."""
+    """What is trained: Q-Former, query tokens and projection.
+
+    With `eye` the image encoder as well, with `embeddings` those of questions.
+    """
 
     def __init__(self, qformer: nn.Module, queries: Tensor, language: Language) -> None:
         super().__init__()
