@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -72,6 +72,11 @@ def held(module: nn.Module, precision: str) -> nn.Module:
             if p.ndim >= 2 and not p.requires_grad:
                 p.data = p.data.to(kind)
     return module
+
+
+def lifted(value: Tensor) -> Tensor:
+    """In float32, if it has fewer bits: what sums, softmaxes and cross-entropies are taken of."""
+    return value.float() if value.itemsize < 4 else value
 
 
 def check_language(precision: str, family: str) -> None:

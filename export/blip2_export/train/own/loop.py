@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from blip2_export.train.own import together
-from blip2_export.train.own.hardware import Precision
+from blip2_export.train.own.hardware import Precision, lifted
 from blip2_export.train.own.progress import Progress
 from blip2_export.train.own.sources import DataError
 from blip2_export.train.own.stop import Interrupted, Stop, Stopped
@@ -173,8 +173,7 @@ class Fit:
             with self.accelerator.no_sync(self.model) if waits else nullcontext():
                 with self.precision.autocast():
                     losses = self.task.losses(self.model, part)
-                kept = [value.float() if value.itemsize < 4 else value for value in _shown(losses).values()]
-                total = torch.stack(kept).sum() * share
+                total = torch.stack([lifted(losses[key]) for key in losses if not key.startswith("_")]).sum() * share
                 self._check(step, total, "the loss")
                 self.precision.scaler.scale(total).backward()
             for key, value in losses.items():
@@ -307,7 +306,3 @@ def _leave_signals(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-
-def _shown(losses: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What is learnt from."""
-    return {key: value for key, value in losses.items() if not key.startswith("_")}
