@@ -68,7 +68,10 @@ def test_the_loss_of_texts_is_that_of_the_reference(folder: Path, family: str) -
     """`transformers` computes it from ids that hold the pictures' places, one text at a time."""
     base = open_base(folder / family)
     speaks = language.of_family(family, base.model.language_model, base.tokenizer())
-    rows = [language.Text(0, "a photo of", "a red ring"), language.Text(1, "a photo of", "two large blue stars near it")]
+    rows = [
+        language.Text(0, "a photo of", "a red ring"),
+        language.Text(1, "a photo of", "two large blue stars near it"),
+    ]
     texts = speaks.texts(rows)
     torch.manual_seed(0)
     pixels = torch.randn(2, 3, base.config.vision_config.image_size, base.config.vision_config.image_size)

@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip2_export.train.images import clean
 from blip2_export.train.own import language, pictures, together
+from blip2_export.train.own.captions import LONGEST, clean, says_something
 from blip2_export.train.own.order import Order
 from blip2_export.train.own.pictures import Look
 from blip2_export.train.own.records import Record
-
-_LONGEST_CAPTION = 2000
+from blip2_export.train.own.sources import DataError
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,17 @@ class Sizes:
     def part(self) -> int:
         """Pictures of one part of one process."""
         return self.batch // (self.accumulate * together.size())
+
+    def check(self) -> None:
+        """Refuses a step that cannot be cut into equal parts."""
+        n, processes = self.accumulate, together.size()
+        if self.batch < 1 or n < 1:
+            raise DataError(f"a batch of {self.batch} in {n} parts: both must be 1 or more")
+        if self.batch % (n * processes):
+            raise DataError(
+                f"a batch of {self.batch} cannot be cut into {n} parts for each of {processes} processes; "
+                f"--batch-size must be a multiple of {n * processes}"
+            )
 
 
 @dataclass
@@ -108,16 +118,16 @@ def written(
     return say
 
 
-def usable(records: list[Record]) -> tuple[list[Record], int]:
-    """Records with captions that say something, and how many captions were passed over."""
+def usable(records: list[Record]) -> tuple[list[Record], str]:
+    """Records with captions that say something, and what was passed over."""
     found, passed_over = [], 0
     for record in records:
-        captions = [caption for caption in record.captions if clean(caption[:_LONGEST_CAPTION])]
-        captions = [caption for caption in captions if len(caption) <= _LONGEST_CAPTION]
+        captions = [caption for caption in record.captions if says_something(caption)]
         passed_over += len(record.captions) - len(captions)
         if captions:
             found.append(Record(record.key, record.source, captions, record.questions))
-    return found, passed_over
+    said = f"{passed_over} captions that are empty or longer than {LONGEST} characters are passed over"
+    return found, said if passed_over else ""
 
 
 def _number(text: str) -> int:

@@ -15,13 +15,14 @@ from transformers import Blip2QFormerModel
 from blip2_export.train import vqa
 from blip2_export.train.own import language
 from blip2_export.train.own.base import Base
+from blip2_export.train.own.captions import LONGEST, says_something
 from blip2_export.train.own.records import Question, Record
 from blip2_export.train.own.sources import DataError
 from blip2_export.train.own.stage2 import Stage2
 from blip2_export.train.qformer import QFormer
 
 PROMPT = "Question: {} Answer:"
-LONGEST = 32  # tokens of a question that the Q-Former reads
+TOKENS = 32  # of a question, that the Q-Former reads
 
 
 @dataclass
@@ -40,7 +41,10 @@ class Asked:
 def asked(
     texts: language.Language, tokenizer: Any, n_questions: int, every_answer: bool = True
 ) -> Callable[[list[Record], random.Random, Tensor], Asked]:
-    """So many questions of each picture. `every_answer`: each is a row with its weight, as LAVIS trains; otherwise one is drawn by it."""
+    """So many questions of each picture.
+
+    `every_answer`: each is a row with its weight, as LAVIS trains; otherwise one is drawn by it.
+    """
 
     def say(records: list[Record], rng: random.Random, _: Tensor) -> Asked:
         rows, questions = [], []
@@ -49,7 +53,7 @@ def asked(
                 for answer, weight in _answers(question, rng, every_answer):
                     rows.append(language.Text(place, PROMPT.format(question.text), answer, weight))
                     questions.append(question.text)
-        read = tokenizer(questions, padding=True, truncation=True, max_length=LONGEST, return_tensors="pt")
+        read = tokenizer(questions, padding=True, truncation=True, max_length=TOKENS, return_tensors="pt")
         return Asked(read.input_ids, read.attention_mask, texts.texts(rows))
 
     return say
@@ -74,9 +78,24 @@ def _reader(base: Base, first: QFormer) -> Blip2QFormerModel:
     return made
 
 
-def usable(records: Sequence[Record]) -> list[Record]:
-    """Records with questions."""
-    return [record for record in records if record.questions]
+def check_side(base: Base, side: int) -> None:
+    """Refuses a size that is no whole number of patches."""
+    patch = base.config.vision_config.patch_size
+    if side < patch or side % patch:
+        near = max(patch, round(side / patch) * patch)
+        raise DataError(f"pictures of {side} pixels are no whole number of patches of {patch}; {near} would be")
+
+
+def usable(records: list[Record]) -> tuple[list[Record], str]:
+    """Records with questions that can be learnt, and what was passed over."""
+    found, passed_over = [], 0
+    for record in records:
+        asked = [question for question in record.questions if says_something(question.text)]
+        passed_over += len(record.questions) - len(asked)
+        if asked:
+            found.append(Record(record.key, record.source, record.captions, asked))
+    said = f"{passed_over} questions that are empty or longer than {LONGEST} characters are passed over"
+    return found, said if passed_over else ""
 
 
 def _answers(question: Question, rng: random.Random, every: bool) -> Sequence[tuple[str, float]]:

@@ -1,9 +1,10 @@
-"""Stage 1 and stage 2 on own data, from the data to a folder."""
+"""Stage 1, stage 2 and questions on own data, from the data to a folder."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,24 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from blip2_export.read.adapter import open_folder
+from blip2_export.read.checkpoint import Checkpoint, CheckpointError
 from blip2_export.train.frozen import frozen
-from blip2_export.train.own import batches, folders, language, loop, pictures, questions, records, split, start
+from blip2_export.train.own import (
+    batches,
+    folders,
+    language,
+    loop,
+    pictures,
+    questions,
+    records,
+    split,
+    start,
+    together,
+)
 from blip2_export.train.own.base import Base, open_base
 from blip2_export.train.own.batches import Batches, Part, Sizes
+from blip2_export.train.own.length import Length
 from blip2_export.train.own.loop import Fit, Run, Schedule, Task
 from blip2_export.train.own.order import Order
 from blip2_export.train.own.order import Part as Weighted
@@ -26,7 +41,11 @@ from blip2_export.train.stage2 import query_only
 
 @dataclass(frozen=True)
 class Setup:
-    """What a person says of a run. `data`: sets, each with its weight; `held_out`: a share of them, or a set of its own."""
+    """What a person says of a run. `data`: sets, each with its weight; `held_out`: a share of them, or a set of its own.
+
+    `answers`, `held_out_answers`: the annotations of VQAv2's questions, for each set. `length`: gives `schedule` its steps once the data
+    is known.
+    """
 
     data: list[tuple[Path, float]]
     base: Path
@@ -44,6 +63,9 @@ class Setup:
     workers: int = 2
     measure_every: int = 1000
     patience: int = 0
+    answers: tuple[Path, ...] = ()
+    held_out_answers: Path | None = None
+    length: Length | None = None
 
 
 @dataclass(frozen=True)
@@ -57,8 +79,10 @@ class Learnt:
 
 def train_stage1(setup: Setup, out: Path | None) -> None:
     """ITC + ITM + ITG around the frozen encoder; leaves `stage1.pt` in the work folder and, if wanted, a retrieval folder."""
-    accelerator, base, learnt = _accelerator(setup), open_base(setup.base), _learnt(setup)
-    tokenizer, first = _first(setup, base, learnt)
+    accelerator = _accelerator(setup)
+    base, learnt = open_base(setup.base), _learnt(setup, batches.usable)
+    setup = _planned(setup, learnt)
+    tokenizer, first = _first(setup, base, learnt, accelerator)
     model = Stage1(first, tokenizer)
     with frozen(base.vision, "image encoder"):
         make = _batches(setup, base, learnt)
@@ -83,10 +107,12 @@ def train_stage1(setup: Setup, out: Path | None) -> None:
 
 def train_stage2(setup: Setup, out: Path) -> None:
     """The language model's loss in front of the frozen model; writes a folder."""
-    accelerator, base, learnt = _accelerator(setup), open_base(setup.base), _learnt(setup)
+    accelerator, base = _accelerator(setup), open_base(setup.base)
     if not base.has_language:
         raise DataError(f"{setup.base}: it has no language model, which stage 2 needs")
-    _, first = _first(setup, base, learnt)
+    learnt = _learnt(setup, batches.usable)
+    setup = _planned(setup, learnt)
+    _, first = _first(setup, base, learnt, accelerator)
     _take_stage1(first, setup)
     speaks = language.of_family(base.family, base.model.language_model, base.tokenizer())
     model = Stage2(query_only(first.qformer), first.query_tokens, speaks)
@@ -114,11 +140,17 @@ def train_stage2(setup: Setup, out: Path) -> None:
 
 
 def train_questions(setup: Setup, out: Path, side: int, n_questions: int = 4) -> None:
-    """Image encoder and Q-Former learn to answer, at `side` × `side`; the text branch is that of stage 1 in the work folder, or of --qformer."""
-    accelerator, base, learnt = _accelerator(setup), open_base(setup.base), _learnt(setup)
+    """Image encoder and Q-Former learn to answer, at `side` × `side`.
+
+    What the Q-Former reads texts with is that of stage 1 in the work folder, or of --qformer.
+    """
+    accelerator, base = _accelerator(setup), open_base(setup.base)
     if not base.has_language:
         raise DataError(f"{setup.base}: it has no language model, which answers")
-    tokenizer, first = _first(setup, base, learnt)
+    questions.check_side(base, side)
+    learnt = _learnt(setup, questions.usable)
+    setup = _planned(setup, learnt)
+    tokenizer, first = _first(setup, base, learnt, accelerator)
     _take_stage1(first, setup)
     speaks = language.of_family(base.family, base.model.language_model, base.tokenizer())
     model = questions.model(base, first, side, speaks)
@@ -153,6 +185,8 @@ def _run(setup: Setup, name: str) -> Run:
         "base": str(setup.base),
         "data": [[str(path), weight] for path, weight in setup.data],
         "held_out": str(setup.held_out),
+        "start": [str(setup.bert), str(setup.qformer), setup.n_queries],
+        "prompt": setup.prompt,
         "batch": setup.sizes.batch,
         "seed": setup.seed,
         "precision": setup.precision,
@@ -162,34 +196,83 @@ def _run(setup: Setup, name: str) -> Run:
     return Run(name, setup.work, setup.schedule, setup.seed, setup.sizes.accumulate, facts=facts, **more)
 
 
-def _learnt(setup: Setup) -> Learnt:
-    """Reads all sets; whatever is passed over is said."""
+def _learnt(setup: Setup, usable: Callable[[list[records.Record]], tuple[list[records.Record], str]]) -> Learnt:
+    """Reads all sets. `usable`: what can be learnt of records, and what has to be said of the rest."""
     sets, held_out, train = [], list[records.Record](), list[records.Record]()
-    apart = records.read(setup.held_out, setup.images) if isinstance(setup.held_out, Path) else None
-    for path, weight in setup.data:
-        found, passed_over = batches.usable(records.read(path, setup.images))
-        if passed_over:
-            print(f"warning: {path}: {passed_over} captions that are empty or far too long are passed over")
+    apart = _apart(setup, usable)
+    answers = setup.answers or (None,) * len(setup.data)
+    if len(answers) != len(setup.data):
+        raise DataError(f"--answers names {len(answers)} files for {len(setup.data)} sets; name one for each --data")
+    for (path, weight), notes in zip(setup.data, answers, strict=True):
+        found = _read(path, setup.images, notes, usable)
         parts = split.apart(found, apart) if apart is not None else split.by_share(found, float(setup.held_out))  # type: ignore[arg-type]
         if parts.doubled:
-            print(
-                f"warning: {path}: {len(parts.doubled)} pictures are held out under another name, and not learnt: {parts.doubled[0]}"
-            )
+            n, first = len(parts.doubled), parts.doubled[0]
+            _warn(f"{path}: {n} pictures are held out under another name, and not learnt: {first}")
+        if not parts.train:
+            raise DataError(f"{path}: nothing is left to learn from, all {len(found)} records are held out")
         sets.append(Weighted(parts.train, weight))
         held_out += parts.held_out if apart is None else []
         train += parts.train
     return Learnt(Order(sets, setup.seed), train, apart or held_out)
 
 
-def _first(setup: Setup, base: Base, learnt: Learnt) -> tuple[Any, Any]:
-    """The Q-Former's tokenizer, and the Q-Former as it starts."""
-    from blip2_export.read.adapter import open_folder
+def _apart(setup: Setup, usable: Callable[..., Any]) -> list[records.Record] | None:
+    if not isinstance(setup.held_out, Path):
+        return None
+    return _read(setup.held_out, setup.images, setup.held_out_answers, usable)
 
+
+def _read(path: Path, images: Path | None, answers: Path | None, usable: Callable[..., Any]) -> list[records.Record]:
+    found, passed_over = usable(records.read(path, images, answers))
+    if passed_over:
+        _warn(f"{path}: {passed_over}")
+    if not found:
+        raise DataError(f"{path}: it has no record to learn from")
+    return there(path, found)
+
+
+def there(path: Path, found: list[records.Record]) -> list[records.Record]:
+    """Those whose picture is there. Some that are missing are told; where most are, the folder is wrong."""
+    missing = [record for record in found if record.source.size() is None]
+    if not missing:
+        return found
+    said = f"{path}: {len(missing)} of {len(found)} pictures are not there, the first is {missing[0].key}"
+    if len(missing) * 2 > len(found):
+        raise DataError(f"{said}; name the folder that they are in with --images")
+    _warn(f"{said}; they are passed over")
+    gone = {record.key for record in missing}
+    return [record for record in found if record.key not in gone]
+
+
+def _warn(said: str) -> None:
+    if together.is_first():
+        print(f"warning: {said}", file=sys.stderr)
+
+
+def _planned(setup: Setup, learnt: Learnt) -> Setup:
+    """With the steps that its length takes on this data."""
+    setup.sizes.check()
+    if setup.length is None:
+        return setup
+    return replace(setup, schedule=setup.length.schedule(setup.schedule, len(learnt.order), setup.sizes.batch))
+
+
+def _first(setup: Setup, base: Base, learnt: Learnt, accelerator: Accelerator) -> tuple[Any, Any]:
+    """The Q-Former's tokenizer, and the Q-Former as it starts."""
     setup.work.mkdir(parents=True, exist_ok=True)
-    begins = start.Start(setup.bert, open_folder(setup.qformer) if setup.qformer else None, setup.n_queries)
+    begins = start.Start(setup.bert, _opened(setup.qformer) if setup.qformer else None, setup.n_queries)
     captions = (caption for record in learnt.train for caption in record.captions)
-    tokenizer = start.tokenizer(setup.work, begins, captions)
+    with accelerator.main_process_first():
+        tokenizer = start.tokenizer(setup.work, begins, captions)
     return tokenizer, start.qformer(base, begins, len(tokenizer))
+
+
+def _opened(folder: Path) -> Checkpoint:
+    try:
+        return open_folder(folder)
+    except CheckpointError as error:
+        raise DataError(str(error)) from error
 
 
 def _take_stage1(first: nn.Module, setup: Setup) -> None:
@@ -210,8 +293,14 @@ def _held_out(setup: Setup, base: Base, learnt: Learnt, say: Callable[..., Any],
     """The same parts whenever it is measured: as many as there are whole ones, at most 20."""
     if len(learnt.held_out) < 2:
         return []
-    size = min(setup.sizes.part, len(learnt.held_out))
-    look, order = base.look(side or base.config.vision_config.image_size), Order([Weighted(learnt.held_out)], setup.seed)
+    n = together.size()
+    size = min(setup.sizes.part * n, len(learnt.held_out)) // n * n
+    if not size:
+        return []
+    look, order = (
+        base.look(side or base.config.vision_config.image_size),
+        Order([Weighted(learnt.held_out)], setup.seed),
+    )
     whole = Batches(order, look, Sizes(size), setup.seed)
     return [part for step in range(min(20, len(learnt.held_out) // size)) for part in whole.parts(step, say)]
 
@@ -221,7 +310,7 @@ def _mean_of(
 ) -> Callable[[nn.Module], dict[str, Any]]:
     def measure(model: nn.Module) -> dict[str, Any]:
         found = [losses(model, part) for part in parts]
-        means = {key: float(torch.stack([one[key].float() for one in found]).mean()) for key in found[0]}
+        means = {key: float(together.mean(torch.stack([one[key].float() for one in found]).mean())) for key in found[0]}
         return {"loss": sum(value for key, value in means.items() if not key.startswith("_")), **means}
 
     return measure

@@ -18,6 +18,11 @@ def rank() -> int:
     return distributed.get_rank() if size() > 1 else 0
 
 
+def is_first() -> bool:
+    """Whether this is the process that tells and writes."""
+    return rank() == 0
+
+
 def gathered(rows: Tensor) -> Tensor:
     """The rows of all processes, in their order; gradients flow back to whoever made a row."""
     return _Gathered.apply(rows) if size() > 1 else rows
