@@ -305,4 +305,3 @@ def _leave_signals(_: int) -> None:
     """Ctrl-C is heard by all processes; those that make batches end when the one that asks for them does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-

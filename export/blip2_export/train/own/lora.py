@@ -15,6 +15,7 @@ from blip2_export.train.own.sources import DataError
 _TARGETS = {"opt": ("q_proj", "v_proj"), "t5": ("q", "v"), "qformer": ("query", "value")}
 # Where the model that an adapter belongs to has them.
 _PLACES = {"language": "language_model", "qformer": "qformer"}
+WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)

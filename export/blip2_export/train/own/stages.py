@@ -12,12 +12,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from blip2_export.read.adapter import open_folder
-from blip2_export.read.checkpoint import Checkpoint, CheckpointError
+from blip2_export.read.lavis import Parts
 from blip2_export.train.frozen import frozen
 from blip2_export.train.own import (
     batches,
     folders,
+    hardware,
     language,
     loop,
     pictures,
@@ -31,6 +31,7 @@ from blip2_export.train.own.base import Base, open_base
 from blip2_export.train.own.batches import Batches, Part, Sizes
 from blip2_export.train.own.length import Length
 from blip2_export.train.own.loop import Fit, Run, Schedule, Task
+from blip2_export.train.own.lora import Adapter, Lora, adapt
 from blip2_export.train.own.order import Order
 from blip2_export.train.own.order import Part as Weighted
 from blip2_export.train.own.sources import DataError
@@ -44,7 +45,8 @@ class Setup:
     """What a person says of a run. `data`: sets, each with its weight; `held_out`: a share of them, or a set of its own.
 
     `answers`, `held_out_answers`: the annotations of VQAv2's questions, for each set. `length`: gives `schedule` its steps once the data
-    is known.
+    is known. `parts`: what a LAVIS file leaves out. `frozen_float32`: frozen weights stay float32 whatever the precision is; otherwise
+    they are held in what they are computed in. `checkpointing`: activations are computed twice instead of kept.
     """
 
     data: list[tuple[Path, float]]
@@ -66,6 +68,15 @@ class Setup:
     answers: tuple[Path, ...] = ()
     held_out_answers: Path | None = None
     length: Length | None = None
+    parts: Parts = field(default_factory=Parts)
+    lora: Lora | None = None
+    frozen_float32: bool = False
+    checkpointing: bool = False
+
+    @property
+    def held(self) -> str:
+        """The precision that frozen weights are held in."""
+        return "no" if self.frozen_float32 else self.precision
 
 
 @dataclass(frozen=True)
@@ -80,10 +91,12 @@ class Learnt:
 def train_stage1(setup: Setup, out: Path | None) -> None:
     """ITC + ITM + ITG around the frozen encoder; leaves `stage1.pt` in the work folder and, if wanted, a retrieval folder."""
     accelerator = _accelerator(setup)
-    base, learnt = open_base(setup.base), _learnt(setup, batches.usable)
+    base, learnt = open_base(setup.base, setup.parts), _learnt(setup, batches.usable)
     setup = _planned(setup, learnt)
     tokenizer, first = _first(setup, base, learnt, accelerator)
     model = Stage1(first, tokenizer)
+    hardware.held(base.vision, setup.held)
+    _save_memory(setup, model)
     with frozen(base.vision, "image encoder"):
         make = _batches(setup, base, learnt)
         say = batches.captioned(model.encode)
@@ -106,16 +119,18 @@ def train_stage1(setup: Setup, out: Path | None) -> None:
 
 
 def train_stage2(setup: Setup, out: Path) -> None:
-    """The language model's loss in front of the frozen model; writes a folder."""
-    accelerator, base = _accelerator(setup), open_base(setup.base)
+    """The language model's loss in front of the frozen model; writes a folder, or an adapter of the base."""
+    accelerator, base = _accelerator(setup), open_base(setup.base, setup.parts)
     if not base.has_language:
         raise DataError(f"{setup.base}: it has no language model, which stage 2 needs")
+    hardware.check_language(setup.precision, base.family)
     learnt = _learnt(setup, batches.usable)
     setup = _planned(setup, learnt)
-    _, first = _first(setup, base, learnt, accelerator)
-    _take_stage1(first, setup)
     speaks = language.of_family(base.family, base.model.language_model, base.tokenizer())
-    model = Stage2(query_only(first.qformer), first.query_tokens, speaks)
+    hardware.held(base.vision, setup.held)
+    hardware.held(base.model.language_model, setup.held)
+    model, adapter = _second(setup, base, learnt, accelerator, speaks)
+    _save_memory(setup, model, base.model.language_model)
     with frozen(base.vision, "image encoder"), frozen(base.model.language_model, "language model"):
         make = _batches(setup, base, learnt)
         say = batches.written(speaks, setup.prompt, splits=base.family == "t5" and not setup.prompt)
@@ -133,10 +148,36 @@ def train_stage2(setup: Setup, out: Path) -> None:
             losses,
             _mean_of(held_out, losses) if held_out else None,
             notes=lambda part: part.bad,
+            mass=lambda part: part.said.mass,
         )
         Fit(_run(setup, "stage2"), task, accelerator).go()
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and adapter is not None:
+        folders.write_adapter(out, base, adapter)
+    elif accelerator.is_main_process:
         folders.write_stage2(out, base, model)
+
+
+def _second(
+    setup: Setup, base: Base, learnt: Learnt, accelerator: Accelerator, speaks: language.Language
+) -> tuple[Stage2, Adapter | None]:
+    """What stage 2 trains; with LoRA that is an adapter of the base as it is."""
+    if setup.lora is None:
+        _, first = _first(setup, base, learnt, accelerator)
+        from_stage1 = _take_stage1(first, setup)
+        model = Stage2(query_only(first.qformer), first.query_tokens, speaks)
+        if setup.qformer and not from_stage1:
+            start.fill_projection(model.language_projection, start.open_qformer(setup.qformer, setup.bert))
+        return model, None
+    if base.config.qformer_config.use_qformer_text_input:
+        raise DataError(f"{setup.base}: its Q-Former reads questions; --lora of stage 2 goes with one that does not")
+    if setup.qformer or setup.bert or setup.n_queries:
+        raise DataError("--lora adapts the base as it is; leave --qformer, --bert and --queries out")
+    model = Stage2(base.model.qformer, base.model.query_tokens, speaks)
+    model.language_projection.load_state_dict(base.model.language_projection.state_dict())
+    module = base.model.language_model if setup.lora.target == "language" else model.qformer
+    adapter = adapt(setup.lora, module, base.family, setup.seed)
+    model.adapt(adapter)
+    return model, adapter
 
 
 def train_questions(setup: Setup, out: Path, side: int, n_questions: int = 4) -> None:
@@ -144,16 +185,21 @@ def train_questions(setup: Setup, out: Path, side: int, n_questions: int = 4) ->
 
     What the Q-Former reads texts with is that of stage 1 in the work folder, or of --qformer.
     """
-    accelerator, base = _accelerator(setup), open_base(setup.base)
+    accelerator, base = _accelerator(setup), open_base(setup.base, setup.parts)
     if not base.has_language:
         raise DataError(f"{setup.base}: it has no language model, which answers")
+    hardware.check_language(setup.precision, base.family)
     questions.check_side(base, side)
+    if setup.lora is not None:
+        raise DataError("--lora goes with stage 2")
     learnt = _learnt(setup, questions.usable)
     setup = _planned(setup, learnt)
     tokenizer, first = _first(setup, base, learnt, accelerator)
     _take_stage1(first, setup)
     speaks = language.of_family(base.family, base.model.language_model, base.tokenizer())
     model = questions.model(base, first, side, speaks)
+    hardware.held(base.model.language_model, setup.held)
+    _save_memory(setup, model, base.model.language_model)
     with frozen(base.model.language_model, "language model"):
         make = Batches(learnt.order, base.look(side), setup.sizes, setup.seed)
         say = questions.asked(speaks, tokenizer, n_questions)
@@ -170,6 +216,7 @@ def train_questions(setup: Setup, out: Path, side: int, n_questions: int = 4) ->
             losses,
             _mean_of(held_out, losses) if held_out else None,
             notes=lambda part: part.bad,
+            mass=lambda part: part.said.mass,
         )
         Fit(_run(setup, "vqa"), task, accelerator).go()
     if accelerator.is_main_process:
@@ -177,7 +224,15 @@ def train_questions(setup: Setup, out: Path, side: int, n_questions: int = 4) ->
 
 
 def _accelerator(setup: Setup) -> Accelerator:
-    return Accelerator(mixed_precision=setup.precision)
+    if setup.precision not in hardware.PRECISIONS:
+        raise DataError(f"the precision `{setup.precision}` is none of {', '.join(hardware.PRECISIONS)}")
+    # 16-bit arithmetic is `hardware`'s: the one of `accelerate` refuses fp16 on a CPU.
+    return Accelerator(mixed_precision="no")
+
+
+def _save_memory(setup: Setup, *modules: nn.Module) -> None:
+    if setup.checkpointing:
+        hardware.recomputed(*modules)
 
 
 def _run(setup: Setup, name: str) -> Run:
@@ -189,10 +244,13 @@ def _run(setup: Setup, name: str) -> Run:
         "prompt": setup.prompt,
         "batch": setup.sizes.batch,
         "seed": setup.seed,
-        "precision": setup.precision,
+        "accumulate": setup.sizes.accumulate,
+        "precision": [setup.precision, setup.held],
+        "lora": asdict(setup.lora) if setup.lora else None,
         **{key: value for key, value in asdict(setup.schedule).items() if key != "betas"},
     }
     more = {"measure_every": setup.measure_every, "patience": setup.patience, "workers": setup.workers}
+    more["precision"] = setup.precision
     return Run(name, setup.work, setup.schedule, setup.seed, setup.sizes.accumulate, facts=facts, **more)
 
 
@@ -261,28 +319,24 @@ def _planned(setup: Setup, learnt: Learnt) -> Setup:
 def _first(setup: Setup, base: Base, learnt: Learnt, accelerator: Accelerator) -> tuple[Any, Any]:
     """The Q-Former's tokenizer, and the Q-Former as it starts."""
     setup.work.mkdir(parents=True, exist_ok=True)
-    begins = start.Start(setup.bert, _opened(setup.qformer) if setup.qformer else None, setup.n_queries)
+    given = start.open_qformer(setup.qformer, setup.bert) if setup.qformer else None
+    begins = start.Start(setup.bert, given, setup.n_queries)
     captions = (caption for record in learnt.train for caption in record.captions)
     with accelerator.main_process_first():
         tokenizer = start.tokenizer(setup.work, begins, captions)
     return tokenizer, start.qformer(base, begins, len(tokenizer))
 
 
-def _opened(folder: Path) -> Checkpoint:
-    try:
-        return open_folder(folder)
-    except CheckpointError as error:
-        raise DataError(str(error)) from error
-
-
-def _take_stage1(first: nn.Module, setup: Setup) -> None:
+def _take_stage1(first: nn.Module, setup: Setup) -> bool:
+    """Whether there was one in the work folder."""
     file = setup.work / "stage1.pt"
     if not file.exists():
         if setup.qformer is None:
             raise DataError(f"{file} is missing; run `train stage1` with the same --work first, or name --qformer")
-        return
+        return False
     kept = {name.removeprefix("qformer."): value for name, value in loop.read(file)["model"].items()}
     loop.fill(dict(first.named_parameters()), kept, file)
+    return True
 
 
 def _batches(setup: Setup, base: Base, learnt: Learnt) -> Batches:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedTokenizerFast
 
 from blip2_export.read import tokenizers
@@ -193,6 +193,14 @@ def _compare_norms(base: Base, checkpoint: Checkpoint) -> None:
                     "so that its Q-Former sees other features than it was trained on"
                 )
                 return
+
+
+def fill_projection(made: nn.Linear, checkpoint: Checkpoint) -> None:
+    """Where the Q-Former comes from a model with a language model of this width, so does what lies between them."""
+    for kind in ("weight", "bias"):
+        name, value = f"language_projection.{kind}", made.get_parameter(kind)
+        if checkpoint.has(name) and checkpoint.tensor(name).shape == value.shape:
+            value.data.copy_(torch.from_numpy(checkpoint.tensor(name).astype("float32")))
 
 
 def _own_tensors(made: QFormer) -> dict[str, Tensor]:
