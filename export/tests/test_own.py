@@ -107,7 +107,7 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(folder: Path, mo
 
     assert saves.default > 0
     run = stages._run
-    monkeypatch.setattr(stages, "_run", lambda s, name: loop.Run(**{**run(s, name).__dict__, "save_seconds": 0.0}))
+    monkeypatch.setattr(stages, "_run", lambda *given: loop.Run(**{**run(*given).__dict__, "save_seconds": 0.0}))
     monkeypatch.setattr(loop.Fit, "_update", dies)
     with pytest.raises(KeyboardInterrupt):
         stages.train_stage1(killed, None)

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from transformers import BertConfig, BertModel, Blip2ForConditionalGeneration, PreTrainedTokenizerFast
 
 from blip2_export.bundle import Choices, convert
 from blip2_export.check import random_checkpoint
 from blip2_export.scenes import dataset
 from blip2_export.train import cli, text
-from blip2_export.train.own import language, loop, options, questions, start
+from blip2_export.train.own import loop, options, start
 from blip2_export.train.own.base import open_base
 from blip2_export.train.own.captions import clean
 from blip2_export.train.own.length import Length

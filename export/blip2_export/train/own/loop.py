@@ -8,8 +8,8 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,9 @@ class Schedule:
 class Run:
     """A named phase: where its files go, how large its steps are, and how often it is looked at.
 
-    `accumulate`: parts of a step that are computed one after another. `measure_every`: steps between measurements on what is
-    held out. `patience`: measurements without a better one after which it ends, 0 for never.
+    `accumulate`: parts of a step that are computed one after another. `measure_every`: steps between measurements on what is held
+    out. `patience`: measurements without a better one after which it ends, 0 for never. `sample_every`: steps between samples, 0
+    for with measurements. `pictures`: of a step, over all processes.
     """
 
     name: str
@@ -64,11 +65,23 @@ class Run:
     save_seconds: float = 300.0
     patience: int = 0
     precision: str = "no"
+    sample_every: int = 0
+    pictures: int = 1
+    tensorboard: bool = False
     facts: dict[str, Any] | None = None
+    machine: dict[str, Any] = field(default_factory=dict)
 
     @property
     def checkpoint(self) -> Path:
         return self.work / f"{self.name}.pt"
+
+    @property
+    def log(self) -> Path:
+        return self.work / f"{self.name}.jsonl"
+
+    @property
+    def page(self) -> Path:
+        return self.work / f"{self.name}.html"
 
     @property
     def best(self) -> Path:
@@ -81,7 +94,9 @@ class Task:
 
     `parts`: what a step sees, as so many parts of this process; made in another process, a pure function of the step.
     `losses`: of `model` on a part that lies on the device; the loss is their sum, keys that start with `_` are only logged.
-    `measure`: on what is held out; `better`: the key of it that tells the best checkpoint, and whether more is better.
+    `measure`: on what is held out; `better`: the key of it that tells the best checkpoint, and whether more is better. `sample`:
+    what the model says of a few pictures; `thumbnails`: those pictures, as JPEG. Both see the model in evaluation, and draw what
+    they like.
     `notes`: what parts have to say besides, such as pictures that could not be read.
     `mass`: what the losses of a part are means over; parts count by it, so that so many small ones are one large one.
     """
@@ -91,8 +106,20 @@ class Task:
     losses: Callable[[nn.Module, Any], dict[str, Tensor]]
     measure: Callable[[nn.Module], dict[str, Any]] | None = None
     better: tuple[str, bool] = ("loss", False)
+    sample: Callable[[nn.Module], list[dict[str, Any]]] | None = None
+    thumbnails: dict[str, bytes] = field(default_factory=dict)
     notes: Callable[[Any], dict[str, str]] = lambda _: {}
     mass: Callable[[Any], Tensor] = lambda _: torch.ones(())
+
+
+@dataclass
+class Best:
+    """The best measurement so far: its value and step, and how many came since."""
+
+    by: str
+    value: float | None = None
+    step: int | None = None
+    since: int = 0
 
 
 class _Steps(Dataset[list[Any]]):
@@ -116,50 +143,72 @@ class Fit:
         self.model = accelerator.prepare_model(task.model)
         self.optimiser = _adam(self.trained, run.schedule)
         self.precision = Precision(run.precision, accelerator.device)
-        self.step, self.best, self.since_best, self.measured = 0, math.nan, 0, 0
+        # `looked`: the last step at which it was looked whether to measure.
+        self.step, self.looked, self.best = 0, 0, Best(task.better[0])
 
     def go(self) -> None:
         """Trains, measures, saves; every file is whole at any moment. Ends with `Stopped` if a signal asks it to."""
         self._resume()
-        steps = self.run.schedule.steps
-        if self.step >= steps and not self._due():
+        if self._is_over:
             return
-        with Stop() as stop:
-            try:
-                is_done = self._train(stop)
-            except Interrupted:
-                is_done = False
-            if not is_done:
-                self._save(self.run.checkpoint, self.step)
-                raise Stopped(self.run.name, self.step, steps, stop.signal)
-        self.measured = steps
-        self._save(self.run.checkpoint, steps)
+        progress = Progress(self.run, self.step, self.accelerator.is_main_process)
+        progress.thumbnails = self.task.thumbnails
+        try:
+            with Stop() as stop:
+                self._train(progress, stop)
+        finally:
+            progress.close()
         self.accelerator.wait_for_everyone()
 
-    def _train(self, stop: Stop) -> bool:
-        """Whether it came to the end, or to a measurement after which nothing is waited for; not if it was asked to stop."""
-        progress, saved = Progress(self.run, self.step, self.accelerator.is_main_process), time.monotonic()
+    def take(self, best: bool) -> str:
+        """Puts the weights that are to be kept into the model: the best ones if wanted and known, else the last; says which."""
+        key, value, step = self.best.by, self.best.value, self.best.step
+        if not best:
+            return f"{self.run.name}: the last weights, of step {self.step}"
+        if step is None or value is None:
+            return f"{self.run.name}: the last weights, of step {self.step}, for nothing was measured"
+        if step != self.step:
+            fill(self.trained, read(self.run.best)["model"], self.run.best)
+        return (
+            f"{self.run.name}: the best weights by {key} ({value:.4g}), of step {step}; the last step was {self.step}"
+        )
+
+    @property
+    def _is_over(self) -> bool:
+        is_whole = self.step >= self.run.schedule.steps and self.looked == self.step
+        return is_whole or 0 < self.run.patience <= self.best.since
+
+    def _train(self, progress: Progress, stop: Stop) -> None:
         self.model.train()
-        if self._due() and self._measured(progress, stop):  # it was stopped before it had measured
-            return True
-        for step, parts in self._batches(range(self.step, self.run.schedule.steps)):
+        with suppress(Interrupted):
+            self._go_on(progress, stop)
+        if not self._is_over:
+            self._save()
+            raise Stopped(self.run.name, self.step, self.run.schedule.steps, stop.signal)
+        is_whole = self.step >= self.run.schedule.steps
+        why = "all steps are done" if is_whole else f"not better for {self.run.patience} measurements"
+        progress.end(why, self.best.step)
+
+    def _go_on(self, progress: Progress, stop: Stop) -> None:
+        """Until it is over, or asked to stop."""
+        run, saved = self.run, time.monotonic()
+        if self.looked < self.step:  # it was stopped in front of a measurement, or within
+            self._look(progress, stop)
+        for step, parts in self._batches(range(self.step, run.schedule.steps)):
+            if self._is_over:
+                break
             progress.add(self._update(step, parts), [self.task.notes(part) for part in parts])
             self.step = step + 1
             stop.asked = together.any_(stop.asked)
-            if stop.asked and (self.step < self.run.schedule.steps or self._due()):
-                return False
-            if self._due() and self._measured(progress, stop):
-                return True
-            if time.monotonic() - saved > self.run.save_seconds:
-                self._save(self.run.checkpoint, self.step)
+            if stop.asked:
+                return
+            self._look(progress, stop)
+            if time.monotonic() - saved > run.save_seconds:
+                with progress.aside("save"):
+                    self._save()
                 saved = time.monotonic()
-        return True
-
-    def _due(self) -> bool:
-        """Whether a measurement comes at this step, and has not been."""
-        run = self.run
-        comes = self.step == run.schedule.steps or self.step % run.measure_every == 0
-        return self.task.measure is not None and self.step > self.measured and comes
+        with progress.aside("save"):
+            self._save()
 
     def _update(self, step: int, parts: list[Any]) -> dict[str, float]:
         # The same noise whenever, and on whichever machine, the step is made.
@@ -197,26 +246,51 @@ class Fit:
             said = f"{self.run.name}: {what} is {float(value.detach())} at step {step}"
             raise FloatingPointError(f"{said}; lower --learning-rate")
 
-    def _measured(self, progress: Progress, stop: Stop) -> bool:
-        """Measures on what is held out; whether that was in vain too often."""
-        assert self.task.measure is not None
+    def _look(self, progress: Progress, stop: Stop) -> None:
+        """Measures and samples when it is time for that, and draws the page."""
+        run, task = self.run, self.task
+
+        def is_time(every: int) -> bool:
+            return self.step % every == 0 or self.step == run.schedule.steps
+
+        if task.measure and is_time(run.measure_every):
+            with progress.aside("measure"), stop.at_once(), self._looking() as model:
+                found = together.agreed(task.measure(model))
+            better, self.looked = self._is_better(found), self.step
+            progress.measured(found, better)
+            if better:
+                with progress.aside("save"):
+                    self._save()
+                    self._save_best()
+        if task.sample and is_time(run.sample_every or run.measure_every):
+            with progress.aside("sample"), stop.at_once(), self._looking() as model:
+                samples = task.sample(model)
+            progress.sampled(samples)
+        self.looked = self.step
+        if is_time(run.measure_every):
+            progress.draw()
+
+    @contextmanager
+    def _looking(self) -> Iterator[nn.Module]:
+        """The model in evaluation, by itself in each process, which all see the same; modes and random state stay as they were."""
+        modes = [(module, module.training) for module in self.model.modules()]
+        cards = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
         self.model.eval()
-        with torch.no_grad(), self.precision.autocast(), stop.at_once():
-            found = self.task.measure(self.accelerator.unwrap_model(self.model))
-        self.model.train()
-        self.measured = self.step
-        progress.write({"step": self.step, "held_out": found})
+        try:
+            with torch.random.fork_rng(cards), torch.no_grad(), self.precision.autocast(), together.alone():
+                yield self.accelerator.unwrap_model(self.model)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+    def _is_better(self, found: dict[str, float]) -> bool:
         key, more = self.task.better
-        value = float(found[key])
-        if math.isnan(self.best) or (value > self.best if more else value < self.best):
-            self.best, self.since_best = value, 0
-            self._save(self.run.best, self.step)
-        else:
-            self.since_best += 1
-        ends = 0 < self.run.patience <= self.since_best and self.step < self.run.schedule.steps
-        if ends:
-            progress.write({"step": self.step, "ended": f"not better for {self.run.patience} measurements"})
-        return ends
+        value, best = float(found[key]), self.best.value
+        if math.isfinite(value) and (best is None or (value > best if more else value < best)):
+            self.best = Best(key, value, self.step)
+            return True
+        self.best.since += 1
+        return False
 
     def _batches(self, steps: range) -> Iterator[tuple[int, list[Any]]]:
         loader = DataLoader(
@@ -230,17 +304,25 @@ class Fit:
         )
         return zip(steps, loader, strict=True)
 
-    def _save(self, file: Path, step: int) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        state = {
-            "step": step,
-            "model": {name: p.detach().cpu() for name, p in self.trained.items()},
+    def _save(self) -> None:
+        """Where to go on from."""
+        more = {
             "optimiser": self.optimiser.state_dict(),
             "precision": self.precision.state(),
-            "best": (self.best, self.since_best, self.measured),
-            "facts": json.dumps(self.run.facts, sort_keys=True),
+            "best": vars(self.best),
+            "looked": self.looked,
         }
+        self._write(self.run.checkpoint, more)
+
+    def _save_best(self) -> None:
+        """The weights alone, after the checkpoint that says they are the best: who finds it knows whether these are missing."""
+        self._write(self.run.best, {"best": vars(self.best)})
+
+    def _write(self, file: Path, more: dict[str, Any]) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        weights = {name: p.detach().cpu() for name, p in self.trained.items()}
+        state = {"step": self.step, "model": weights, "facts": json.dumps(self.run.facts, sort_keys=True), **more}
         aside = file.with_suffix(".tmp")
         try:
             with aside.open("wb") as opened:
@@ -265,8 +347,14 @@ class Fit:
         fill(self.trained, kept["model"], file)
         self.optimiser.load_state_dict(kept["optimiser"])
         self.precision.take(kept["precision"])
-        self.step, (self.best, self.since_best, self.measured) = int(kept["step"]), kept["best"]
+        self.step, self.looked, self.best = int(kept["step"]), int(kept["looked"]), Best(**kept["best"])
+        if self.best.step == self.step and not self._has_best():
+            self._save_best()
         self.accelerator.print(f"{self.run.name}: going on from step {self.step}")
+
+    def _has_best(self) -> bool:
+        """Whether the best weights are those that the checkpoint speaks of."""
+        return self.run.best.exists() and read(self.run.best)["step"] == self.best.step
 
 
 def read(file: Path) -> dict[str, Any]:

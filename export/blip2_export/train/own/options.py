@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blip2_export.read.lavis import Parts
+from blip2_export.train.own import measures
 from blip2_export.train.own.batches import Sizes
 from blip2_export.train.own.length import Length
 from blip2_export.train.own.loop import Schedule
@@ -62,7 +63,8 @@ def add(parser: argparse.ArgumentParser, stage: str) -> None:
     _add_models(parser.add_argument_group("what is trained"), stage)
     _add_lavis(parser.add_argument_group("what a LAVIS file leaves out, if --base is one"))
     _add_length(parser.add_argument_group("how long and how fast"), USUAL[stage])
-    _add_machine(parser.add_argument_group("hardware and looking on"))
+    _add_machine(parser.add_argument_group("hardware"))
+    _add_looking(parser.add_argument_group("looking on"), stage)
 
 
 def setup(args: argparse.Namespace, stage: str) -> Setup:
@@ -89,6 +91,11 @@ def setup(args: argparse.Namespace, stage: str) -> Setup:
         workers=args.workers,
         measure_every=args.measure_every,
         patience=args.patience,
+        better=args.best_by,
+        write=args.write,
+        samples=args.samples,
+        sample_every=args.sample_every,
+        tensorboard=args.tensorboard,
         answers=tuple(getattr(args, "answers", ())),
         held_out_answers=getattr(args, "held_out_answers", None),
         length=Length(args.steps, args.epochs or usual.epochs, args.warmup, usual.warmup),
@@ -125,7 +132,17 @@ def share_or_path(said: str) -> float | Path:
 
 
 def _check(args: argparse.Namespace) -> None:
-    least = {"steps": 1, "batch_size": 1, "accumulate": 1, "workers": 0, "measure_every": 1, "patience": 0, "warmup": 0}
+    least = {
+        "steps": 1,
+        "batch_size": 1,
+        "accumulate": 1,
+        "workers": 0,
+        "measure_every": 1,
+        "patience": 0,
+        "warmup": 0,
+        "samples": 0,
+        "sample_every": 0,
+    }
     more = {"queries": 1, "questions": 1, "threads": 0}
     for name, number in (least | more).items():
         typed = getattr(args, name, None)
@@ -205,8 +222,8 @@ def _add_models(group: argparse._ArgumentGroup, stage: str) -> None:
     group.add_argument(
         "--qformer",
         type=Path,
-        help="checkpoint whose Q-Former it starts from: --base itself, another, what stage 1 left as a folder (--out of stage1), or a "
-        "LAVIS file of stage 1 (with --bert for its tokenizer)",
+        help="checkpoint whose Q-Former it starts from: --base itself, another, what stage 1 left as a folder (--out of stage1), or "
+        "a LAVIS file of stage 1 (with --bert for its tokenizer)",
     )
     group.add_argument("--queries", type=int, metavar="N", help="query tokens (default: the base's, 32 in the paper)")
     if stage == "stage2":
@@ -314,6 +331,10 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
         "--workers", type=int, default=2, metavar="N", help="processes that read pictures (default: %(default)s)"
     )
     group.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: PyTorch's choice)")
+
+
+def _add_looking(group: argparse._ArgumentGroup, stage: str) -> None:
+    known = ", ".join(measures.MORE_IS_BETTER[stage])
     group.add_argument(
         "--measure-every",
         type=int,
@@ -322,11 +343,38 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
         help="steps between measurements on what is held out (default: %(default)s)",
     )
     group.add_argument(
+        "--best-by",
+        default="",
+        metavar="MEASURE",
+        help=f"what tells the best checkpoint: {known} (default: {measures.USUAL[stage]})",
+    )
+    group.add_argument(
         "--patience",
         type=int,
         default=0,
         metavar="N",
         help="measurements without a better one after which the run ends (default: 0, never)",
+    )
+    group.add_argument(
+        "--write",
+        choices=("best", "last"),
+        default="best",
+        help="the weights that --out has at the end; the last where nothing is held out (default: %(default)s)",
+    )
+    group.add_argument(
+        "--samples",
+        type=int,
+        default=4,
+        metavar="N",
+        help="pictures that are held out whose captions or answers are logged (default: %(default)s)",
+    )
+    group.add_argument(
+        "--sample-every", type=int, default=0, metavar="N", help="steps between them (default: with each measurement)"
+    )
+    group.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="also write event files to WORK/tensorboard, beside WORK/PHASE.jsonl and the page WORK/PHASE.html",
     )
 
 

@@ -57,10 +57,41 @@ def asked(
                 for answer, weight in _answers(question, rng, every_answer):
                     rows.append(language.Text(place, PROMPT.format(question.text), answer, weight))
                     questions.append(question.text)
-        read = tokenizer(questions, padding=True, truncation=True, max_length=TOKENS, return_tensors="pt")
-        return Asked(read.input_ids, read.attention_mask, texts.texts(rows))
+        return Asked(*_read(tokenizer, questions), texts.texts(rows))
 
     return say
+
+
+@dataclass
+class Put:
+    """Questions, once each, and what the language model reads of them."""
+
+    asked: Asked
+    questions: list[Question]
+    reads: list[str]
+
+
+def put(
+    texts: language.Language, tokenizer: Any, n_questions: int
+) -> Callable[[list[Record], random.Random, Tensor], Put]:
+    """So many questions of each picture, to be answered."""
+
+    def say(records: list[Record], rng: random.Random, _: Tensor) -> Put:
+        rows, found = [], []
+        for place, record in enumerate(records):
+            for question in rng.sample(record.questions, min(n_questions, len(record.questions))):
+                rows.append(language.Text(place, PROMPT.format(question.text), question.answers[0][0]))
+                found.append(question)
+        asked = Asked(*_read(tokenizer, [question.text for question in found]), texts.texts(rows))
+        return Put(asked, found, [row.read for row in rows])
+
+    return say
+
+
+def _read(tokenizer: Any, texts: list[str]) -> tuple[Tensor, Tensor]:
+    """What the Q-Former reads."""
+    read = tokenizer(texts, padding=True, truncation=True, max_length=TOKENS, return_tensors="pt")
+    return read.input_ids, read.attention_mask
 
 
 def model(base: Base, first: QFormer, side: int, speaks: language.Language) -> Stage2:

@@ -22,10 +22,16 @@ _ENTRY = re.compile(r"^(?P<name>[^\t#]+)#\d+\t(?P<caption>.*)$")
 
 @dataclass(frozen=True)
 class Question:
-    """A question and its answers, each with its weight; weights sum up to 1."""
+    """A question and its answers, each with its weight; weights sum up to 1. `people`: how many answered."""
 
     text: str
     answers: tuple[tuple[str, float], ...]
+    people: int = 1
+
+    @property
+    def given(self) -> list[str]:
+        """The answer of each of them."""
+        return [answer for answer, weight in self.answers for _ in range(round(weight * self.people))]
 
 
 @dataclass
@@ -185,7 +191,7 @@ def _question(file: Path, row: dict[str, Any]) -> Question:
     given = row.get("answers", row.get("answer"))
     answers = given if isinstance(given, list) else [given]
     texts = [answer["answer"] if isinstance(answer, dict) else answer for answer in answers]
-    return Question(_checked(file, row["question"]), weighted([_checked(file, text) for text in texts]))
+    return _asked(_checked(file, row["question"]), [_checked(file, text) for text in texts])
 
 
 def _vqa(questions: Any, annotations: Any) -> Iterator[Said]:
@@ -195,7 +201,11 @@ def _vqa(questions: Any, annotations: Any) -> Iterator[Said]:
     for asked in questions["questions"]:
         number = int(asked["image_id"])
         name = f"COCO_{part}_{number:012}.jpg" if part else f"{number:012}.jpg"
-        yield Said(name, question=Question(asked["question"], weighted(answers[asked["question_id"]])))
+        yield Said(name, question=_asked(asked["question"], answers[asked["question_id"]]))
+
+
+def _asked(text: str, answers: list[str]) -> Question:
+    return Question(text, weighted(answers), sum(bool(answer.strip()) for answer in answers))
 
 
 def weighted(answers: list[str]) -> tuple[tuple[str, float], ...]:

@@ -20,15 +20,19 @@ from blip2_export.train.own import (
     hardware,
     language,
     loop,
+    machine,
+    measures,
     pictures,
     questions,
     records,
     split,
     start,
     together,
+    watch,
 )
 from blip2_export.train.own.base import Base, open_base
 from blip2_export.train.own.batches import Batches, Part, Sizes
+from blip2_export.train.own.held_out import HeldOut
 from blip2_export.train.own.length import Length
 from blip2_export.train.own.loop import Fit, Run, Schedule, Task
 from blip2_export.train.own.lora import Adapter, Lora, adapt
@@ -39,14 +43,19 @@ from blip2_export.train.own.stage1 import Captions, Stage1
 from blip2_export.train.own.stage2 import Stage2, Written
 from blip2_export.train.stage2 import query_only
 
+_MEASURED_TOGETHER = 128  # pictures at most
+
 
 @dataclass(frozen=True)
 class Setup:
     """What a person says of a run. `data`: sets, each with its weight; `held_out`: a share of them, or a set of its own.
 
-    `answers`, `held_out_answers`: the annotations of VQAv2's questions, for each set. `length`: gives `schedule` its steps once the data
-    is known. `parts`: what a LAVIS file leaves out. `frozen_float32`: frozen weights stay float32 whatever the precision is; otherwise
-    they are held in what they are computed in. `checkpointing`: activations are computed twice instead of kept.
+    `better`: the measure that tells the best checkpoint, by default that of the phase; `write`: `best` or `last`, the weights that
+    are written. `samples`: pictures whose captions or answers are shown, every `sample_every` steps or else with each measurement.
+
+    `answers`, `held_out_answers`: the annotations of VQAv2's questions, for each set. `length`: gives `schedule` its steps once the
+    data is known. `parts`: what a LAVIS file leaves out. `frozen_float32`: frozen weights stay float32 whatever the precision is;
+    otherwise they are held in what they are computed in. `checkpointing`: activations are computed twice instead of kept.
     """
 
     data: list[tuple[Path, float]]
@@ -65,6 +74,11 @@ class Setup:
     workers: int = 2
     measure_every: int = 1000
     patience: int = 0
+    better: str = ""
+    write: str = "best"
+    samples: int = 4
+    sample_every: int = 0
+    tensorboard: bool = False
     answers: tuple[Path, ...] = ()
     held_out_answers: Path | None = None
     length: Length | None = None
@@ -102,18 +116,24 @@ def train_stage1(setup: Setup, out: Path | None) -> None:
         say = batches.captioned(model.encode)
         eye = _placed(base.vision, accelerator)
 
-        def losses(trained: nn.Module, part: Part) -> dict[str, Tensor]:
-            return trained(_captions(eye, part, accelerator.device))
+        def see(part: Part) -> Captions:
+            return _captions(eye, part, accelerator.device)
 
-        held_out = _held_out(setup, base, learnt, say)
+        def losses(trained: nn.Module, part: Part) -> dict[str, Tensor]:
+            return trained(see(part))
+
+        looks = watch.stage1(_held_out(setup, base, learnt), model, see, setup.samples)
         task = Task(
             model,
             lambda step: make.parts(step, say),
             losses,
-            _mean_of(held_out, losses) if held_out else None,
+            looks.measure,
+            measures.better("stage1", setup.better),
+            looks.sample,
+            looks.thumbnails,
             notes=lambda part: part.bad,
         )
-        Fit(_run(setup, "stage1"), task, accelerator).go()
+        _fit(_run(setup, "stage1", accelerator), task, accelerator, setup.write)
     if out is not None and accelerator.is_main_process:
         folders.write_stage1(out, base, model.qformer, tokenizer)
 
@@ -133,24 +153,31 @@ def train_stage2(setup: Setup, out: Path) -> None:
     _save_memory(setup, model, base.model.language_model)
     with frozen(base.vision, "image encoder"), frozen(base.model.language_model, "language model"):
         make = _batches(setup, base, learnt)
-        say = batches.written(speaks, setup.prompt, splits=base.family == "t5" and not setup.prompt)
+        splits = base.family == "t5" and not setup.prompt
+        say = batches.written(speaks, setup.prompt, splits)
         eye = _placed(base.vision, accelerator)
         _placed(base.model.language_model, accelerator)
 
-        def losses(trained: nn.Module, part: Part) -> dict[str, Tensor]:
+        def write(part: Part) -> Written:
             seen = _features(eye, part.pixels.to(accelerator.device))
-            return trained(Written(seen, part.said.to(accelerator.device)))
+            return Written(seen, part.said.to(accelerator.device))
 
-        held_out = _held_out(setup, base, learnt, say)
+        def losses(trained: nn.Module, part: Part) -> dict[str, Tensor]:
+            return trained(write(part))
+
+        looks = watch.stage2(_held_out(setup, base, learnt), speaks, setup.prompt, splits, write, setup.samples)
         task = Task(
             model,
             lambda step: make.parts(step, say),
             losses,
-            _mean_of(held_out, losses) if held_out else None,
+            looks.measure,
+            measures.better("stage2", setup.better),
+            looks.sample,
+            looks.thumbnails,
             notes=lambda part: part.bad,
             mass=lambda part: part.said.mass,
         )
-        Fit(_run(setup, "stage2"), task, accelerator).go()
+        _fit(_run(setup, "stage2", accelerator), task, accelerator, setup.write)
     if accelerator.is_main_process and adapter is not None:
         folders.write_adapter(out, base, adapter)
     elif accelerator.is_main_process:
@@ -205,20 +232,26 @@ def train_questions(setup: Setup, out: Path, side: int, n_questions: int = 4) ->
         say = questions.asked(speaks, tokenizer, n_questions)
         _placed(base.model.language_model, accelerator)
 
-        def losses(trained: nn.Module, part: Part) -> dict[str, Tensor]:
+        def write(part: Part) -> Written:
             said = part.said.to(accelerator.device)
-            return trained(Written(part.pixels.to(accelerator.device), said.texts, said.ids, said.mask))
+            return Written(part.pixels.to(accelerator.device), said.texts, said.ids, said.mask)
 
-        held_out = _held_out(setup, base, learnt, say, side)
+        def losses(trained: nn.Module, part: Part) -> dict[str, Tensor]:
+            return trained(write(part))
+
+        looks = watch.vqa(_held_out(setup, base, learnt, side), speaks, tokenizer, n_questions, write, setup.samples)
         task = Task(
             model,
             lambda step: make.parts(step, say),
             losses,
-            _mean_of(held_out, losses) if held_out else None,
+            looks.measure,
+            measures.better("vqa", setup.better),
+            looks.sample,
+            looks.thumbnails,
             notes=lambda part: part.bad,
             mass=lambda part: part.said.mass,
         )
-        Fit(_run(setup, "vqa"), task, accelerator).go()
+        _fit(_run(setup, "vqa", accelerator), task, accelerator, setup.write)
     if accelerator.is_main_process:
         folders.write_stage2(out, base, model, tokenizer)
 
@@ -235,7 +268,7 @@ def _save_memory(setup: Setup, *modules: nn.Module) -> None:
         hardware.recomputed(*modules)
 
 
-def _run(setup: Setup, name: str) -> Run:
+def _run(setup: Setup, name: str, accelerator: Accelerator) -> Run:
     facts = {
         "base": str(setup.base),
         "data": [[str(path), weight] for path, weight in setup.data],
@@ -247,10 +280,19 @@ def _run(setup: Setup, name: str) -> Run:
         "accumulate": setup.sizes.accumulate,
         "precision": [setup.precision, setup.held],
         "lora": asdict(setup.lora) if setup.lora else None,
+        "better": measures.better(name, setup.better)[0],
         **{key: value for key, value in asdict(setup.schedule).items() if key != "betas"},
     }
-    more = {"measure_every": setup.measure_every, "patience": setup.patience, "workers": setup.workers}
-    more["precision"] = setup.precision
+    more = {
+        "measure_every": setup.measure_every,
+        "patience": setup.patience,
+        "workers": setup.workers,
+        "precision": setup.precision,
+        "sample_every": setup.sample_every,
+        "pictures": setup.sizes.batch,
+        "tensorboard": setup.tensorboard,
+        "machine": machine.facts(accelerator.device),
+    }
     return Run(name, setup.work, setup.schedule, setup.seed, setup.sizes.accumulate, facts=facts, **more)
 
 
@@ -330,6 +372,9 @@ def _first(setup: Setup, base: Base, learnt: Learnt, accelerator: Accelerator) -
 def _take_stage1(first: nn.Module, setup: Setup) -> bool:
     """Whether there was one in the work folder."""
     file = setup.work / "stage1.pt"
+    best = setup.work / "stage1_best.pt"
+    if setup.write == "best" and file.exists() and best.exists():
+        file = best
     if not file.exists():
         if setup.qformer is None:
             raise DataError(f"{file} is missing; run `train stage1` with the same --work first, or name --qformer")
@@ -343,31 +388,22 @@ def _batches(setup: Setup, base: Base, learnt: Learnt) -> Batches:
     return Batches(learnt.order, base.look(base.config.vision_config.image_size), setup.sizes, setup.seed)
 
 
-def _held_out(setup: Setup, base: Base, learnt: Learnt, say: Callable[..., Any], side: int | None = None) -> list[Part]:
-    """The same parts whenever it is measured: as many as there are whole ones, at most 20."""
-    if len(learnt.held_out) < 2:
-        return []
-    n = together.size()
-    size = min(setup.sizes.part * n, len(learnt.held_out)) // n * n
-    if not size:
-        return []
-    look, order = (
-        base.look(side or base.config.vision_config.image_size),
-        Order([Weighted(learnt.held_out)], setup.seed),
-    )
-    whole = Batches(order, look, Sizes(size), setup.seed)
-    return [part for step in range(min(20, len(learnt.held_out) // size)) for part in whole.parts(step, say)]
+def _held_out(setup: Setup, base: Base, learnt: Learnt, side: int | None = None) -> HeldOut:
+    look = base.look(side or base.config.vision_config.image_size)
+    # The same, however many processes there are.
+    size = min(setup.sizes.batch // setup.sizes.accumulate, _MEASURED_TOGETHER)
+    return HeldOut(learnt.held_out, look, size, setup.seed)
 
 
-def _mean_of(
-    parts: list[Part], losses: Callable[[nn.Module, Part], dict[str, Tensor]]
-) -> Callable[[nn.Module], dict[str, Any]]:
-    def measure(model: nn.Module) -> dict[str, Any]:
-        found = [losses(model, part) for part in parts]
-        means = {key: float(together.mean(torch.stack([one[key].float() for one in found]).mean())) for key in found[0]}
-        return {"loss": sum(value for key, value in means.items() if not key.startswith("_")), **means}
-
-    return measure
+def _fit(run: Run, task: Task, accelerator: Accelerator, write: str) -> None:
+    """Trains, and leaves the weights in the model that are to be written."""
+    if write not in ("best", "last"):
+        raise DataError(f"--write {write}: it is best or last")
+    fit = Fit(run, task, accelerator)
+    fit.go()
+    said = fit.take(write == "best")
+    if accelerator.is_main_process:
+        print(said, file=sys.stderr)
 
 
 def _placed(model: nn.Module, accelerator: Accelerator) -> nn.Module:
