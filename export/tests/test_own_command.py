@@ -67,7 +67,7 @@ def test_a_stage_is_a_program_that_tells_how_long_it_will_take(folder: Path, tmp
     command = [str(word) for word in typed]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
     assert done.returncode == 0, done.stderr
-    assert "left 0 s" in done.stderr
+    assert "0 s left" in done.stderr
     rows = [json.loads(line) for line in (tmp_path / "work" / "stage1.jsonl").read_text().splitlines()]
     assert any({"itc", "itm", "itg"} <= row.keys() for row in rows)
 
