@@ -47,8 +47,8 @@ class Run:
     """A named phase: where its files go, how large its steps are, and how often it is looked at.
 
     `accumulate`: parts of a step that are computed one after another. `measure_every`: steps between measurements on what is held
-    out. `patience`: measurements without a better one after which it ends, 0 for never. `sample_every`: steps between samples, 0 for
-    with measurements. `pictures`: of a step, over all processes.
+    out. `patience`: measurements without a better one after which it ends, 0 for never. `sample_every`: steps between samples, 0
+    for with measurements. `pictures`: of a step, over all processes.
     """
 
     name: str
@@ -90,8 +90,8 @@ class Task:
 
     `parts`: what a step sees, as so many parts of this process; made in another process, a pure function of the step.
     `losses`: of `model` on a part that lies on the device; the loss is their sum, keys that start with `_` are only logged.
-    `measure`: on what is held out; `better`: the key of it that tells the best checkpoint, and whether more is better. `sample`: what
-    the model says of a few pictures; `thumbnails`: those pictures, as JPEG. Both see the model in evaluation, and draw what they like.
+    `measure`: on what is held out; `better`: the key of it that tells the best checkpoint, and whether more is better. `sample`:
+    what the model says of a few pictures; `thumbnails`: those pictures, as JPEG. Both see the model in evaluation and may draw.
     `notes`: what parts have to say besides, such as pictures that could not be read.
     """
 
@@ -204,7 +204,7 @@ class Fit:
             self.accelerator.scaler.unscale_(self.optimiser.optimizer)
         norm = nn.utils.clip_grad_norm_(self.trained.values(), schedule.clip)
         self.optimiser.step()
-        return {**logged, "_gradient": float(norm), "_rate": float(self.optimiser.param_groups[0]["lr"])}
+        return {**logged, "_gradient_norm": float(norm), "_rate": float(self.optimiser.param_groups[0]["lr"])}
 
     def _check(self, step: int, total: Tensor) -> None:
         if not torch.isfinite(total):
@@ -279,7 +279,7 @@ class Fit:
         self._write(self.run.checkpoint, more)
 
     def _save_best(self) -> None:
-        """The weights alone, after the checkpoint that says they are the best: who finds that one knows whether these are missing."""
+        """The weights alone, after the checkpoint that says they are the best: by that one it is known if these are missing."""
         self._write(self.run.best, {"best": vars(self.best)})
 
     def _write(self, file: Path, more: dict[str, Any]) -> None:
