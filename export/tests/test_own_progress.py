@@ -18,9 +18,8 @@ from typing import Any
 import pytest
 import torch
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
-from torch import distributed, multiprocessing, nn
-
 from test_page import Browser, browser  # noqa: F401, a fixture
+from torch import distributed, multiprocessing, nn
 
 from blip2_export.check import random_checkpoint
 from blip2_export.scenes import dataset
