@@ -8,15 +8,13 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from blip2_export.train.own import page
 from blip2_export.train.own.board import Board
 from blip2_export.train.own.log import Log, Row
 from blip2_export.train.own.pace import Pace
-
-if TYPE_CHECKING:
-    from blip2_export.train.own.loop import Run
+from blip2_export.train.own.run import Run
 
 _OFTEN_S = 0.2  # a line on a terminal is not drawn anew more often
 _OWN = ("step", "steps", "at", "left_s", "step_s", "pictures_per_s", "rate", "gradient_norm")
