@@ -197,7 +197,7 @@ class Fit:
             better, self.looked = self._is_better(found), self.step
             progress.measured(found, better)
             if better:
-                with progress.aside("save"):
+                with progress.aside("keep"):
                     self._save()
                     self._save_best()
         if task.sample and is_time(run.sample_every or run.measure_every):

@@ -284,6 +284,7 @@ def _run(setup: Setup, name: str, accelerator: Accelerator) -> Run:
         **{key: value for key, value in asdict(setup.schedule).items() if key != "betas"},
     }
     more = {
+        "log_every": max(1, min(50, setup.schedule.steps // 100)),
         "measure_every": setup.measure_every,
         "patience": setup.patience,
         "workers": setup.workers,
