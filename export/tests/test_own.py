@@ -120,7 +120,7 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(folder: Path, mo
 
 def test_a_work_folder_of_another_run_is_refused(folder: Path) -> None:
     stages.train_stage1(setup(folder, "opt", "mine"), None)
-    with pytest.raises(ValueError, match="other settings .*seed: 0 then, 7 now"):
+    with pytest.raises(ValueError, match=r"other settings .*seed: 0 then, 7 now"):
         stages.train_stage1(setup(folder, "opt", "mine", seed=7), None)
 
 

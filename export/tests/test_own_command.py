@@ -331,7 +331,7 @@ def test_captions_share_words_with_what_people_say() -> None:
 
 
 def test_the_end_that_is_foreseen_holds() -> None:
-    """The first step is slow, measurements and checkpoints lie between: within 10 %, and 4 % once a checkpoint was written."""
+    """The first step is slow, measurements and checkpoints lie between: within 15 %, and 4 % once a checkpoint was written."""
     now, steps, every, save = 0.0, 400, 50, 60.0
     seen = pace.Pace({"measure": every}, {"save": save}, clock=lambda: now)
     with seen.aside("measure"):
@@ -350,7 +350,7 @@ def test_the_end_that_is_foreseen_holds() -> None:
                 now += 3.0
             saved = now
     off = {step: abs(end - now) / now for step, end in foreseen.items()}
-    assert max(off.values()) < 0.1 and max(share for step, share in off.items() if step >= 70) < 0.04, off
+    assert max(off.values()) < 0.15 and max(share for step, share in off.items() if step >= 70) < 0.04, off
 
 
 def test_a_rehearsal_changes_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

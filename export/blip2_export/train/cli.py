@@ -16,6 +16,7 @@ from blip2_export.train import demo
 from blip2_export.train.own import chain, folders, measures, options, stages, together
 from blip2_export.train.own.records import Record
 from blip2_export.train.own.sources import DataError
+from blip2_export.train.own.stop import Stopped
 
 _RESUMES = "A killed run goes on from its last checkpoint in --work; what is measured goes to WORK/<phase>.jsonl."
 _MANY = "Several processes: start it with `accelerate launch -m blip2_export train …` or `torchrun -m`."
@@ -93,6 +94,9 @@ def run(args: argparse.Namespace) -> int:
         if args.threads > 0:
             torch.set_num_threads(args.threads)
         (_run_demo if args.what == "demo" else _run_own)(args)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.status
     except (CheckpointError, ValueError, FloatingPointError) as error:
         return _refuse(error)
     except OSError as error:

@@ -28,7 +28,7 @@ class Board:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             before = [file for file in folder.glob("events.out.tfevents.*") if file != self.file]
-            self.file.write_bytes(_record(_event(0, _field(3, b"brain.Event:2"))))
+            self.file.write_bytes(_record(_event(0, time.time(), _field(3, b"brain.Event:2"))))
             for file in before:
                 file.unlink()
         except OSError as error:
@@ -43,7 +43,7 @@ class Board:
             return
         try:
             with self.file.open("ab") as opened:
-                opened.write(_record(_event(row["step"], _field(5, values))))
+                opened.write(_record(_event(row["step"], row.get("at", 0.0), _field(5, values))))
         except OSError as error:
             raise DataError(f"{self.file}: it cannot be written ({error})") from error
 
@@ -55,7 +55,7 @@ def _values(row: Row) -> list[bytes]:
         return [_text(f"samples/{n}", f"{one['picture']}: {one['said']}") for n, one in enumerate(row["samples"])]
     if "rate" not in row:
         return []
-    numbers = {key: value for key, value in row.items() if key not in ("step", "steps") and _is_number(value)}
+    numbers = {key: value for key, value in row.items() if key not in ("step", "steps", "at") and _is_number(value)}
     return [_scalar(f"train/{key}", value) for key, value in numbers.items()]
 
 
@@ -63,8 +63,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _event(step: int, what: bytes) -> bytes:
-    return _tag(1, _DOUBLE) + struct.pack("<d", time.time()) + _tag(2, _VARINT) + _varint(step) + what
+def _event(step: int, at: float, what: bytes) -> bytes:
+    return _tag(1, _DOUBLE) + struct.pack("<d", at) + _tag(2, _VARINT) + _varint(step) + what
 
 
 def _scalar(name: str, value: float) -> bytes:

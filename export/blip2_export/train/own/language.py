@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from blip2_export.train.own.hardware import lifted
 from blip2_export.train.own.sources import DataError
 
 _IGNORED = -100
@@ -78,7 +79,7 @@ def of_family(family: str, model: Any, tokenizer: Any, max_length: int = 32) -> 
 
 def loss(language: Language, prefix: Tensor, texts: Texts) -> Tensor:
     """The weighted sum over tokens; `texts.mass` makes a mean of it."""
-    logits = language.logits(prefix, texts)
+    logits = lifted(language.logits(prefix, texts))
     each = F.cross_entropy(logits.transpose(1, 2), texts.labels, reduction="none", ignore_index=_IGNORED)
     return (each.sum(1) * texts.weights).sum()
 
@@ -146,7 +147,7 @@ class T5:
         found = self.model(
             inputs_embeds=torch.cat([prefix.to(embeds.dtype), embeds], 1),
             attention_mask=mask,
-            labels=texts.labels,
+            decoder_input_ids=self.model.prepare_decoder_input_ids_from_labels(texts.labels),
             use_cache=False,
         )
         return found.logits

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,70 +20,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from blip2_export.train.own import together
 from blip2_export.train.own.estimate import rehearse
+from blip2_export.train.own.hardware import Precision, lifted
 from blip2_export.train.own.progress import Progress
+from blip2_export.train.own.run import Run, Schedule
 from blip2_export.train.own.sources import DataError
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Linear warm-up, then a cosine to `floor` × the peak (section 3.4 of the paper; AdamW with its β₂ of 0.98)."""
-
-    steps: int
-    learning_rate: float = 1e-4
-    warmup: int = 2000
-    floor: float = 0.1
-    weight_decay: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.98)
-    clip: float = 1.0
-
-    def factor(self, step: int) -> float:
-        """Of the peak rate at a step."""
-        if step < self.warmup:
-            return (step + 1) / self.warmup
-        share = min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
-        return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * share))
-
-
-@dataclass(frozen=True)
-class Run:
-    """A named phase: where its files go, how large its steps are, and how often it is looked at.
-
-    `accumulate`: parts of a step that are computed one after another. `measure_every`: steps between measurements on what is held
-    out. `patience`: measurements without a better one after which it ends, 0 for never. `sample_every`: steps between samples, 0 for
-    with measurements. `pictures`: of a step, over all processes.
-    """
-
-    name: str
-    work: Path
-    schedule: Schedule
-    seed: int = 0
-    accumulate: int = 1
-    workers: int = 2
-    log_every: int = 50
-    measure_every: int = 1000
-    save_seconds: float = 300.0
-    patience: int = 0
-    sample_every: int = 0
-    pictures: int = 1
-    tensorboard: bool = False
-    facts: dict[str, Any] | None = None
-    machine: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.work / f"{self.name}.pt"
-
-    @property
-    def log(self) -> Path:
-        return self.work / f"{self.name}.jsonl"
-
-    @property
-    def page(self) -> Path:
-        return self.work / f"{self.name}.html"
-
-    @property
-    def best(self) -> Path:
-        return self.work / f"{self.name}_best.pt"
+from blip2_export.train.own.stop import Interrupted, Stop, Stopped
 
 
 @dataclass(frozen=True)
@@ -91,9 +33,11 @@ class Task:
 
     `parts`: what a step sees, as so many parts of this process; made in another process, a pure function of the step.
     `losses`: of `model` on a part that lies on the device; the loss is their sum, keys that start with `_` are only logged.
-    `measure`: on what is held out; `better`: the key of it that tells the best checkpoint, and whether more is better. `sample`: what
-    the model says of a few pictures; `thumbnails`: those pictures, as JPEG. Both see the model in evaluation, and draw what they like.
+    `measure`: on what is held out; `better`: the key of it that tells the best checkpoint, and whether more is better. `sample`:
+    what the model says of a few pictures; `thumbnails`: those pictures, as JPEG. Both see the model in evaluation, and draw what
+    they like.
     `notes`: what parts have to say besides, such as pictures that could not be read.
+    `mass`: what the losses of a part are means over; parts count by it, so that so many small ones are one large one.
     """
 
     model: nn.Module
@@ -104,6 +48,7 @@ class Task:
     sample: Callable[[nn.Module], list[dict[str, Any]]] | None = None
     thumbnails: dict[str, bytes] = field(default_factory=dict)
     notes: Callable[[Any], dict[str, str]] = lambda _: {}
+    mass: Callable[[Any], Tensor] = lambda _: torch.ones(())
 
 
 @dataclass
@@ -139,21 +84,25 @@ class Fit:
         run.work.mkdir(parents=True, exist_ok=True)
         self.trained = {name: p for name, p in task.model.named_parameters() if p.requires_grad}
         self.model = accelerator.prepare_model(task.model)
-        self.optimiser = accelerator.prepare_optimizer(_adam(self.trained, run.schedule))
-        self.step, self.best = 0, Best(task.better[0])
+        self.optimiser = _adam(self.trained, run.schedule)
+        self.precision = Precision(run.precision, accelerator.device)
+        # `looked`: the last step at which it was looked whether to measure.
+        self.step, self.looked, self.best = 0, 0, Best(task.better[0])
 
     def go(self) -> None:
-        """Trains, measures, saves; every file is whole at any moment."""
+        """Trains, measures, saves; every file is whole at any moment. Ends with `Stopped` if a signal asks it to."""
         self._resume()
         if self._is_over:
             return
         progress = Progress(self.run, self.step, self.accelerator.is_main_process)
         progress.thumbnails = self.task.thumbnails
         try:
-            self._foretell(progress)
-            self._train(progress)
+            with Stop() as stop:
+                self._foretell(progress)
+                self._train(progress, stop)
         finally:
             progress.close()
+        self.accelerator.wait_for_everyone()
 
     def take(self, best: bool) -> str:
         """Puts the weights that are to be kept into the model: the best ones if wanted and known, else the last; says which."""
@@ -170,25 +119,40 @@ class Fit:
 
     @property
     def _is_over(self) -> bool:
-        return self.step >= self.run.schedule.steps or 0 < self.run.patience <= self.best.since
+        is_whole = self.step >= self.run.schedule.steps and self.looked == self.step
+        return is_whole or 0 < self.run.patience <= self.best.since
 
-    def _train(self, progress: Progress) -> None:
-        run, saved = self.run, time.monotonic()
+    def _train(self, progress: Progress, stop: Stop) -> None:
         self.model.train()
+        with suppress(Interrupted):
+            self._go_on(progress, stop)
+        if not self._is_over:
+            self._save()
+            raise Stopped(self.run.name, self.step, self.run.schedule.steps, stop.signal)
+        is_whole = self.step >= self.run.schedule.steps
+        why = "all steps are done" if is_whole else f"not better for {self.run.patience} measurements"
+        progress.end(why, self.best.step)
+
+    def _go_on(self, progress: Progress, stop: Stop) -> None:
+        """Until it is over, or asked to stop."""
+        run, saved = self.run, time.monotonic()
+        if self.looked < self.step:  # it was stopped in front of a measurement, or within
+            self._look(progress, stop)
         for step, parts in self._batches(range(self.step, run.schedule.steps)):
+            if self._is_over:
+                break
             progress.add(self._update(step, parts), [self.task.notes(part) for part in parts])
             self.step = step + 1
-            self._look(progress)
-            if self._is_over or time.monotonic() - saved > run.save_seconds:
+            stop.asked = together.any_(stop.asked)
+            if stop.asked:
+                return
+            self._look(progress, stop)
+            if time.monotonic() - saved > run.save_seconds:
                 with progress.aside("save"):
                     self._save()
                 saved = time.monotonic()
-            if self._is_over:
-                break
-        is_whole = self.step >= run.schedule.steps
-        progress.end(
-            "all steps are done" if is_whole else f"not better for {run.patience} measurements", self.best.step
-        )
+        with progress.aside("save"):
+            self._save()
 
     def _foretell(self, progress: Progress) -> None:
         """Rehearses a step, and measures what is held out before anything is learnt; neither leaves anything behind."""
@@ -200,9 +164,9 @@ class Fit:
         progress.foretell(rehearse(lambda: self.task.parts(self.step), self._rehearsed, self.run.workers))
 
     def _rehearsed(self, part: Any) -> None:
-        with self.accelerator.autocast():
+        with self.precision.autocast():
             losses = self.task.losses(self.model, part)
-        self.accelerator.backward(_loss(losses))
+        self.precision.scaler.scale(_loss(losses)).backward()
         self.optimiser.zero_grad()
 
     def _update(self, step: int, parts: list[Any]) -> dict[str, float]:
@@ -212,28 +176,36 @@ class Fit:
         for group in self.optimiser.param_groups:
             group["lr"] = schedule.learning_rate * schedule.factor(step)
         self.optimiser.zero_grad()
-        for n, part in enumerate(parts):
-            is_last = n + 1 == len(parts)
-            with self.accelerator.autocast(), self.accelerator.no_sync(self.model) if not is_last else _nothing():
-                losses = self.task.losses(self.model, part)
-            total = _loss(losses) / len(parts)
-            self._check(step, total)
-            self.accelerator.backward(total)
+        for n, (part, share) in enumerate(zip(parts, self._shares(parts), strict=True)):
+            waits = n + 1 < len(parts)
+            with self.accelerator.no_sync(self.model) if waits else nullcontext():
+                with self.precision.autocast():
+                    losses = self.task.losses(self.model, part)
+                total = _loss(losses) * share
+                self._check(step, total, "the loss")
+                self.precision.scaler.scale(total).backward()
             for key, value in losses.items():
-                logged[key] = logged.get(key, 0.0) + float(together.mean(value)) / len(parts)
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.unscale_(self.optimiser.optimizer)
+                logged[key] = logged.get(key, 0.0) + float(together.mean(value)) * share
+        self.precision.scaler.unscale_(self.optimiser)
         norm = nn.utils.clip_grad_norm_(self.trained.values(), schedule.clip)
-        self.optimiser.step()
-        return {**logged, "_gradient": float(norm), "_rate": float(self.optimiser.param_groups[0]["lr"])}
+        self._check(step, norm, "the norm of the gradients")
+        self.precision.step(self.optimiser, float(norm))
+        logged |= {"_gradient_norm": float(norm), "_rate": float(self.optimiser.param_groups[0]["lr"])}
+        if self.precision.tolerates_overflow:
+            logged["_skipped"] = float(self.precision.skipped)
+        return {key: value for key, value in logged.items() if math.isfinite(value)}
 
-    def _check(self, step: int, total: Tensor) -> None:
-        if not torch.isfinite(total):
-            raise FloatingPointError(
-                f"{self.run.name}: the loss is {float(total)} at step {step}; lower --learning-rate"
-            )
+    def _shares(self, parts: list[Any]) -> list[float]:
+        masses = [float(together.mean(self.task.mass(part))) for part in parts]
+        return [mass / sum(masses) for mass in masses]
 
-    def _look(self, progress: Progress) -> None:
+    def _check(self, step: int, value: Tensor, what: str) -> None:
+        """All processes end where one has to: the others would wait for it."""
+        if not self.precision.tolerates_overflow and not torch.isfinite(together.mean(value)):
+            said = f"{self.run.name}: {what} is {float(value.detach())} at step {step}"
+            raise FloatingPointError(f"{said}; lower --learning-rate")
+
+    def _look(self, progress: Progress, stop: Stop) -> None:
         """Measures and samples when it is time for that, and draws the page."""
         run, task = self.run, self.task
 
@@ -241,18 +213,19 @@ class Fit:
             return self.step % every == 0 or self.step == run.schedule.steps
 
         if task.measure and is_time(run.measure_every):
-            with progress.aside("measure"), self._looking() as model:
+            with progress.aside("measure"), stop.at_once(), self._looking() as model:
                 found = together.agreed(task.measure(model))
-            better = self._is_better(found)
+            better, self.looked = self._is_better(found), self.step
             progress.measured(found, better)
             if better:
-                with progress.aside("save"):
+                with progress.aside("keep"):
                     self._save()
                     self._save_best()
         if task.sample and is_time(run.sample_every or run.measure_every):
-            with progress.aside("sample"), self._looking() as model:
+            with progress.aside("sample"), stop.at_once(), self._looking() as model:
                 samples = task.sample(model)
             progress.sampled(samples)
+        self.looked = self.step
         if is_time(run.measure_every):
             progress.draw()
 
@@ -263,7 +236,7 @@ class Fit:
         cards = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
         self.model.eval()
         try:
-            with torch.random.fork_rng(cards), torch.no_grad(), self.accelerator.autocast(), together.alone():
+            with torch.random.fork_rng(cards), torch.no_grad(), self.precision.autocast(), together.alone():
                 yield self.accelerator.unwrap_model(self.model)
         finally:
             for module, mode in modes:
@@ -286,6 +259,7 @@ class Fit:
             num_workers=self.run.workers,
             # `parts` is a closure; nothing else can carry it over.
             multiprocessing_context="fork" if self.run.workers else None,
+            worker_init_fn=_leave_signals,
         )
         for step, parts in zip(steps, loader, strict=True):
             if isinstance(parts, DataError):
@@ -294,16 +268,16 @@ class Fit:
 
     def _save(self) -> None:
         """Where to go on from."""
-        scaler = self.accelerator.scaler
         more = {
             "optimiser": self.optimiser.state_dict(),
-            "scaler": scaler.state_dict() if scaler is not None else None,
+            "precision": self.precision.state(),
             "best": vars(self.best),
+            "looked": self.looked,
         }
         self._write(self.run.checkpoint, more)
 
     def _save_best(self) -> None:
-        """The weights alone, after the checkpoint that says they are the best: who finds that one knows whether these are missing."""
+        """The weights alone, after the checkpoint that says they are the best: who finds it knows whether these are missing."""
         self._write(self.run.best, {"best": vars(self.best)})
 
     def _write(self, file: Path, more: dict[str, Any]) -> None:
@@ -313,7 +287,10 @@ class Fit:
         state = {"step": self.step, "model": weights, "facts": json.dumps(self.run.facts, sort_keys=True), **more}
         aside = file.with_suffix(".tmp")
         try:
-            torch.save(state, aside)
+            with aside.open("wb") as opened:
+                torch.save(state, opened)
+                opened.flush()
+                os.fsync(opened.fileno())
             os.replace(aside, file)
         except (OSError, RuntimeError) as error:
             aside.unlink(missing_ok=True)
@@ -331,9 +308,8 @@ class Fit:
             )
         fill(self.trained, kept["model"], file)
         self.optimiser.load_state_dict(kept["optimiser"])
-        if self.accelerator.scaler is not None and kept["scaler"]:
-            self.accelerator.scaler.load_state_dict(kept["scaler"])
-        self.step, self.best = int(kept["step"]), Best(**kept["best"])
+        self.precision.take(kept["precision"])
+        self.step, self.looked, self.best = int(kept["step"]), int(kept["looked"]), Best(**kept["best"])
         if self.best.step == self.step and not self._has_best():
             self._save_best()
         self.accelerator.print(f"{self.run.name}: going on from step {self.step}")
@@ -370,7 +346,7 @@ def _adam(trained: dict[str, nn.Parameter], schedule: Schedule) -> torch.optim.O
 
 
 def _loss(losses: dict[str, Tensor]) -> Tensor:
-    return torch.stack([value for key, value in losses.items() if not key.startswith("_")]).sum()
+    return torch.stack([lifted(value) for key, value in losses.items() if not key.startswith("_")]).sum()
 
 
 def _difference(kept: str, now: dict[str, Any] | None) -> str:
@@ -379,6 +355,10 @@ def _difference(kept: str, now: dict[str, Any] | None) -> str:
     return ", ".join(f"{key}: {before.get(key)} then, {after.get(key)} now" for key in keys[:3])
 
 
-class _nothing:
-    def __enter__(self) -> None: ...
-    def __exit__(self, *_: object) -> None: ...
+def _leave_signals(_: int) -> None:
+    """Ctrl-C is heard by all processes; those that make batches end when the one that asks for them does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+__all__ = ["Best", "Fit", "Run", "Schedule", "Task", "fill", "read"]

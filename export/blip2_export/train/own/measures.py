@@ -142,16 +142,23 @@ class Gallery:
 
     def recalls(self, model: Stage1) -> dict[str, float]:
         """R@1 and R@5 of texts for pictures and of pictures for texts, by similarity and, among few, by matching the best."""
-        scores = torch.stack([(torch.cat(self.vectors) @ image.T).amax(1) for image in self.images])
-        true = torch.zeros_like(scores, dtype=torch.bool)
+        true = torch.zeros(len(self.keys), len(self.texts), dtype=torch.bool)
         rows, columns = zip(*self.pairs, strict=True)
         true[list(rows), list(columns)] = True
+        scores = self._similar()
         found = _recalls(scores, true)
         if len(self.keys) <= _FEW:
             by_picture = self._matched(model, scores, lambda row, column: (row, column))
             by_text = self._matched(model, scores.T, lambda row, column: (column, row)).T
             found |= {f"reranked_{name}": value for name, value in _recalls(by_picture, true, by_text).items()}
         return found
+
+    def _similar(self) -> Tensor:
+        """[pictures, texts]"""
+        # In 16 bits many would be alike.
+        with torch.autocast("cpu", enabled=False):
+            texts = torch.cat(self.vectors)
+            return torch.stack([(texts @ image.T).amax(1) for image in self.images])
 
     def _matched(self, model: Stage1, scores: Tensor, pair: Callable[[int, int], tuple[int, int]]) -> Tensor:
         """Of each row's best candidates the logit of a match comes on top, as in LAVIS; the others stay behind them.

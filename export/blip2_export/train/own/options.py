@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from blip2_export.read.hub import locate
+from blip2_export.read.lavis import Parts
 from blip2_export.train.own import measures
 from blip2_export.train.own.batches import Sizes
 from blip2_export.train.own.chain import Chain
 from blip2_export.train.own.length import Length
 from blip2_export.train.own.loop import Schedule
+from blip2_export.train.own.lora import Lora
 from blip2_export.train.own.sources import DataError
 from blip2_export.train.own.stages import Setup
 
@@ -60,6 +63,7 @@ def add(parser: argparse.ArgumentParser, stage: str) -> None:
     """The options of a stage."""
     _add_data(parser.add_argument_group("data"), stage)
     _add_models(parser.add_argument_group("what is trained"), stage)
+    _add_lavis(parser.add_argument_group("what a LAVIS file leaves out, if --base is one"))
     _add_length(parser.add_argument_group("how long and how fast"), USUAL[stage])
     _add_machine(parser.add_argument_group("hardware"))
     _add_looking(parser.add_argument_group("looking on"), stage)
@@ -74,7 +78,7 @@ def setup(args: argparse.Namespace, stage: str) -> Setup:
     schedule = Schedule(1, rate, floor=least / rate, weight_decay=args.weight_decay, betas=usual.betas)
     return Setup(
         data=[weighted(said) for said in args.data],
-        base=args.base,
+        base=locate(str(args.base)),
         work=args.work,
         images=args.images,
         held_out=share_or_path(args.held_out),
@@ -97,6 +101,10 @@ def setup(args: argparse.Namespace, stage: str) -> Setup:
         answers=tuple(getattr(args, "answers", ())),
         held_out_answers=getattr(args, "held_out_answers", None),
         length=Length(args.steps, args.epochs or usual.epochs, args.warmup, usual.warmup),
+        parts=Parts(args.vision_weights, args.llm, args.tokenizer),
+        lora=Lora.parsed(args.lora) if getattr(args, "lora", None) else None,
+        frozen_float32=args.frozen_float32,
+        checkpointing=args.checkpointing,
     )
 
 
@@ -155,6 +163,8 @@ def _check(args: argparse.Namespace) -> None:
         raise DataError(f"--least-rate {args.least_rate}: it must be from 0 to --learning-rate")
     if not 0 <= args.weight_decay < float("inf"):
         raise DataError(f"--weight-decay {args.weight_decay}: it must be 0 or more")
+    if args.bert is not None and not args.bert.is_dir():
+        raise DataError(f"--bert {args.bert}: there is no such folder")
 
 
 def _add_data(group: argparse._ArgumentGroup, stage: str) -> None:
@@ -208,7 +218,7 @@ def _add_models(group: argparse._ArgumentGroup, stage: str) -> None:
         "--base",
         type=Path,
         required=True,
-        help=f"checkpoint that gives {what[stage]}: a Hugging Face folder with OPT or Flan-T5, or what else `convert` takes",
+        help=f"checkpoint that gives {what[stage]}: a Hugging Face folder with OPT or Flan-T5, an id on the hub, or what else `convert` takes",
     )
     group.add_argument(
         "--work", type=Path, required=True, help="folder for checkpoints, logs and the Q-Former's tokenizer"
@@ -221,10 +231,17 @@ def _add_models(group: argparse._ArgumentGroup, stage: str) -> None:
     group.add_argument(
         "--qformer",
         type=Path,
-        help="checkpoint whose Q-Former it starts from: --base itself, another, or what stage 1 left as a folder (--out of stage1)",
+        help="checkpoint whose Q-Former it starts from: --base itself, another, what stage 1 left as a folder (--out of stage1), or "
+        "a LAVIS file of stage 1 (with --bert for its tokenizer)",
     )
     group.add_argument("--queries", type=int, metavar="N", help="query tokens (default: the base's, 32 in the paper)")
     if stage == "stage2":
+        group.add_argument(
+            "--lora",
+            metavar="language|qformer[:RANK]",
+            help="train an adapter of --base alone, in its language model or its Q-Former, and write that to --out; `convert` and "
+            "`peft` put it on the base (rank 16, alpha twice the rank, dropout 0.05, as in peft's example for BLIP-2)",
+        )
         group.add_argument(
             "--prompt",
             default="",
@@ -246,6 +263,17 @@ def _add_models(group: argparse._ArgumentGroup, stage: str) -> None:
             metavar="N",
             help="questions of a picture in a step, at most (default: %(default)s)",
         )
+
+
+def _add_lavis(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--vision-weights", type=Path, metavar="FILE", help="its image encoder, as for `convert`")
+    group.add_argument("--llm", type=Path, metavar="FOLDER", help="the OPT or Flan-T5 model of a stage-2 file")
+    group.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="FOLDER",
+        help="bert-base-uncased for a stage-1 file, else the language model's",
+    )
 
 
 def _add_length(group: argparse._ArgumentGroup, usual: Usual) -> None:
@@ -294,7 +322,18 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
         "--precision",
         choices=("no", "bf16", "fp16"),
         default="no",
-        help="`bf16` or `fp16` (with scaled losses) for products; weights stay float32 (default: no, all is float32)",
+        help="`bf16` or `fp16` (with scaled losses) for products; trained weights stay float32, frozen ones are held in 16 bits "
+        "(default: no, all is float32; LAVIS takes fp16, and bf16 for Flan-T5, which overflows fp16)",
+    )
+    group.add_argument(
+        "--frozen-float32",
+        action="store_true",
+        help="hold frozen weights in float32 all the same: twice the memory, roundings as in a float32 checkpoint",
+    )
+    group.add_argument(
+        "--checkpointing",
+        action="store_true",
+        help="compute activations twice instead of keeping them: the same losses, less memory, about a third more time",
     )
     group.add_argument("--seed", type=int, default=0, help="of order, noise and first weights (default: %(default)s)")
     group.add_argument(

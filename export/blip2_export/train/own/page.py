@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,11 @@ def document(name: str, rows: Sequence[Row], thumbnails: dict[str, bytes]) -> st
 
 
 _FACTS = (("Settings", "settings"), ("Machine", "machine"))
+_SHARES: dict[str, Callable[[str], bool]] = {
+    "Retrieval, ranked anew by matching": lambda key: key.startswith("reranked"),
+    "Retrieval": lambda key: key.endswith(("r1", "r5")),
+    "Right answers": lambda _: True,
+}
 
 
 def _header(name: str, rows: Sequence[Row], steps: Sequence[Row]) -> str:
@@ -81,9 +86,11 @@ def _plots(steps: Sequence[Row], measured: Sequence[Row], best: float | None) ->
     ]
     found.append(figure("loss, held out", [Line("loss", held.pop("loss", []), True)], best) if len(losses) > 1 else "")
     held.pop("loss", None)
-    shares = [Line(f"{key}, held out", held.pop(key), True) for key in list(held) if _is_share(key)]
+    for title, belongs in _SHARES.items():
+        mine = [key for key in held if _is_share(key) and belongs(key)]
+        found.append(figure(f"{title}, held out", [Line(key, held.pop(key), True) for key in mine], best))
     learnt = [Line(key, _points(steps, key)) for row in steps[-1:] for key in row if _is_share(key)]
-    found += [figure("Right answers", shares, best), figure("Right in the batch", learnt)]
+    found.append(figure("Right in the batch", learnt))
     found += [figure(f"{key}, held out", [Line(key, points, True)], best) for key, points in held.items()]
     single = {"rate": "Learning rate", "gradient_norm": "Gradient norm", "temperature": "Temperature"}
     found += [figure(title, [Line(key, _points(steps, key))]) for key, title in single.items()]
@@ -93,7 +100,7 @@ def _plots(steps: Sequence[Row], measured: Sequence[Row], best: float | None) ->
 
 def _is_share(key: str) -> bool:
     """Whether it lies from 0 to 1, by its name."""
-    return any(word in key for word in ("accuracy", "r1", "r5", "recalled", "right"))
+    return key.endswith(("accuracy", "r1", "r5", "recalled", "right"))
 
 
 def _points(rows: Sequence[Row], key: str, inside: str | None = None) -> list[tuple[float, float]]:
@@ -180,7 +187,7 @@ p { margin: .25rem 0; } .soft { color: var(--soft); font-size: .9rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child, .facts td { text-align: left; } th, .facts td:first-child { color: var(--soft); font-weight: 500; }
-.facts td { white-space: normal; } .chosen td { font-weight: 700; }
+.facts td + td { white-space: normal; } .chosen td { font-weight: 700; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 0 1.5rem; }
 figure { margin: 0; min-width: 0; } figcaption { font-size: .85rem; color: var(--soft); } figcaption b { color: var(--ink); }
 svg { width: 100%; height: auto; display: block; } svg text { fill: var(--soft); font: 11px system-ui, sans-serif; }

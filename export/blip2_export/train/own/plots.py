@@ -45,7 +45,7 @@ def _svg(title: str, lines: Sequence[Line], best: float | None) -> str:
     x = _Axis([p[0] for line in lines for p in line.points], _LEFT, _WIDTH - _RIGHT)
     y = _Axis([p[1] for line in lines for p in line.points], _TALL - _BOTTOM, _TOP)
     parts = [f'<svg viewBox="0 0 {_WIDTH} {_TALL}" role="img" aria-label="{escape(title)}">']
-    for at in x.ticks():
+    for at in x.ticks(least=1):
         parts.append(f'<line class="axis" x1="{x(at)}" x2="{x(at)}" y1="{_TOP}" y2="{_TALL - _BOTTOM}"/>')
         parts.append(f'<text x="{x(at)}" y="{_TALL - _BOTTOM + 16}" text-anchor="middle">{short(at)}</text>')
     for at in y.ticks():
@@ -84,8 +84,9 @@ class _Axis:
         share = (value - self.low) / (self.high - self.low)
         return round(self.start + share * (self.end - self.start), 1)
 
-    def ticks(self, n: int = 5) -> list[float]:
-        rough = (self.high - self.low) / n
+    def ticks(self, n: int = 5, least: float = 0) -> list[float]:
+        """Round values; `least`: between two of them."""
+        rough = max(least, (self.high - self.low) / n)
         power = 10.0 ** math.floor(math.log10(rough))
         step = next(f * power for f in (1, 2, 5, 10) if f * power >= rough * (1 - 1e-9))
         first = math.ceil(self.low / step)

@@ -14,12 +14,13 @@ from blip2_export.train.own import page
 from blip2_export.train.own.board import Board
 from blip2_export.train.own.log import Log, Row
 from blip2_export.train.own.pace import Pace
+from blip2_export.train.own.run import Run
 
 if TYPE_CHECKING:
     from blip2_export.train.own.estimate import Rehearsal
-    from blip2_export.train.own.loop import Run
 
 _OFTEN_S = 0.2  # a line on a terminal is not drawn anew more often
+_DETAILS = ("reranked_", "text_", "image_")  # for the log and the page
 _OWN = ("step", "steps", "at", "left_s", "step_s", "pictures_per_s", "rate", "gradient_norm")
 
 
@@ -36,7 +37,12 @@ class Progress:
     ) -> None:
         self.run, self.step, self.tells = run, start, tells
         self.screen = Screen(stream or sys.stderr, clock)
-        self.pace = Pace({"measure": run.measure_every}, {"save": run.save_seconds}, clock)
+        every = {
+            "measure": run.measure_every,
+            "keep": run.measure_every,
+            "sample": run.sample_every or run.measure_every,
+        }
+        self.pace = Pace(every, {"save": run.save_seconds}, clock)
         self.sums, self.count, self.took = dict[str, float](), 0, 0.0
         self.bad: set[str] = set()
         self.log = Log(run.log, start) if tells else None
@@ -71,13 +77,14 @@ class Progress:
         self._say(f"{self.run.name}: {n} steps of about {_short(found.step)} s are {_time(left)}; {memory}")
 
     def aside(self, kind: str) -> AbstractContextManager[None]:
-        """For what is no part of a step: `measure` or `save`."""
+        """For what is no part of a step: `measure`, `keep` what is best, `sample` or `save`."""
         return self.pace.aside(kind)
 
     def measured(self, found: dict[str, float], better: bool) -> None:
         """On what is held out."""
         self._row({"held_out": found, "better": better, "took_s": round(self.pace.last("measure"), 2)})
-        numbers = " ".join(f"{key} {_short(value)}" for key, value in found.items())
+        shown = (key for key in found if not key.startswith(_DETAILS))
+        numbers = " ".join(f"{key} {_short(found[key])}" for key in shown)
         best = ", the best so far" if better else ""
         self._say(f"{self.run.name} {self.step}: held out: {numbers}{best}")
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from transformers import Blip2QFormerModel
 
-from blip2_export.train import vqa
 from blip2_export.train.own import language
 from blip2_export.train.own.base import Base
 from blip2_export.train.own.captions import LONGEST, says_something
@@ -32,6 +31,11 @@ class Asked:
     ids: Tensor
     mask: Tensor
     texts: language.Texts
+
+    @property
+    def mass(self) -> Tensor:
+        """What the loss is divided by."""
+        return self.texts.mass
 
     def to(self, device: torch.device) -> Asked:
         """The same on another device."""
@@ -94,7 +98,7 @@ def model(base: Base, first: QFormer, side: int, speaks: language.Language) -> S
     """Everything of the base at another size, with the text branch of `first` in its Q-Former."""
     made = Stage2(_reader(base, first), base.model.query_tokens, speaks)
     made.language_projection.load_state_dict(base.model.language_projection.state_dict())
-    made.eye = vqa.at_size(base.vision, side)
+    made.eye = base.eye(side)
     made.embeddings = first.embeddings
     return made
 

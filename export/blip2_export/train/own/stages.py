@@ -12,13 +12,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from blip2_export.read.adapter import open_folder
-from blip2_export.read.checkpoint import Checkpoint, CheckpointError
+from blip2_export.read.lavis import Parts
 from blip2_export.train.frozen import frozen
 from blip2_export.train.own import (
     batches,
     estimate,
     folders,
+    hardware,
     language,
     loop,
     machine,
@@ -36,6 +36,7 @@ from blip2_export.train.own.batches import Batches, Part, Sizes
 from blip2_export.train.own.held_out import HeldOut
 from blip2_export.train.own.length import Length
 from blip2_export.train.own.loop import Fit, Run, Schedule, Task
+from blip2_export.train.own.lora import Adapter, Lora, adapt
 from blip2_export.train.own.order import Order
 from blip2_export.train.own.order import Part as Weighted
 from blip2_export.train.own.sources import DataError
@@ -54,7 +55,8 @@ class Setup:
     are written. `samples`: pictures whose captions or answers are shown, every `sample_every` steps or else with each measurement.
 
     `answers`, `held_out_answers`: the annotations of VQAv2's questions, for each set. `length`: gives `schedule` its steps once the
-    data is known.
+    data is known. `parts`: what a LAVIS file leaves out. `frozen_float32`: frozen weights stay float32 whatever the precision is;
+    otherwise they are held in what they are computed in. `checkpointing`: activations are computed twice instead of kept.
     """
 
     data: list[tuple[Path, float]]
@@ -81,6 +83,15 @@ class Setup:
     answers: tuple[Path, ...] = ()
     held_out_answers: Path | None = None
     length: Length | None = None
+    parts: Parts = field(default_factory=Parts)
+    lora: Lora | None = None
+    frozen_float32: bool = False
+    checkpointing: bool = False
+
+    @property
+    def held(self) -> str:
+        """The precision that frozen weights are held in."""
+        return "no" if self.frozen_float32 else self.precision
 
 
 @dataclass(frozen=True)
@@ -98,10 +109,12 @@ def train_stage1(setup: Setup, out: Path | None) -> list[records.Record]:
     Of every stage the records that were held out are given back.
     """
     accelerator = _accelerator(setup)
-    base, learnt = open_base(setup.base), _learnt(setup, batches.usable)
+    base, learnt = open_base(setup.base, setup.parts), _learnt(setup, batches.usable)
     setup = _planned(setup, learnt)
     tokenizer, first = _first(setup, base, learnt, accelerator)
     model = Stage1(first, tokenizer)
+    hardware.held(base.vision, setup.held)
+    _save_memory(setup, model)
     with frozen(base.vision, "image encoder"):
         make = _batches(setup, base, learnt)
         say = batches.captioned(model.encode)
@@ -132,16 +145,18 @@ def train_stage1(setup: Setup, out: Path | None) -> list[records.Record]:
 
 
 def train_stage2(setup: Setup, out: Path) -> list[records.Record]:
-    """The language model's loss in front of the frozen model; writes a folder."""
-    accelerator, base = _accelerator(setup), open_base(setup.base)
+    """The language model's loss in front of the frozen model; writes a folder, or an adapter of the base."""
+    accelerator, base = _accelerator(setup), open_base(setup.base, setup.parts)
     if not base.has_language:
         raise DataError(f"{setup.base}: it has no language model, which stage 2 needs")
+    hardware.check_language(setup.precision, base.family)
     learnt = _learnt(setup, batches.usable)
     setup = _planned(setup, learnt)
-    _, first = _first(setup, base, learnt, accelerator)
-    _take_stage1(first, setup)
     speaks = language.of_family(base.family, base.model.language_model, base.tokenizer())
-    model = Stage2(query_only(first.qformer), first.query_tokens, speaks)
+    hardware.held(base.vision, setup.held)
+    hardware.held(base.model.language_model, setup.held)
+    model, adapter = _second(setup, base, learnt, accelerator, speaks)
+    _save_memory(setup, model, base.model.language_model)
     with frozen(base.vision, "image encoder"), frozen(base.model.language_model, "language model"):
         make = _batches(setup, base, learnt)
         splits = base.family == "t5" and not setup.prompt
@@ -166,19 +181,39 @@ def train_stage2(setup: Setup, out: Path) -> list[records.Record]:
             looks.sample,
             looks.thumbnails,
             notes=lambda part: part.bad,
+            mass=lambda part: part.said.mass,
         )
-        _fit(
-            _run(setup, "stage2", accelerator),
-            task,
-            accelerator,
-            setup.write,
-            [base.vision, base.model.language_model],
-            out,
-        )
-    if accelerator.is_main_process:
+        still = [base.vision, base.model.language_model]
+        _fit(_run(setup, "stage2", accelerator), task, accelerator, setup.write, still, out)
+    if accelerator.is_main_process and adapter is not None:
+        folders.write_adapter(out, base, adapter)
+    elif accelerator.is_main_process:
         folders.write_stage2(out, base, model)
     accelerator.wait_for_everyone()
     return learnt.held_out
+
+
+def _second(
+    setup: Setup, base: Base, learnt: Learnt, accelerator: Accelerator, speaks: language.Language
+) -> tuple[Stage2, Adapter | None]:
+    """What stage 2 trains; with LoRA that is an adapter of the base as it is."""
+    if setup.lora is None:
+        _, first = _first(setup, base, learnt, accelerator)
+        from_stage1 = _take_stage1(first, setup)
+        model = Stage2(query_only(first.qformer), first.query_tokens, speaks)
+        if setup.qformer and not from_stage1:
+            start.fill_projection(model.language_projection, start.open_qformer(setup.qformer, setup.bert))
+        return model, None
+    if base.config.qformer_config.use_qformer_text_input:
+        raise DataError(f"{setup.base}: its Q-Former reads questions; --lora of stage 2 goes with one that does not")
+    if setup.qformer or setup.bert or setup.n_queries:
+        raise DataError("--lora adapts the base as it is; leave --qformer, --bert and --queries out")
+    model = Stage2(base.model.qformer, base.model.query_tokens, speaks)
+    model.language_projection.load_state_dict(base.model.language_projection.state_dict())
+    module = base.model.language_model if setup.lora.target == "language" else model.qformer
+    adapter = adapt(setup.lora, module, base.family, setup.seed)
+    model.adapt(adapter)
+    return model, adapter
 
 
 def train_questions(setup: Setup, out: Path, side: int, n_questions: int = 4) -> list[records.Record]:
@@ -186,16 +221,21 @@ def train_questions(setup: Setup, out: Path, side: int, n_questions: int = 4) ->
 
     What the Q-Former reads texts with is that of stage 1 in the work folder, or of --qformer.
     """
-    accelerator, base = _accelerator(setup), open_base(setup.base)
+    accelerator, base = _accelerator(setup), open_base(setup.base, setup.parts)
     if not base.has_language:
         raise DataError(f"{setup.base}: it has no language model, which answers")
+    hardware.check_language(setup.precision, base.family)
     questions.check_side(base, side)
+    if setup.lora is not None:
+        raise DataError("--lora goes with stage 2")
     learnt = _learnt(setup, questions.usable)
     setup = _planned(setup, learnt)
     tokenizer, first = _first(setup, base, learnt, accelerator)
     _take_stage1(first, setup)
     speaks = language.of_family(base.family, base.model.language_model, base.tokenizer())
     model = questions.model(base, first, side, speaks)
+    hardware.held(base.model.language_model, setup.held)
+    _save_memory(setup, model, base.model.language_model)
     with frozen(base.model.language_model, "language model"):
         make = Batches(learnt.order, base.look(side), setup.sizes, setup.seed)
         say = questions.asked(speaks, tokenizer, n_questions)
@@ -218,15 +258,10 @@ def train_questions(setup: Setup, out: Path, side: int, n_questions: int = 4) ->
             looks.sample,
             looks.thumbnails,
             notes=lambda part: part.bad,
+            mass=lambda part: part.said.mass,
         )
-        _fit(
-            _run(setup, "vqa", accelerator),
-            task,
-            accelerator,
-            setup.write,
-            [base.vision, base.model.language_model],
-            out,
-        )
+        still = [base.vision, base.model.language_model]
+        _fit(_run(setup, "vqa", accelerator), task, accelerator, setup.write, still, out)
     if accelerator.is_main_process:
         folders.write_stage2(out, base, model, tokenizer)
     accelerator.wait_for_everyone()
@@ -234,7 +269,15 @@ def train_questions(setup: Setup, out: Path, side: int, n_questions: int = 4) ->
 
 
 def _accelerator(setup: Setup) -> Accelerator:
-    return Accelerator(mixed_precision=setup.precision)
+    if setup.precision not in hardware.PRECISIONS:
+        raise DataError(f"the precision `{setup.precision}` is none of {', '.join(hardware.PRECISIONS)}")
+    # 16-bit arithmetic is `hardware`'s: the one of `accelerate` refuses fp16 on a CPU.
+    return Accelerator(mixed_precision="no")
+
+
+def _save_memory(setup: Setup, *modules: nn.Module) -> None:
+    if setup.checkpointing:
+        hardware.recomputed(*modules)
 
 
 def _run(setup: Setup, name: str, accelerator: Accelerator) -> Run:
@@ -246,14 +289,18 @@ def _run(setup: Setup, name: str, accelerator: Accelerator) -> Run:
         "prompt": setup.prompt,
         "batch": setup.sizes.batch,
         "seed": setup.seed,
-        "precision": setup.precision,
+        "accumulate": setup.sizes.accumulate,
+        "precision": [setup.precision, setup.held],
+        "lora": asdict(setup.lora) if setup.lora else None,
         "better": measures.better(name, setup.better)[0],
         **{key: value for key, value in asdict(setup.schedule).items() if key != "betas"},
     }
     more = {
+        "log_every": max(1, min(50, setup.schedule.steps // 100)),
         "measure_every": setup.measure_every,
         "patience": setup.patience,
         "workers": setup.workers,
+        "precision": setup.precision,
         "sample_every": setup.sample_every,
         "pictures": setup.sizes.batch,
         "tensorboard": setup.tensorboard,
@@ -327,21 +374,16 @@ def _planned(setup: Setup, learnt: Learnt) -> Setup:
 def _first(setup: Setup, base: Base, learnt: Learnt, accelerator: Accelerator) -> tuple[Any, Any]:
     """The Q-Former's tokenizer, and the Q-Former as it starts."""
     setup.work.mkdir(parents=True, exist_ok=True)
-    begins = start.Start(setup.bert, _opened(setup.qformer) if setup.qformer else None, setup.n_queries)
+    given = start.open_qformer(setup.qformer, setup.bert) if setup.qformer else None
+    begins = start.Start(setup.bert, given, setup.n_queries)
     captions = (caption for record in learnt.train for caption in record.captions)
     with accelerator.main_process_first():
         tokenizer = start.tokenizer(setup.work, begins, captions)
     return tokenizer, start.qformer(base, begins, len(tokenizer))
 
 
-def _opened(folder: Path) -> Checkpoint:
-    try:
-        return open_folder(folder)
-    except CheckpointError as error:
-        raise DataError(str(error)) from error
-
-
-def _take_stage1(first: nn.Module, setup: Setup) -> None:
+def _take_stage1(first: nn.Module, setup: Setup) -> bool:
+    """Whether there was one in the work folder."""
     file = setup.work / "stage1.pt"
     best = setup.work / "stage1_best.pt"
     if setup.write == "best" and file.exists() and best.exists():
@@ -349,9 +391,10 @@ def _take_stage1(first: nn.Module, setup: Setup) -> None:
     if not file.exists():
         if setup.qformer is None:
             raise DataError(f"{file} is missing; run `train stage1` with the same --work first, or name --qformer")
-        return
+        return False
     kept = {name.removeprefix("qformer."): value for name, value in loop.read(file)["model"].items()}
     loop.fill(dict(first.named_parameters()), kept, file)
+    return True
 
 
 def _batches(setup: Setup, base: Base, learnt: Learnt) -> Batches:

@@ -78,3 +78,8 @@ def mean(value: Tensor) -> Tensor:
         distributed.all_reduce(value)
         value /= size()
     return value
+
+
+def any_(value: bool) -> bool:
+    """Whether it holds in one of them."""
+    return bool(mean(torch.tensor(float(value))) > 0) if size() > 1 else value
