@@ -156,7 +156,7 @@ class Fit:
 
     def _foretell(self, progress: Progress) -> None:
         """Rehearses a step, and measures what is held out before anything is learnt; neither leaves anything behind."""
-        if self.task.measure and self.step == 0:
+        if self.task.measure and self.run.measures_first and self.step == 0:
             with progress.aside("measure"), self._looking() as model:
                 found = together.agreed(self.task.measure(model))
             progress.measured(found, False)

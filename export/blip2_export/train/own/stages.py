@@ -299,6 +299,7 @@ def _run(setup: Setup, name: str, accelerator: Accelerator) -> Run:
         "log_every": max(1, min(50, setup.schedule.steps // 100)),
         "measure_every": setup.measure_every,
         "patience": setup.patience,
+        "measures_first": True,
         "workers": setup.workers,
         "precision": setup.precision,
         "sample_every": setup.sample_every,
