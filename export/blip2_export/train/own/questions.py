@@ -39,12 +39,12 @@ class Asked:
 
 def asked(
     texts: language.Language, tokenizer: Any, n_questions: int, every_answer: bool = True
-) -> Callable[[list[Record], random.Random, Tensor], Asked]:
+) -> Callable[[list[Record], Sequence[random.Random], Tensor], Asked]:
     """So many questions of each picture. `every_answer`: each is a row with its weight, as LAVIS trains; otherwise one is drawn by it."""
 
-    def say(records: list[Record], rng: random.Random, _: Tensor) -> Asked:
+    def say(records: list[Record], rngs: Sequence[random.Random], _: Tensor) -> Asked:
         rows, questions = [], []
-        for place, record in enumerate(records):
+        for place, (record, rng) in enumerate(zip(records, rngs, strict=True)):
             for question in rng.sample(record.questions, min(n_questions, len(record.questions))):
                 for answer, weight in _answers(question, rng, every_answer):
                     rows.append(language.Text(place, PROMPT.format(question.text), answer, weight))
