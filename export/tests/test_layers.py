@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "scenes": {"engine"},
     "check": {"read", "graphs", "reference", "bundle", "scenes", "engine", "vocabulary"},
     "measure": {"read", "graphs", "reference", "bundle", "engine", "check", "processors"},
-    "train": {"graphs", "scenes", "vocabulary"},
+    "train": {"read", "graphs", "reference", "bundle", "scenes", "engine", "vocabulary"},
 }
 
 

@@ -68,7 +68,10 @@ def test_the_loss_of_texts_is_that_of_the_reference(folder: Path, family: str) -
     """`transformers` computes it from ids that hold the pictures' places, one text at a time."""
     base = open_base(folder / family)
     speaks = language.of_family(family, base.model.language_model, base.tokenizer())
-    rows = [language.Text(0, "a photo of", "a red ring"), language.Text(1, "a photo of", "two large blue stars near it")]
+    rows = [
+        language.Text(0, "a photo of", "a red ring"),
+        language.Text(1, "a photo of", "two large blue stars near it"),
+    ]
     texts = speaks.texts(rows)
     torch.manual_seed(0)
     pixels = torch.randn(2, 3, base.config.vision_config.image_size, base.config.vision_config.image_size)
@@ -104,7 +107,7 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(folder: Path, mo
 
     assert saves.default > 0
     run = stages._run
-    monkeypatch.setattr(stages, "_run", lambda s, name: loop.Run(**{**run(s, name).__dict__, "save_seconds": 0.0}))
+    monkeypatch.setattr(stages, "_run", lambda *given: loop.Run(**{**run(*given).__dict__, "save_seconds": 0.0}))
     monkeypatch.setattr(loop.Fit, "_update", dies)
     with pytest.raises(KeyboardInterrupt):
         stages.train_stage1(killed, None)
@@ -117,7 +120,7 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(folder: Path, mo
 
 def test_a_work_folder_of_another_run_is_refused(folder: Path) -> None:
     stages.train_stage1(setup(folder, "opt", "mine"), None)
-    with pytest.raises(ValueError, match="other settings .*seed: 0 then, 7 now"):
+    with pytest.raises(ValueError, match=r"other settings .*seed: 0 then, 7 now"):
         stages.train_stage1(setup(folder, "opt", "mine", seed=7), None)
 
 

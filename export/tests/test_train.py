@@ -12,17 +12,15 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Blip2ForConditionalGeneration, Blip2Processor, OPTForCausalLM, T5ForConditionalGeneration
 
 from blip2_export.bundle import Choices, convert
-from blip2_export.scenes import dataset, drawing
+from blip2_export.scenes import drawing
 from blip2_export.train import cli, demo, language, muon, seq2seq, speaker, stage1, stage2, text
 from blip2_export.train.features import Pairs
 from blip2_export.train.frozen import frozen
-from blip2_export.train.images import CaptionedImages, DataError, clean
 from blip2_export.train.loop import Phase, Schedule, Task, fit
 from blip2_export.train.qformer import QFormer
 from blip2_export.train.qformer import config as qformer_config
@@ -441,34 +439,3 @@ def test_stage_2_drops_the_text_branch_and_keeps_the_queries(stage: stage1.Stage
     with torch.no_grad():
         kept = copy(query_embeds=tokens, encoder_hidden_states=features).last_hidden_state
         torch.testing.assert_close(kept, stage.model.queries(features), atol=1e-9, rtol=1e-9)
-
-
-def test_real_data_is_read_in_coco_and_in_karpathy_form(tmp_path: Path) -> None:
-    dataset.write_dataset(tmp_path / "d", 5, 0, 64)
-    batch = CaptionedImages(tmp_path / "d").batch(0, 8, 32)
-    assert batch.pixels.shape == (8, 3, 32, 32)
-    assert batch.true.diagonal().all() and not batch.true.all()
-    (tmp_path / "rows.json").write_text(json.dumps([{"image": "d/000000.png", "caption": ["One!", "Two"]}]))
-    assert set(CaptionedImages(tmp_path / "rows.json").batch(0, 9, 32).captions) == {"one", "two"}
-    Image.new("L", (4, 4)).save(tmp_path / "grey.png")
-    (tmp_path / "grey.json").write_text(json.dumps([{"image": "grey.png", "caption": "x"}]))
-    assert CaptionedImages(tmp_path / "grey.json").batch(0, 1, 32).pixels.shape == (1, 3, 32, 32)
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        ("{", "not valid JSON"),
-        ('{"a": 1}', "neither COCO"),
-        ("[]", "no picture"),
-        ('[{"image": "x", "caption": "y"}]', "not there"),
-    ],
-)
-def test_unusable_data_is_refused_in_one_sentence(tmp_path: Path, content: str, said: str) -> None:
-    (tmp_path / "a.json").write_text(content)
-    with pytest.raises(DataError, match=said):
-        CaptionedImages(tmp_path / "a.json")
-
-
-def test_captions_are_cleaned_as_in_lavis() -> None:
-    assert clean("What's the time? 5:30") == "what's the time? 5 30"

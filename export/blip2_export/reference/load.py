@@ -40,20 +40,26 @@ def tensor(checkpoint: Checkpoint, name: str, shape: tuple[int, ...] | None = No
 def _adapt(eye: nn.Module, checkpoint: Checkpoint, side: int) -> None:
     """The layer norm in front of CLIP's blocks, the last norm's own epsilon, and position embeddings for another size."""
     import torch
-    from torch.nn import functional as F
 
     cfg: Any = eye.config
     eye.post_layernorm.eps = vision.post_layernorm_epsilon(cfg)
     if vision.has_pre_layernorm(cfg):
-        torch.nn.init.zeros_(eye.embeddings.patch_embedding.bias)
-        scale, shift = (tensor(checkpoint, f"vision_model.pre_layernorm.{k}") for k in ("weight", "bias"))
-
-        def normalise(_module: nn.Module, _inputs: tuple[Tensor, ...], x: Tensor) -> Tensor:
-            return F.layer_norm(x, (cfg.hidden_size,), scale, shift, cfg.layer_norm_eps)
-
-        eye.embeddings.register_forward_hook(normalise)
+        norm = add_pre_layernorm(eye)
+        for kind in ("weight", "bias"):
+            getattr(norm, kind).data.copy_(tensor(checkpoint, f"vision_model.pre_layernorm.{kind}"))
     if side != cfg.image_size:
         eye.embeddings.position_embedding = torch.nn.Parameter(_resized(eye.embeddings.position_embedding, side, cfg))
+
+
+def add_pre_layernorm(eye: nn.Module) -> nn.Module:
+    """CLIP's layer norm in front of the blocks, which the reference's image encoder has no place for, as `pre_layernorm` of it."""
+    import torch
+
+    torch.nn.init.zeros_(eye.embeddings.patch_embedding.bias)
+    norm = torch.nn.LayerNorm(eye.config.hidden_size, eye.config.layer_norm_eps)
+    eye.pre_layernorm = norm
+    eye.embeddings.register_forward_hook(lambda _module, _inputs, x: norm(x))
+    return norm
 
 
 def _resized(table: Tensor, side: int, cfg: Any) -> Tensor:

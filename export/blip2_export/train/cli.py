@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 import torch
 
-from blip2_export.train import demo, pairs
-from blip2_export.train.images import CaptionedImages, DataError
-from blip2_export.train.loop import Phase, Schedule
+from blip2_export.read.checkpoint import CheckpointError
+from blip2_export.train import demo
+from blip2_export.train.own import folders, options, stages
+from blip2_export.train.own.stop import Stopped
 
-_RESUMES = "A killed run goes on from its last checkpoint in --work; losses are logged to WORK/<phase>.jsonl."
+_RESUMES = "A killed run goes on from its last checkpoint in --work; what is measured goes to WORK/<phase>.jsonl."
+_MANY = "Several processes: start it with `accelerate launch -m blip2_export train …` or `torchrun -m`."
+_STAGES = {
+    "stage1": (
+        "pictures with captions: ITC, ITM and ITG, image encoder frozen",
+        "Trains a Q-Former around the image encoder of --base.",
+    ),
+    "stage2": (
+        "pictures with captions: language modelling behind the queries, image encoder and language model frozen",
+        "Goes on from stage 1 in the same --work, or from --qformer.",
+    ),
+    "vqa": (
+        "questions and answers: the Q-Former reads the question, image encoder and Q-Former trained, language model frozen",
+        "Goes on from --base, what stage 2 left; what reads the question comes from stage 1 in the same --work, or from --qformer.",
+    ),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,23 +41,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"--work share the phases that they have in common. {_RESUMES}",
     )
     _add_demo(chain)
-    first = what.add_parser(
-        "stage1",
-        help="stage 1 on image-caption pairs: ITC, ITM and ITG, ViT frozen",
-        description=f"Trains a Q-Former around the ViT of --base. {_RESUMES}",
-    )
-    second = what.add_parser(
-        "stage2",
-        help="stage 2 on image-caption pairs: LM loss, ViT and language model frozen",
-        description=f"Goes on from stage 1 in the same --work and writes a Hugging Face folder to --out. {_RESUMES}",
-    )
-    second.add_argument("--out", type=Path, required=True, help="the Hugging Face folder to write")
-    second.add_argument("--prompt", default="", help="text before every caption, such as `a photo of` (default: none)")
-    for stage, steps in ((first, 250_000), (second, 80_000)):
-        _add_pairs(stage, steps)
-    for command in (chain, first, second):
-        command.add_argument("--work", type=Path, required=True, help="folder for checkpoints, logs and tokenizers")
-        command.add_argument("--threads", type=int, default=0, help="CPU threads (default: PyTorch's choice)")
+    for stage, (summary, does) in _STAGES.items():
+        own = what.add_parser(stage, help=summary, description=f"{does} {_RESUMES} {_MANY}")
+        options.add(own, stage)
+        own.add_argument(
+            "--out",
+            type=Path,
+            required=stage != "stage1",
+            help="the Hugging Face folder to write"
+            + (" (default: none, stage 2 needs none)" if stage == "stage1" else ""),
+        )
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
@@ -61,49 +71,50 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="the Hugging Face folder to write")
     parser.add_argument("--tiny", action="store_true", help="three steps a phase: tries the chain, learns nothing")
-
-
-def _add_pairs(parser: argparse.ArgumentParser, steps: int) -> None:
-    parser.add_argument(
-        "--data",
-        type=Path,
-        required=True,
-        help="COCO captions file, a list of {image, caption} rows, or a folder with annotations.json or captions.json",
-    )
-    parser.add_argument("--images", type=Path, help="folder that picture names start from (default: beside the file)")
-    parser.add_argument(
-        "--base", type=Path, required=True, help="BLIP-2 OPT folder that gives ViT, language model and dimensions"
-    )
-    parser.add_argument("--bert", type=Path, help="BERT folder that the Q-Former starts from (default: from nothing)")
-    parser.add_argument("--steps", type=int, default=steps, help="default: %(default)s, as in the paper")
-    parser.add_argument("--batch-size", type=int, default=64, help="default: %(default)s")
-    parser.add_argument("--learning-rate", type=float, default=1e-4, help="peak, after warm-up (default %(default)s)")
-    parser.add_argument("--warmup", type=int, default=2000, help="steps of linear warm-up (default %(default)s)")
+    parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints, logs and tokenizers")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: PyTorch's choice)")
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.threads:
-        torch.set_num_threads(args.threads)
     try:
-        args.work.mkdir(parents=True, exist_ok=True)
-        if args.what == "demo":
-            if args.without_stage1 and args.stage != "stage2":
-                raise ValueError("--without-stage1 is for --stage stage2 only")
-            plan = demo.TINY if args.tiny else demo.Plan()
-            demo.train(demo.Demo(args.work, plan, args.stage, args.llm, args.without_stage1), args.out)
-        else:
-            _run_stage(args)
-    except (DataError, ValueError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        if args.threads > 0:
+            torch.set_num_threads(args.threads)
+        (_run_demo if args.what == "demo" else _run_own)(args)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.status
+    except (CheckpointError, ValueError, FloatingPointError) as error:
+        return _refuse(error)
+    except OSError as error:
+        if os.environ.get("BLIP2_TRACEBACK") or not error.strerror:
+            raise
+        return _refuse(f"{error.filename or args.work}: {error.strerror}; what was saved before is as it was")
     return 0
 
 
-def _run_stage(args: argparse.Namespace) -> None:
-    data = CaptionedImages(args.data, args.images)
-    phase = Phase(args.what, args.work, Schedule(args.steps, args.learning_rate, warmup=args.warmup))
-    setup = pairs.Setup(data, args.base, args.work, args.bert, args.batch_size, getattr(args, "prompt", ""))
+def _run_demo(args: argparse.Namespace) -> None:
+    args.work.mkdir(parents=True, exist_ok=True)
+    if args.without_stage1 and args.stage != "stage2":
+        raise ValueError("--without-stage1 is for --stage stage2 only")
+    plan = demo.TINY if args.tiny else demo.Plan()
+    demo.train(demo.Demo(args.work, plan, args.stage, args.llm, args.without_stage1), args.out)
+
+
+def _run_own(args: argparse.Namespace) -> None:
+    setup = options.setup(args, args.what)
+    if args.out is not None:
+        read = [setup.base, setup.work, setup.bert, setup.qformer, setup.images, setup.held_out]
+        folders.check(args.out, [path for path in (*read, *(p for p, _ in setup.data)) if isinstance(path, Path)])
     if args.what == "stage1":
-        pairs.train_stage1(setup, phase)
+        stages.train_stage1(setup, args.out)
+    elif args.what == "stage2":
+        stages.train_stage2(setup, args.out)
     else:
-        pairs.train_stage2(setup, phase, args.out)
+        stages.train_questions(setup, args.out, args.image_size, args.questions)
+
+
+def _refuse(said: object) -> int:
+    """One line, however long the value is that it quotes."""
+    line = " ".join(str(said).split())
+    print(f"error: {line if len(line) <= 600 else f'{line[:300]} … {line[-300:]}'}", file=sys.stderr)
+    return 1

@@ -29,7 +29,9 @@ class Bad:
             self._write(new)
             self.known = {**self._read(), **self.known, **new}
         if len(self.known) > self.most:
-            raise DataError(f"{self}, more than {self.most:.0f}; mend the data, or let more be bad, and remove the file")
+            raise DataError(
+                f"{self}, more than {self.most:.0f}; mend the data, or let more be bad, and remove the file"
+            )
         return new
 
     def end(self) -> None:

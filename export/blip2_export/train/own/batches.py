@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip2_export.train.images import clean
 from blip2_export.train.own import language, pictures, together
+from blip2_export.train.own.captions import clean
 from blip2_export.train.own.order import Order
 from blip2_export.train.own.pictures import Kept, Look
-from blip2_export.train.own.records import Record
+from blip2_export.train.own.records import Record, passed_over
 from blip2_export.train.own.sources import DataError
 
 # What is said of records, by the chance of each row, and a few numbers from 0 to 1 for each.
@@ -33,6 +33,17 @@ class Sizes:
     def part(self) -> int:
         """Pictures of one part of one process."""
         return self.batch // (self.accumulate * together.size())
+
+    def check(self) -> None:
+        """Refuses a step that cannot be cut into equal parts."""
+        n, processes = self.accumulate, together.size()
+        if self.batch < 1 or n < 1:
+            raise DataError(f"a batch of {self.batch} in {n} parts: both must be 1 or more")
+        if self.batch % (n * processes):
+            raise DataError(
+                f"a batch of {self.batch} cannot be cut into {n} parts for each of {processes} processes; "
+                f"--batch-size must be a multiple of {n * processes}"
+            )
 
 
 @dataclass
@@ -68,9 +79,7 @@ class Batches:
         augments: bool = False,
         memory: pictures.Memory | None = None,
     ) -> None:
-        if sizes.part * sizes.accumulate * together.size() != sizes.batch or sizes.batch < 1:
-            n = sizes.accumulate * together.size()
-            raise DataError(f"a batch of {sizes.batch} cannot be cut into {n} equal parts; name a multiple of {n}")
+        sizes.check()
         self.order, self.sizes, self.seed = order, sizes, seed
         self._looker = pictures.Looker(look, self._another, augments, memory)
 
@@ -109,9 +118,7 @@ def captioned(
     return say
 
 
-def written(
-    texts: language.Language, prompt: str, splits: bool
-) -> Say:
+def written(texts: language.Language, prompt: str, splits: bool) -> Say:
     """Of stage 2: what the language model reads in front of a caption, and the caption; `splits` cuts captions instead."""
 
     def say(records: list[Record], rngs: Sequence[random.Random], _: Tensor) -> language.Texts:
@@ -123,6 +130,11 @@ def written(
         return texts.texts(rows)
 
     return say
+
+
+def usable(records: list[Record]) -> tuple[list[Record], str]:
+    """Records with captions, and what was passed over."""
+    return [record for record in records if record.captions], passed_over(records)
 
 
 def number(text: str) -> int:

@@ -24,10 +24,16 @@ _LONGEST_FIELD = 1 << 24
 
 @dataclass(frozen=True)
 class Question:
-    """A question and its answers, each with its weight; weights sum up to 1."""
+    """A question and its answers, each with its weight; weights sum up to 1. `people`: how many answered."""
 
     text: str
     answers: tuple[tuple[str, float], ...]
+    people: int = 1
+
+    @property
+    def given(self) -> list[str]:
+        """The answer of each of them."""
+        return [answer for answer, weight in self.answers for _ in range(round(weight * self.people))]
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,7 @@ def _asked(name: str, question: object, answers: object, part: str = "") -> Said
     good = [str(answer) for answer in found if isinstance(answer, str) and answer.strip() and not _odd(answer)]
     if not good:
         return Said(name, part=part, refused="a question without an answer")
-    return Said(name, question=Question(str(question).strip(), weighted(good)), part=part)
+    return Said(name, question=Question(str(question).strip(), weighted(good), len(good)), part=part)
 
 
 def _odd(answer: str) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from blip2_export.train.own.hardware import lifted
 from blip2_export.train.own.sources import DataError
 
 _IGNORED = -100
@@ -50,14 +51,25 @@ class Texts:
         return ((self.labels != _IGNORED).sum(1) * self.weights).sum()
 
 
+@dataclass
+class SoFar:
+    """Texts that are being written; `places`: where in `logits` of them each row's next token is."""
+
+    texts: Texts
+    places: list[int]
+
+
 class Language(Protocol):
-    """A language model with its texts."""
+    """A language model with its texts. `ends`: tokens that end what it writes."""
 
     model: nn.Module
+    tokenizer: Any
     width: int
+    ends: set[int]
 
     def texts(self, rows: Sequence[Text]) -> Texts: ...
     def logits(self, prefix: Tensor, texts: Texts) -> Tensor: ...
+    def so_far(self, reads: Sequence[str], written: Sequence[list[int]]) -> SoFar: ...
 
 
 def of_family(family: str, model: Any, tokenizer: Any, max_length: int = 32) -> Language:
@@ -67,7 +79,7 @@ def of_family(family: str, model: Any, tokenizer: Any, max_length: int = 32) -> 
 
 def loss(language: Language, prefix: Tensor, texts: Texts) -> Tensor:
     """The weighted sum over tokens; `texts.mass` makes a mean of it."""
-    logits = language.logits(prefix, texts)
+    logits = lifted(language.logits(prefix, texts))
     each = F.cross_entropy(logits.transpose(1, 2), texts.labels, reduction="none", ignore_index=_IGNORED)
     return (each.sum(1) * texts.weights).sum()
 
@@ -81,6 +93,7 @@ class Opt:
     def __init__(self, model: Any, tokenizer: Any, max_length: int) -> None:
         self.model, self.tokenizer, self.max_length = model, tokenizer, max_length
         self.width = int(model.get_input_embeddings().embedding_dim)
+        self.ends = {self._ids("\n")[-1], int(model.config.eos_token_id)}
 
     def texts(self, rows: Sequence[Text]) -> Texts:
         encoded = []
@@ -104,6 +117,14 @@ class Opt:
         # Position n - 1 says the first of the text.
         return found.logits[:, n - 1 : -1]
 
+    def so_far(self, reads: Sequence[str], written: Sequence[list[int]]) -> SoFar:
+        start = [self.model.config.bos_token_id]
+        rows = [start + (self._ids(read) if read else []) + ids for read, ids in zip(reads, written, strict=True)]
+        # `logits` has no place behind the last token, so there is one more, which nothing attends to.
+        encoded = [([*row, start[0]], start) for row in rows]
+        texts = _padded(encoded, [Text(n, "", "") for n in range(len(rows))], self.model.config.pad_token_id)
+        return SoFar(texts, [len(row) for row in rows])
+
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
@@ -114,6 +135,7 @@ class T5:
     def __init__(self, model: Any, tokenizer: Any, max_length: int) -> None:
         self.model, self.tokenizer, self.max_length = model, tokenizer, max_length
         self.width = int(model.get_input_embeddings().embedding_dim)
+        self.ends = {int(model.config.eos_token_id)}
 
     def texts(self, rows: Sequence[Text]) -> Texts:
         encoded = [(self._ids(row.read), self._ids(row.written)) for row in rows]
@@ -125,10 +147,16 @@ class T5:
         found = self.model(
             inputs_embeds=torch.cat([prefix.to(embeds.dtype), embeds], 1),
             attention_mask=mask,
-            labels=texts.labels,
+            decoder_input_ids=self.model.prepare_decoder_input_ids_from_labels(texts.labels),
             use_cache=False,
         )
         return found.logits
+
+    def so_far(self, reads: Sequence[str], written: Sequence[list[int]]) -> SoFar:
+        # The label of the next token is not seen by its own place.
+        encoded = [(self._ids(read), [*ids, 0]) for read, ids in zip(reads, written, strict=True)]
+        texts = _padded(encoded, [Text(n, "", "") for n in range(len(encoded))], self.model.config.pad_token_id)
+        return SoFar(texts, [len(ids) for ids in written])
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, truncation=True, max_length=self.max_length).input_ids)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,57 +19,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from blip2_export.train.own import together
+from blip2_export.train.own.hardware import Precision, lifted
 from blip2_export.train.own.progress import Progress
+from blip2_export.train.own.run import Run, Schedule
 from blip2_export.train.own.sources import DataError
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Linear warm-up, then a cosine to `floor` × the peak (section 3.4 of the paper; AdamW with its β₂ of 0.98)."""
-
-    steps: int
-    learning_rate: float = 1e-4
-    warmup: int = 2000
-    floor: float = 0.1
-    weight_decay: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.98)
-    clip: float = 1.0
-
-    def factor(self, step: int) -> float:
-        """Of the peak rate at a step."""
-        if step < self.warmup:
-            return (step + 1) / self.warmup
-        share = min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
-        return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * share))
-
-
-@dataclass(frozen=True)
-class Run:
-    """A named phase: where its files go, how large its steps are, and how often it is looked at.
-
-    `accumulate`: parts of a step that are computed one after another. `measure_every`: steps between measurements on what is held out.
-    `patience`: measurements without a better one after which it ends, 0 for never.
-    """
-
-    name: str
-    work: Path
-    schedule: Schedule
-    seed: int = 0
-    accumulate: int = 1
-    workers: int = 2
-    log_every: int = 50
-    measure_every: int = 1000
-    save_seconds: float = 300.0
-    patience: int = 0
-    facts: dict[str, Any] | None = None
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.work / f"{self.name}.pt"
-
-    @property
-    def best(self) -> Path:
-        return self.work / f"{self.name}_best.pt"
+from blip2_export.train.own.stop import Interrupted, Stop, Stopped
 
 
 @dataclass(frozen=True)
@@ -76,8 +32,11 @@ class Task:
 
     `parts`: what a step sees, as so many parts of this process; made in another process, a pure function of the step.
     `losses`: of `model` on a part that lies on the device; the loss is their sum, keys that start with `_` are only logged.
-    `measure`: on what is held out; `better`: the key of it that tells the best checkpoint, and whether more is better.
+    `measure`: on what is held out; `better`: the key of it that tells the best checkpoint, and whether more is better. `sample`:
+    what the model says of a few pictures; `thumbnails`: those pictures, as JPEG. Both see the model in evaluation, and draw what
+    they like.
     `notes`: what parts have to say besides, such as pictures that could not be read.
+    `mass`: what the losses of a part are means over; parts count by it, so that so many small ones are one large one.
     """
 
     model: nn.Module
@@ -85,7 +44,20 @@ class Task:
     losses: Callable[[nn.Module, Any], dict[str, Tensor]]
     measure: Callable[[nn.Module], dict[str, Any]] | None = None
     better: tuple[str, bool] = ("loss", False)
+    sample: Callable[[nn.Module], list[dict[str, Any]]] | None = None
+    thumbnails: dict[str, bytes] = field(default_factory=dict)
     notes: Callable[[Any], dict[str, str]] = lambda _: {}
+    mass: Callable[[Any], Tensor] = lambda _: torch.ones(())
+
+
+@dataclass
+class Best:
+    """The best measurement so far: its value and step, and how many came since."""
+
+    by: str
+    value: float | None = None
+    step: int | None = None
+    since: int = 0
 
 
 class _Steps(Dataset[list[Any]]):
@@ -107,29 +79,74 @@ class Fit:
         run.work.mkdir(parents=True, exist_ok=True)
         self.trained = {name: p for name, p in task.model.named_parameters() if p.requires_grad}
         self.model = accelerator.prepare_model(task.model)
-        self.optimiser = accelerator.prepare_optimizer(_adam(self.trained, run.schedule))
-        self.step, self.best, self.since_best = 0, math.nan, 0
+        self.optimiser = _adam(self.trained, run.schedule)
+        self.precision = Precision(run.precision, accelerator.device)
+        # `looked`: the last step at which it was looked whether to measure.
+        self.step, self.looked, self.best = 0, 0, Best(task.better[0])
 
     def go(self) -> None:
-        """Trains, measures, saves; every file is whole at any moment."""
+        """Trains, measures, saves; every file is whole at any moment. Ends with `Stopped` if a signal asks it to."""
         self._resume()
-        run, steps = self.run, self.run.schedule.steps
-        if self.step >= steps:
+        if self._is_over:
             return
-        progress, saved = Progress(run, self.step, self.accelerator.is_main_process), time.monotonic()
+        progress = Progress(self.run, self.step, self.accelerator.is_main_process)
+        progress.thumbnails = self.task.thumbnails
+        try:
+            with Stop() as stop:
+                self._train(progress, stop)
+        finally:
+            progress.close()
+        self.accelerator.wait_for_everyone()
+
+    def take(self, best: bool) -> str:
+        """Puts the weights that are to be kept into the model: the best ones if wanted and known, else the last; says which."""
+        key, value, step = self.best.by, self.best.value, self.best.step
+        if not best:
+            return f"{self.run.name}: the last weights, of step {self.step}"
+        if step is None or value is None:
+            return f"{self.run.name}: the last weights, of step {self.step}, for nothing was measured"
+        if step != self.step:
+            fill(self.trained, read(self.run.best)["model"], self.run.best)
+        return (
+            f"{self.run.name}: the best weights by {key} ({value:.4g}), of step {step}; the last step was {self.step}"
+        )
+
+    @property
+    def _is_over(self) -> bool:
+        is_whole = self.step >= self.run.schedule.steps and self.looked == self.step
+        return is_whole or 0 < self.run.patience <= self.best.since
+
+    def _train(self, progress: Progress, stop: Stop) -> None:
         self.model.train()
-        for step, parts in self._batches(range(self.step, steps)):
+        with suppress(Interrupted):
+            self._go_on(progress, stop)
+        if not self._is_over:
+            self._save()
+            raise Stopped(self.run.name, self.step, self.run.schedule.steps, stop.signal)
+        is_whole = self.step >= self.run.schedule.steps
+        why = "all steps are done" if is_whole else f"not better for {self.run.patience} measurements"
+        progress.end(why, self.best.step)
+
+    def _go_on(self, progress: Progress, stop: Stop) -> None:
+        """Until it is over, or asked to stop."""
+        run, saved = self.run, time.monotonic()
+        if self.looked < self.step:  # it was stopped in front of a measurement, or within
+            self._look(progress, stop)
+        for step, parts in self._batches(range(self.step, run.schedule.steps)):
+            if self._is_over:
+                break
             progress.add(self._update(step, parts), [self.task.notes(part) for part in parts])
             self.step = step + 1
-            is_last = self.step == steps
-            if self.task.measure and (is_last or self.step % run.measure_every == 0) and self._measured(progress):
-                progress.write({"step": self.step, "ended": f"not better for {run.patience} measurements"})
-                is_last = True
-            if is_last or time.monotonic() - saved > run.save_seconds:
-                self._save(run.checkpoint, steps if is_last else self.step)
+            stop.asked = together.any_(stop.asked)
+            if stop.asked:
+                return
+            self._look(progress, stop)
+            if time.monotonic() - saved > run.save_seconds:
+                with progress.aside("save"):
+                    self._save()
                 saved = time.monotonic()
-            if is_last:
-                break
+        with progress.aside("save"):
+            self._save()
 
     def _update(self, step: int, parts: list[Any]) -> dict[str, float]:
         # The same noise whenever, and on whichever machine, the step is made.
@@ -138,43 +155,80 @@ class Fit:
         for group in self.optimiser.param_groups:
             group["lr"] = schedule.learning_rate * schedule.factor(step)
         self.optimiser.zero_grad()
-        for n, part in enumerate(parts):
-            is_last = n + 1 == len(parts)
-            with self.accelerator.autocast(), self.accelerator.no_sync(self.model) if not is_last else _nothing():
-                losses = self.task.losses(self.model, part)
-            total = torch.stack([value for key, value in losses.items() if not key.startswith("_")]).sum() / len(parts)
-            self._check(step, total)
-            self.accelerator.backward(total)
+        for n, (part, share) in enumerate(zip(parts, self._shares(parts), strict=True)):
+            waits = n + 1 < len(parts)
+            with self.accelerator.no_sync(self.model) if waits else nullcontext():
+                with self.precision.autocast():
+                    losses = self.task.losses(self.model, part)
+                total = torch.stack([lifted(losses[key]) for key in losses if not key.startswith("_")]).sum() * share
+                self._check(step, total, "the loss")
+                self.precision.scaler.scale(total).backward()
             for key, value in losses.items():
-                logged[key] = logged.get(key, 0.0) + float(together.mean(value)) / len(parts)
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.unscale_(self.optimiser.optimizer)
+                logged[key] = logged.get(key, 0.0) + float(together.mean(value)) * share
+        self.precision.scaler.unscale_(self.optimiser)
         norm = nn.utils.clip_grad_norm_(self.trained.values(), schedule.clip)
-        self.optimiser.step()
-        return {**logged, "_gradient": float(norm), "_rate": float(self.optimiser.param_groups[0]["lr"])}
+        self._check(step, norm, "the norm of the gradients")
+        self.precision.step(self.optimiser, float(norm))
+        logged |= {"_gradient_norm": float(norm), "_rate": float(self.optimiser.param_groups[0]["lr"])}
+        if self.precision.tolerates_overflow:
+            logged["_skipped"] = float(self.precision.skipped)
+        return {key: value for key, value in logged.items() if math.isfinite(value)}
 
-    def _check(self, step: int, total: Tensor) -> None:
-        if not torch.isfinite(total):
-            raise FloatingPointError(
-                f"{self.run.name}: the loss is {float(total)} at step {step}; lower --learning-rate"
-            )
+    def _shares(self, parts: list[Any]) -> list[float]:
+        masses = [float(together.mean(self.task.mass(part))) for part in parts]
+        return [mass / sum(masses) for mass in masses]
 
-    def _measured(self, progress: Progress) -> bool:
-        """Measures on what is held out; whether that was in vain too often."""
-        assert self.task.measure is not None
+    def _check(self, step: int, value: Tensor, what: str) -> None:
+        """All processes end where one has to: the others would wait for it."""
+        if not self.precision.tolerates_overflow and not torch.isfinite(together.mean(value)):
+            said = f"{self.run.name}: {what} is {float(value.detach())} at step {step}"
+            raise FloatingPointError(f"{said}; lower --learning-rate")
+
+    def _look(self, progress: Progress, stop: Stop) -> None:
+        """Measures and samples when it is time for that, and draws the page."""
+        run, task = self.run, self.task
+
+        def is_time(every: int) -> bool:
+            return self.step % every == 0 or self.step == run.schedule.steps
+
+        if task.measure and is_time(run.measure_every):
+            with progress.aside("measure"), stop.at_once(), self._looking() as model:
+                found = together.agreed(task.measure(model))
+            better, self.looked = self._is_better(found), self.step
+            progress.measured(found, better)
+            if better:
+                with progress.aside("keep"):
+                    self._save()
+                    self._save_best()
+        if task.sample and is_time(run.sample_every or run.measure_every):
+            with progress.aside("sample"), stop.at_once(), self._looking() as model:
+                samples = task.sample(model)
+            progress.sampled(samples)
+        self.looked = self.step
+        if is_time(run.measure_every):
+            progress.draw()
+
+    @contextmanager
+    def _looking(self) -> Iterator[nn.Module]:
+        """The model in evaluation, by itself in each process, which all see the same; modes and random state stay as they were."""
+        modes = [(module, module.training) for module in self.model.modules()]
+        cards = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
         self.model.eval()
-        with torch.no_grad(), self.accelerator.autocast():
-            found = self.task.measure(self.accelerator.unwrap_model(self.model))
-        self.model.train()
-        progress.write({"step": self.step, "held_out": found})
+        try:
+            with torch.random.fork_rng(cards), torch.no_grad(), self.precision.autocast(), together.alone():
+                yield self.accelerator.unwrap_model(self.model)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+    def _is_better(self, found: dict[str, float]) -> bool:
         key, more = self.task.better
-        value = float(found[key])
-        if math.isnan(self.best) or (value > self.best if more else value < self.best):
-            self.best, self.since_best = value, 0
-            self._save(self.run.best, self.step)
-        else:
-            self.since_best += 1
-        return 0 < self.run.patience <= self.since_best
+        value, best = float(found[key]), self.best.value
+        if math.isfinite(value) and (best is None or (value > best if more else value < best)):
+            self.best = Best(key, value, self.step)
+            return True
+        self.best.since += 1
+        return False
 
     def _batches(self, steps: range) -> Iterator[tuple[int, list[Any]]]:
         loader = DataLoader(
@@ -184,24 +238,35 @@ class Fit:
             num_workers=self.run.workers,
             # `parts` is a closure; nothing else can carry it over.
             multiprocessing_context="fork" if self.run.workers else None,
+            worker_init_fn=_leave_signals,
         )
         return zip(steps, loader, strict=True)
 
-    def _save(self, file: Path, step: int) -> None:
+    def _save(self) -> None:
+        """Where to go on from."""
+        more = {
+            "optimiser": self.optimiser.state_dict(),
+            "precision": self.precision.state(),
+            "best": vars(self.best),
+            "looked": self.looked,
+        }
+        self._write(self.run.checkpoint, more)
+
+    def _save_best(self) -> None:
+        """The weights alone, after the checkpoint that says they are the best: who finds it knows whether these are missing."""
+        self._write(self.run.best, {"best": vars(self.best)})
+
+    def _write(self, file: Path, more: dict[str, Any]) -> None:
         if not self.accelerator.is_main_process:
             return
-        scaler = self.accelerator.scaler
-        state = {
-            "step": step,
-            "model": {name: p.detach().cpu() for name, p in self.trained.items()},
-            "optimiser": self.optimiser.state_dict(),
-            "scaler": scaler.state_dict() if scaler is not None else None,
-            "best": (self.best, self.since_best),
-            "facts": json.dumps(self.run.facts, sort_keys=True),
-        }
+        weights = {name: p.detach().cpu() for name, p in self.trained.items()}
+        state = {"step": self.step, "model": weights, "facts": json.dumps(self.run.facts, sort_keys=True), **more}
         aside = file.with_suffix(".tmp")
         try:
-            torch.save(state, aside)
+            with aside.open("wb") as opened:
+                torch.save(state, opened)
+                opened.flush()
+                os.fsync(opened.fileno())
             os.replace(aside, file)
         except (OSError, RuntimeError) as error:
             aside.unlink(missing_ok=True)
@@ -219,10 +284,15 @@ class Fit:
             )
         fill(self.trained, kept["model"], file)
         self.optimiser.load_state_dict(kept["optimiser"])
-        if self.accelerator.scaler is not None and kept["scaler"]:
-            self.accelerator.scaler.load_state_dict(kept["scaler"])
-        self.step, (self.best, self.since_best) = int(kept["step"]), kept["best"]
+        self.precision.take(kept["precision"])
+        self.step, self.looked, self.best = int(kept["step"]), int(kept["looked"]), Best(**kept["best"])
+        if self.best.step == self.step and not self._has_best():
+            self._save_best()
         self.accelerator.print(f"{self.run.name}: going on from step {self.step}")
+
+    def _has_best(self) -> bool:
+        """Whether the best weights are those that the checkpoint speaks of."""
+        return self.run.best.exists() and read(self.run.best)["step"] == self.best.step
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -257,6 +327,10 @@ def _difference(kept: str, now: dict[str, Any] | None) -> str:
     return ", ".join(f"{key}: {before.get(key)} then, {after.get(key)} now" for key in keys[:3])
 
 
-class _nothing:
-    def __enter__(self) -> None: ...
-    def __exit__(self, *_: object) -> None: ...
+def _leave_signals(_: int) -> None:
+    """Ctrl-C is heard by all processes; those that make batches end when the one that asks for them does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+__all__ = ["Best", "Fit", "Run", "Schedule", "Task", "fill", "read"]

@@ -149,7 +149,8 @@ class Looker:
         known = self.memory.get(digest) if self.memory is not None else None
         if known is not None:
             return _One(record, None, digest, known)
-        return _One(record, self.look.pixels(data, chance if self.augments else None), digest)
+        pixels = self.look.pixels(data, chance) if self.augments else self.look.pixels(data)
+        return _One(record, pixels, digest)
 
 
 @dataclass

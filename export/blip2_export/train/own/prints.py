@@ -60,4 +60,3 @@ def _print(data: bytes) -> tuple[np.uint64, np.ndarray]:
     brighter = (grey[:, 1:] > grey[:, :-1] + _MARGIN).ravel()
     cells = np.asarray(picture.resize((_CELLS, _CELLS), Image.Resampling.BOX)).ravel()
     return np.packbits(brighter).view(np.uint64)[0], cells
-

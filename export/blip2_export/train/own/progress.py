@@ -1,45 +1,132 @@
-"""How a run goes: a line for people, one of JSON for machines, and an end that is foreseen."""
+"""How a run goes: a line for people, one of JSON for machines, TensorBoard's file where wanted, a page after every measurement."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, TextIO
 
-if TYPE_CHECKING:
-    from blip2_export.train.own.loop import Run
+from blip2_export.train.own import page
+from blip2_export.train.own.board import Board
+from blip2_export.train.own.log import Log, Row
+from blip2_export.train.own.pace import Pace
+from blip2_export.train.own.run import Run
+
+_OFTEN_S = 0.2  # a line on a terminal is not drawn anew more often
+_DETAILS = ("reranked_", "text_", "image_")  # for the log and the page
+_OWN = ("step", "steps", "at", "left_s", "step_s", "pictures_per_s", "rate", "gradient_norm")
 
 
 class Progress:
-    """Means over the steps since the last line."""
+    """Means over the steps since the last line. Of several processes one `tells`."""
 
-    def __init__(self, run: Run, start: int, tells: bool) -> None:
+    def __init__(
+        self,
+        run: Run,
+        start: int,
+        tells: bool,
+        clock: Callable[[], float] = time.monotonic,
+        stream: TextIO | None = None,
+    ) -> None:
         self.run, self.step, self.tells = run, start, tells
-        self.sums, self.count, self.since = dict[str, float](), 0, time.monotonic()
+        self.screen = Screen(stream or sys.stderr, clock)
+        every = {
+            "measure": run.measure_every,
+            "keep": run.measure_every,
+            "sample": run.sample_every or run.measure_every,
+        }
+        self.pace = Pace(every, {"save": run.save_seconds}, clock)
+        self.sums, self.count, self.took = dict[str, float](), 0, 0.0
         self.bad: set[str] = set()
+        self.log = Log(run.log, start) if tells else None
+        self.board = Board(run.work / "tensorboard" / run.name, self.log.rows) if self.log and run.tensorboard else None
+        self.thumbnails: dict[str, bytes] = {}
+        self._row({"resumed": True} if start else {"settings": run.facts or {}, "machine": run.machine})
 
     def add(self, measured: dict[str, float], notes: list[dict[str, str]]) -> None:
         """What a step measured, and which pictures it could not read."""
         for key, value in measured.items():
+            key = key.lstrip("_")
             self.sums[key] = self.sums.get(key, 0.0) + value
-        self.step, self.count = self.step + 1, self.count + 1
+        self.step, self.count, self.took = self.step + 1, self.count + 1, self.took + self.pace.step()
         for note in notes:
             self._note(note)
         if self.step % self.run.log_every == 0 or self.step == self.run.schedule.steps:
-            took = time.monotonic() - self.since
-            left = (self.run.schedule.steps - self.step) * took / self.count
-            means = {key: round(value / self.count, 6) for key, value in self.sums.items()}
-            self.write({"step": self.step, **means, "steps_per_s": round(self.count / took, 3), "left_s": round(left)})
-            self.sums, self.count, self.since = {}, 0, time.monotonic()
+            row = self._means()
+            self._row(row)
+            self._show(row, lasting=not self.screen.is_terminal)
+            self.sums, self.count, self.took = {}, 0, 0.0
+        elif self.screen.is_due():
+            self._show(self._means())
 
-    def write(self, row: dict[str, Any]) -> None:
-        """A line in the log of the run, and for whoever looks on."""
-        if not self.tells:
+    def aside(self, kind: str) -> AbstractContextManager[None]:
+        """For what is no part of a step: `measure`, `keep` what is best, `sample` or `save`."""
+        return self.pace.aside(kind)
+
+    def measured(self, found: dict[str, float], better: bool) -> None:
+        """On what is held out."""
+        self._row({"held_out": found, "better": better, "took_s": round(self.pace.last("measure"), 2)})
+        shown = (key for key in found if not key.startswith(_DETAILS))
+        numbers = " ".join(f"{key} {_short(found[key])}" for key in shown)
+        best = ", the best so far" if better else ""
+        self._say(f"{self.run.name} {self.step}: held out: {numbers}{best}")
+
+    def sampled(self, samples: list[dict[str, Any]]) -> None:
+        """What the model says of a few pictures."""
+        self._row({"samples": samples})
+        for sample in samples:
+            self._say(f"  {sample['picture']}: {sample['said']}")
+
+    def draw(self) -> None:
+        """The page, from the log."""
+        if self.log:
+            page.write(self.run.page, self.run.name, self.log.rows, self.thumbnails)
+
+    def end(self, why: str, best_step: int | None = None) -> None:
+        """The last line."""
+        self._row({"ended": why, "best_step": best_step})
+        self.draw()
+        self._say(f"{self.run.name} {self.step}: {why}; its page is {self.run.page}")
+
+    def _means(self) -> Row:
+        means = {key: round(value / self.count, 9) for key, value in self.sums.items()}
+        step_s = self.took / self.count
+        return {
+            "steps": self.count,
+            **means,
+            "pictures_per_s": round(self.run.pictures / step_s, 3),
+            "step_s": round(step_s, 6),
+            "left_s": round(self.pace.left(self.step, self.run.schedule.steps), 1),
+        }
+
+    def _row(self, row: Row) -> None:
+        if self.log is None:
             return
-        with (self.run.work / f"{self.run.name}.jsonl").open("a") as log:
-            log.write(json.dumps(row) + "\n")
-        print(f"{self.run.name} {_plain(row)} of {self.run.schedule.steps}", file=sys.stderr, flush=True)
+        self.log.add({"step": self.step, **row, "at": round(time.time(), 3)})
+        if self.board:
+            self.board.add(self.log.rows[-1])
+
+    def close(self) -> None:
+        """Leaves a terminal at the start of a line."""
+        self.screen.close()
+
+    def _show(self, row: Row, lasting: bool = False) -> None:
+        if self.tells:
+            self.screen.line(self._said(row), lasting)
+
+    def _said(self, row: Row) -> str:
+        losses = " ".join(f"{key} {_short(value)}" for key, value in row.items() if key not in _OWN)
+        speed = f"{_short(row['pictures_per_s'])} pictures/s, {_time(row['left_s'])} left"
+        rate = f" rate {row['rate']:.2e}" if "rate" in row else ""
+        return f"{self.run.name} {self.step} of {self.run.schedule.steps}: {losses}{rate}, {speed}"
+
+    def _say(self, text: str) -> None:
+        if self.tells:
+            self.screen.line(text, lasting=True)
 
     def _note(self, bad: dict[str, str]) -> None:
         new = {key: why for key, why in bad.items() if key not in self.bad}
@@ -49,19 +136,47 @@ class Progress:
         with (self.run.work / "bad_pictures.jsonl").open("a") as log:
             for key, why in new.items():
                 log.write(json.dumps({"picture": key, "why": why}) + "\n")
+        self._row({"bad": new})
         first, why = next(iter(new.items()))
-        print(
-            f"warning: {first} cannot be read ({why}); another takes its place, {len(self.bad)} so far", file=sys.stderr
-        )
+        self._say(f"warning: {first} cannot be read ({why}); another takes its place, {len(self.bad)} so far")
 
 
-def _plain(row: dict[str, Any]) -> str:
-    shown = {key: _time(value) if key == "left_s" else value for key, value in row.items()}
-    return " ".join(
-        f"{key.lstrip('_').removesuffix('_s') if key == 'left_s' else key} {value}" for key, value in shown.items()
-    )
+class Screen:
+    """Lines that last, and on a terminal one that is drawn over and over below them."""
+
+    def __init__(self, stream: TextIO, clock: Callable[[], float]) -> None:
+        self.stream, self.clock, self.drawn = stream, clock, -_OFTEN_S
+        self.is_terminal, self.is_open = stream.isatty(), False
+
+    def is_due(self) -> bool:
+        return self.is_terminal and self.clock() - self.drawn >= _OFTEN_S
+
+    def line(self, text: str, lasting: bool = False) -> None:
+        """Control characters are left out: file names and captions may have any."""
+        text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+        if self.is_terminal and not lasting:
+            text = text[: shutil.get_terminal_size().columns - 1]
+        elif not lasting:
+            return
+        start = "\r\x1b[K" if self.is_open else ""
+        self.stream.write(f"{start}{text}" + ("\n" if lasting else ""))
+        self.stream.flush()
+        self.is_open, self.drawn = not lasting, self.clock()
+
+    def close(self) -> None:
+        """The drawn line is the last."""
+        if self.is_open:
+            self.stream.write("\n")
+            self.stream.flush()
+            self.is_open = False
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) else str(value)
 
 
 def _time(seconds: float) -> str:
-    minutes, hours = divmod(round(seconds) // 60, 60)[::-1] if seconds >= 3600 else (round(seconds) // 60, 0)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min" if minutes else f"{round(seconds)} s"
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{round(seconds)} s"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"

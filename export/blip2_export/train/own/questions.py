@@ -12,16 +12,15 @@ import torch
 from torch import Tensor
 from transformers import Blip2QFormerModel
 
-from blip2_export.train import vqa
 from blip2_export.train.own import language
 from blip2_export.train.own.base import Base
-from blip2_export.train.own.records import Question, Record
+from blip2_export.train.own.records import Question, Record, passed_over
 from blip2_export.train.own.sources import DataError
 from blip2_export.train.own.stage2 import Stage2
 from blip2_export.train.qformer import QFormer
 
 PROMPT = "Question: {} Answer:"
-LONGEST = 32  # tokens of a question that the Q-Former reads
+TOKENS = 32  # of a question, that the Q-Former reads
 
 
 @dataclass
@@ -32,6 +31,11 @@ class Asked:
     mask: Tensor
     texts: language.Texts
 
+    @property
+    def mass(self) -> Tensor:
+        """What the loss is divided by."""
+        return self.texts.mass
+
     def to(self, device: torch.device) -> Asked:
         """The same on another device."""
         return Asked(self.ids.to(device), self.mask.to(device), self.texts.to(device))
@@ -40,7 +44,10 @@ class Asked:
 def asked(
     texts: language.Language, tokenizer: Any, n_questions: int, every_answer: bool = True
 ) -> Callable[[list[Record], Sequence[random.Random], Tensor], Asked]:
-    """So many questions of each picture. `every_answer`: each is a row with its weight, as LAVIS trains; otherwise one is drawn by it."""
+    """So many questions of each picture.
+
+    `every_answer`: each is a row with its weight, as LAVIS trains; otherwise one is drawn by it.
+    """
 
     def say(records: list[Record], rngs: Sequence[random.Random], _: Tensor) -> Asked:
         rows, questions = [], []
@@ -49,17 +56,48 @@ def asked(
                 for answer, weight in _answers(question, rng, every_answer):
                     rows.append(language.Text(place, PROMPT.format(question.text), answer, weight))
                     questions.append(question.text)
-        read = tokenizer(questions, padding=True, truncation=True, max_length=LONGEST, return_tensors="pt")
-        return Asked(read.input_ids, read.attention_mask, texts.texts(rows))
+        return Asked(*_read(tokenizer, questions), texts.texts(rows))
 
     return say
+
+
+@dataclass
+class Put:
+    """Questions, once each, and what the language model reads of them."""
+
+    asked: Asked
+    questions: list[Question]
+    reads: list[str]
+
+
+def put(
+    texts: language.Language, tokenizer: Any, n_questions: int
+) -> Callable[[list[Record], Sequence[random.Random], Tensor], Put]:
+    """So many questions of each picture, to be answered."""
+
+    def say(records: list[Record], rngs: Sequence[random.Random], _: Tensor) -> Put:
+        rows, found = [], []
+        for place, (record, rng) in enumerate(zip(records, rngs, strict=True)):
+            for question in rng.sample(record.questions, min(n_questions, len(record.questions))):
+                rows.append(language.Text(place, PROMPT.format(question.text), question.answers[0][0]))
+                found.append(question)
+        asked = Asked(*_read(tokenizer, [question.text for question in found]), texts.texts(rows))
+        return Put(asked, found, [row.read for row in rows])
+
+    return say
+
+
+def _read(tokenizer: Any, texts: list[str]) -> tuple[Tensor, Tensor]:
+    """What the Q-Former reads."""
+    read = tokenizer(texts, padding=True, truncation=True, max_length=TOKENS, return_tensors="pt")
+    return read.input_ids, read.attention_mask
 
 
 def model(base: Base, first: QFormer, side: int, speaks: language.Language) -> Stage2:
     """Everything of the base at another size, with the text branch of `first` in its Q-Former."""
     made = Stage2(_reader(base, first), base.model.query_tokens, speaks)
     made.language_projection.load_state_dict(base.model.language_projection.state_dict())
-    made.eye = vqa.at_size(base.vision, side)
+    made.eye = base.eye(side)
     made.embeddings = first.embeddings
     return made
 
@@ -74,9 +112,17 @@ def _reader(base: Base, first: QFormer) -> Blip2QFormerModel:
     return made
 
 
-def usable(records: Sequence[Record]) -> list[Record]:
-    """Records with questions."""
-    return [record for record in records if record.questions]
+def check_side(base: Base, side: int) -> None:
+    """Refuses a size that is no whole number of patches."""
+    patch = base.config.vision_config.patch_size
+    if side < patch or side % patch:
+        near = max(patch, round(side / patch) * patch)
+        raise DataError(f"pictures of {side} pixels are no whole number of patches of {patch}; {near} would be")
+
+
+def usable(records: list[Record]) -> tuple[list[Record], str]:
+    """Records with questions, and what was passed over."""
+    return [record for record in records if record.questions], passed_over(records)
 
 
 def _answers(question: Question, rng: random.Random, every: bool) -> Sequence[tuple[str, float]]:

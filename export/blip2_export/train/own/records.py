@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,9 +44,7 @@ class Record:
                 self.captions.append(str(caption))
 
 
-def read(
-    data: Path, images: Path | None = None, answers: Path | None = None, work: Path | None = None
-) -> list[Record]:
+def read(data: Path, images: Path | None = None, answers: Path | None = None, work: Path | None = None) -> list[Record]:
     """The records of a file, a folder or shards, ordered by key.
 
     `data` is one of: a COCO captions file, VQAv2's questions (with `answers`, its annotations, by default those beside it), Karpathy's or
@@ -62,6 +61,16 @@ def read(
     if file is None:
         return _beside(data)
     return _records(file, forms.rows(file, answers), images or file.parent)
+
+
+def passed_over(records: Iterable[Record]) -> str:
+    """What could not be learnt of them, by reason, and where it begins; nothing if all could."""
+    refused = [(why, record.key) for record in records for why in record.refused]
+    if not refused:
+        return ""
+    counts = Counter(why for why, _ in refused).most_common(4)
+    by_reason = ", ".join(f"{n} {why}" for why, n in counts)
+    return f"{len(refused)} texts are passed over ({by_reason}), the first is that of {refused[0][1]}"
 
 
 def _list_of(data: Path) -> Path | None:
@@ -133,4 +142,4 @@ def _below(root: Path, name: str, file: Path) -> Path:
     return Path(os.path.normpath(root / name))
 
 
-__all__ = ["PICTURES", "Question", "Record", "Said", "read", "weighted"]
+__all__ = ["PICTURES", "Question", "Record", "Said", "passed_over", "read", "weighted"]

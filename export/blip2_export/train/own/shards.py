@@ -168,7 +168,9 @@ def _unpacked(shard: Path, work: Path | None) -> Path:
                 _copy(packed, out, max(_BLOCK << 6, _MOST_SHRUNK * known.st_size), shard)
             os.replace(aside, plain)
         except (OSError, EOFError, lzma.LZMAError, zlib.error, ValueError) as error:
-            raise error if isinstance(error, DataError) else DataError(f"{shard}: it cannot be unpacked ({error})") from error
+            raise (
+                error if isinstance(error, DataError) else DataError(f"{shard}: it cannot be unpacked ({error})")
+            ) from error
         finally:
             aside.unlink(missing_ok=True)
     return plain
@@ -179,5 +181,7 @@ def _copy(packed: BinaryIO, out: BinaryIO, most: int, shard: Path) -> None:
     while block := packed.read(_BLOCK):
         size += len(block)
         if size > most:
-            raise DataError(f"{shard}: it unpacks to more than {_MOST_SHRUNK} times its size; that is no shard of pictures")
+            raise DataError(
+                f"{shard}: it unpacks to more than {_MOST_SHRUNK} times its size; that is no shard of pictures"
+            )
         out.write(block)

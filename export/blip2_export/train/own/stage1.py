@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blip2_export.train.own import together
+from blip2_export.train.own.hardware import lifted
 from blip2_export.train.qformer import QFormer
 
 SMOOTHING = 0.1  # LAVIS, of ITC and ITG
@@ -67,16 +68,17 @@ class Stage1(nn.Module):
 
     def vectors(self, queries: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Unit vectors of pictures [rows, queries, joint] and of texts [rows, joint]."""
-        image = F.normalize(self.qformer.vision_projection(queries), dim=-1)
-        text = F.normalize(self.qformer.text_projection(self.qformer.text(ids, mask)[:, 0]), dim=-1)
-        return image, text
+        image = self.qformer.vision_projection(queries)
+        text = self.qformer.text_projection(self.qformer.text(ids, mask)[:, 0])
+        return F.normalize(lifted(image), dim=-1), F.normalize(lifted(text), dim=-1)
 
     def _contrast(self, batch: Captions, queries: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The loss, both sides' logits [rows, all rows], and where a row of all is of the same picture."""
         image, text = self.vectors(queries, batch.ids, batch.mask)
         temperature = self.qformer.temperature
-        to_text = torch.einsum("iqd,td->itq", image, together.gathered(text)).amax(-1) / temperature
-        to_image = torch.einsum("td,iqd->tiq", text, together.gathered(image)).amax(-1) / temperature
+        with torch.autocast(image.device.type, enabled=False):
+            to_text = torch.einsum("iqd,td->itq", image, together.gathered(text)).amax(-1) / temperature
+            to_image = torch.einsum("td,iqd->tiq", text, together.gathered(image)).amax(-1) / temperature
         same = batch.picture[:, None] == together.gathered(batch.picture)[None]
         target = together.rank() * len(same) + torch.arange(len(same), device=same.device)
         others = same.scatter(1, target[:, None], False)
@@ -88,10 +90,12 @@ class Stage1(nn.Module):
         text = drawn(to_text.masked_fill(same, _FAR).softmax(1) * ~same, batch.chances[:, 0])
         image = drawn(to_image.masked_fill(same, _FAR).softmax(1) * ~same, batch.chances[:, 1])
         all_features, all_ids, all_mask = (together.gathered(t) for t in (batch.features, batch.ids, batch.mask))
-        logits = self.qformer.matching_logits(
-            torch.cat([batch.features, all_features[image], batch.features]),
-            torch.cat([batch.ids, batch.ids, all_ids[text]]),
-            torch.cat([batch.mask, batch.mask, all_mask[text]]),
+        logits = lifted(
+            self.qformer.matching_logits(
+                torch.cat([batch.features, all_features[image], batch.features]),
+                torch.cat([batch.ids, batch.ids, all_ids[text]]),
+                torch.cat([batch.mask, batch.mask, all_mask[text]]),
+            )
         )
         n = len(batch.ids)
         labels = torch.cat([torch.ones(n), torch.zeros(2 * n)]).long().to(logits.device)
@@ -103,7 +107,7 @@ class Stage1(nn.Module):
         queries, logits = self.qformer.captioning(batch.features, started, batch.mask)
         labels = torch.where(batch.mask.bool(), started, _IGNORED)[:, 1:]
         shape = {"ignore_index": _IGNORED, "label_smoothing": SMOOTHING, "reduction": "sum"}
-        total = F.cross_entropy(logits[:, :-1].transpose(1, 2), labels, **shape)
+        total = F.cross_entropy(lifted(logits[:, :-1]).transpose(1, 2), labels, **shape)
         return queries, total / together.mean((labels != _IGNORED).sum())
 
 

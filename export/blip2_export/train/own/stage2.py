@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from blip2_export.train.own import together
 from blip2_export.train.own.language import Language, Texts, loss
+from blip2_export.train.own.lora import Adapter
 
 
 @dataclass
@@ -25,7 +26,10 @@ class Written:
 
 
 class Stage2(nn.Module):
-    """What is trained: Q-Former, query tokens and projection; with `eye` the image encoder as well, with `embeddings` those of questions."""
+    """What is trained: Q-Former, query tokens and projection.
+
+    With `eye` the image encoder as well, with `embeddings` those of questions.
+    """
 
     def __init__(self, qformer: nn.Module, queries: Tensor, language: Language) -> None:
         super().__init__()
@@ -36,10 +40,27 @@ class Stage2(nn.Module):
         self.embeddings: nn.Module | None = None
         # Not a part: it is frozen, and goes into no checkpoint.
         self._language = (language,)
+        self._random: tuple[nn.Module, ...] = ()
 
     @property
     def language(self) -> Language:
         return self._language[0]
+
+    def adapt(self, adapter: Adapter) -> None:
+        """Nothing but the adapter is trained. Its matrices in the language model are parameters of this, the model is none."""
+        self.requires_grad_(False)
+        for p in adapter.parameters.values():
+            p.requires_grad_(True)
+        if adapter.lora.target == "language":
+            self.adapter = nn.ParameterDict({name.replace(".", "/"): p for name, p in adapter.parameters.items()})
+        self._random = tuple(adapter.dropouts)
+
+    def train(self, mode: bool = True) -> Stage2:
+        """Also what is random in an adapter of the language model, which itself is always in evaluation."""
+        for part in self._random:
+            part.train(mode)
+        super().train(mode)
+        return self
 
     def prefix(self, batch: Written) -> Tensor:
         """Soft prompts [rows, queries, width of the language model], a row for each text."""

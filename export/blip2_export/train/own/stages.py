@@ -1,9 +1,9 @@
-"""Stage 1 and stage 2 on own data, from the data to a folder."""
+"""Stage 1, stage 2 and questions on own data, from the data to a folder."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+import sys
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +11,48 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from blip2_export.read.lavis import Parts
 from blip2_export.train.frozen import frozen
-from blip2_export.train.own import batches, folders, language, loop, pictures, questions, records, split, start
+from blip2_export.train.own import (
+    batches,
+    folders,
+    hardware,
+    language,
+    loop,
+    machine,
+    measures,
+    pictures,
+    questions,
+    start,
+    watch,
+)
 from blip2_export.train.own.base import Base, open_base
 from blip2_export.train.own.batches import Batches, Part, Sizes
+from blip2_export.train.own.held_out import HeldOut
+from blip2_export.train.own.length import Length
 from blip2_export.train.own.loop import Fit, Run, Schedule, Task
-from blip2_export.train.own.order import Order
-from blip2_export.train.own.order import Part as Weighted
+from blip2_export.train.own.lora import Adapter, Lora, adapt
+from blip2_export.train.own.sets import Learnt
+from blip2_export.train.own.sets import learnt as learnt_of
 from blip2_export.train.own.sources import DataError
 from blip2_export.train.own.stage1 import Captions, Stage1
 from blip2_export.train.own.stage2 import Stage2, Written
 from blip2_export.train.stage2 import query_only
 
+_MEASURED_TOGETHER = 128  # pictures at most
+
 
 @dataclass(frozen=True)
 class Setup:
-    """What a person says of a run. `data`: sets, each with its weight; `held_out`: a share of them, or a set of its own."""
+    """What a person says of a run. `data`: sets, each with its weight; `held_out`: a share of them, or a set of its own.
+
+    `better`: the measure that tells the best checkpoint, by default that of the phase; `write`: `best` or `last`, the weights that
+    are written. `samples`: pictures whose captions or answers are shown, every `sample_every` steps or else with each measurement.
+
+    `answers`, `held_out_answers`: the annotations of VQAv2's questions, for each set. `length`: gives `schedule` its steps once the
+    data is known. `parts`: what a LAVIS file leaves out. `frozen_float32`: frozen weights stay float32 whatever the precision is;
+    otherwise they are held in what they are computed in. `checkpointing`: activations are computed twice instead of kept.
+    """
 
     data: list[tuple[Path, float]]
     base: Path
@@ -44,187 +70,274 @@ class Setup:
     workers: int = 2
     measure_every: int = 1000
     patience: int = 0
+    better: str = ""
+    write: str = "best"
+    samples: int = 4
+    sample_every: int = 0
+    tensorboard: bool = False
+    answers: tuple[Path, ...] = ()
+    held_out_answers: Path | None = None
+    length: Length | None = None
+    parts: Parts = field(default_factory=Parts)
+    lora: Lora | None = None
+    frozen_float32: bool = False
+    checkpointing: bool = False
 
-
-@dataclass(frozen=True)
-class Learnt:
-    """Records to learn from by set, and those that are held out."""
-
-    order: Order
-    train: list[records.Record]
-    held_out: list[records.Record]
+    @property
+    def held(self) -> str:
+        """The precision that frozen weights are held in."""
+        return "no" if self.frozen_float32 else self.precision
 
 
 def train_stage1(setup: Setup, out: Path | None) -> None:
     """ITC + ITM + ITG around the frozen encoder; leaves `stage1.pt` in the work folder and, if wanted, a retrieval folder."""
-    accelerator, base, learnt = _accelerator(setup), open_base(setup.base), _learnt(setup)
-    tokenizer, first = _first(setup, base, learnt)
+    accelerator = _accelerator(setup)
+    base, learnt = open_base(setup.base, setup.parts), learnt_of(setup, batches.usable)
+    setup = _planned(setup, learnt)
+    tokenizer, first = _first(setup, base, learnt, accelerator)
     model = Stage1(first, tokenizer)
+    hardware.held(base.vision, setup.held)
+    _save_memory(setup, model)
     with frozen(base.vision, "image encoder"):
         make = _batches(setup, base, learnt)
         say = batches.captioned(model.encode)
         eye = _placed(base.vision, accelerator)
 
-        def losses(trained: nn.Module, part: Part) -> dict[str, Tensor]:
-            return trained(_captions(eye, part, accelerator.device))
+        def see(part: Part) -> Captions:
+            return _captions(eye, part, accelerator.device)
 
-        held_out = _held_out(setup, base, learnt, say)
+        def losses(trained: nn.Module, part: Part) -> dict[str, Tensor]:
+            return trained(see(part))
+
+        looks = watch.stage1(_held_out(setup, base, learnt), model, see, setup.samples)
         task = Task(
             model,
             lambda step: make.parts(step, say),
             losses,
-            _mean_of(held_out, losses) if held_out else None,
+            looks.measure,
+            measures.better("stage1", setup.better),
+            looks.sample,
+            looks.thumbnails,
             notes=lambda part: part.bad,
         )
-        Fit(_run(setup, "stage1"), task, accelerator).go()
+        _fit(_run(setup, "stage1", accelerator), task, accelerator, setup.write)
     if out is not None and accelerator.is_main_process:
         folders.write_stage1(out, base, model.qformer, tokenizer)
 
 
 def train_stage2(setup: Setup, out: Path) -> None:
-    """The language model's loss in front of the frozen model; writes a folder."""
-    accelerator, base, learnt = _accelerator(setup), open_base(setup.base), _learnt(setup)
+    """The language model's loss in front of the frozen model; writes a folder, or an adapter of the base."""
+    accelerator, base = _accelerator(setup), open_base(setup.base, setup.parts)
     if not base.has_language:
         raise DataError(f"{setup.base}: it has no language model, which stage 2 needs")
-    _, first = _first(setup, base, learnt)
-    _take_stage1(first, setup)
+    hardware.check_language(setup.precision, base.family)
+    learnt = learnt_of(setup, batches.usable)
+    setup = _planned(setup, learnt)
     speaks = language.of_family(base.family, base.model.language_model, base.tokenizer())
-    model = Stage2(query_only(first.qformer), first.query_tokens, speaks)
+    hardware.held(base.vision, setup.held)
+    hardware.held(base.model.language_model, setup.held)
+    model, adapter = _second(setup, base, learnt, accelerator, speaks)
+    _save_memory(setup, model, base.model.language_model)
     with frozen(base.vision, "image encoder"), frozen(base.model.language_model, "language model"):
         make = _batches(setup, base, learnt)
-        say = batches.written(speaks, setup.prompt, splits=base.family == "t5" and not setup.prompt)
+        splits = base.family == "t5" and not setup.prompt
+        say = batches.written(speaks, setup.prompt, splits)
         eye = _placed(base.vision, accelerator)
         _placed(base.model.language_model, accelerator)
 
-        def losses(trained: nn.Module, part: Part) -> dict[str, Tensor]:
+        def write(part: Part) -> Written:
             seen = _features(eye, part.pixels.to(accelerator.device))
-            return trained(Written(seen, part.said.to(accelerator.device)))
+            return Written(seen, part.said.to(accelerator.device))
 
-        held_out = _held_out(setup, base, learnt, say)
+        def losses(trained: nn.Module, part: Part) -> dict[str, Tensor]:
+            return trained(write(part))
+
+        looks = watch.stage2(_held_out(setup, base, learnt), speaks, setup.prompt, splits, write, setup.samples)
         task = Task(
             model,
             lambda step: make.parts(step, say),
             losses,
-            _mean_of(held_out, losses) if held_out else None,
+            looks.measure,
+            measures.better("stage2", setup.better),
+            looks.sample,
+            looks.thumbnails,
             notes=lambda part: part.bad,
+            mass=lambda part: part.said.mass,
         )
-        Fit(_run(setup, "stage2"), task, accelerator).go()
-    if accelerator.is_main_process:
+        _fit(_run(setup, "stage2", accelerator), task, accelerator, setup.write)
+    if accelerator.is_main_process and adapter is not None:
+        folders.write_adapter(out, base, adapter)
+    elif accelerator.is_main_process:
         folders.write_stage2(out, base, model)
 
 
+def _second(
+    setup: Setup, base: Base, learnt: Learnt, accelerator: Accelerator, speaks: language.Language
+) -> tuple[Stage2, Adapter | None]:
+    """What stage 2 trains; with LoRA that is an adapter of the base as it is."""
+    if setup.lora is None:
+        _, first = _first(setup, base, learnt, accelerator)
+        from_stage1 = _take_stage1(first, setup)
+        model = Stage2(query_only(first.qformer), first.query_tokens, speaks)
+        if setup.qformer and not from_stage1:
+            start.fill_projection(model.language_projection, start.open_qformer(setup.qformer, setup.bert))
+        return model, None
+    if base.config.qformer_config.use_qformer_text_input:
+        raise DataError(f"{setup.base}: its Q-Former reads questions; --lora of stage 2 goes with one that does not")
+    if setup.qformer or setup.bert or setup.n_queries:
+        raise DataError("--lora adapts the base as it is; leave --qformer, --bert and --queries out")
+    model = Stage2(base.model.qformer, base.model.query_tokens, speaks)
+    model.language_projection.load_state_dict(base.model.language_projection.state_dict())
+    module = base.model.language_model if setup.lora.target == "language" else model.qformer
+    adapter = adapt(setup.lora, module, base.family, setup.seed)
+    model.adapt(adapter)
+    return model, adapter
+
+
 def train_questions(setup: Setup, out: Path, side: int, n_questions: int = 4) -> None:
-    """Image encoder and Q-Former learn to answer, at `side` × `side`; the text branch is that of stage 1 in the work folder, or of --qformer."""
-    accelerator, base, learnt = _accelerator(setup), open_base(setup.base), _learnt(setup)
+    """Image encoder and Q-Former learn to answer, at `side` × `side`.
+
+    What the Q-Former reads texts with is that of stage 1 in the work folder, or of --qformer.
+    """
+    accelerator, base = _accelerator(setup), open_base(setup.base, setup.parts)
     if not base.has_language:
         raise DataError(f"{setup.base}: it has no language model, which answers")
-    tokenizer, first = _first(setup, base, learnt)
+    hardware.check_language(setup.precision, base.family)
+    questions.check_side(base, side)
+    if setup.lora is not None:
+        raise DataError("--lora goes with stage 2")
+    learnt = learnt_of(setup, questions.usable)
+    setup = _planned(setup, learnt)
+    tokenizer, first = _first(setup, base, learnt, accelerator)
     _take_stage1(first, setup)
     speaks = language.of_family(base.family, base.model.language_model, base.tokenizer())
     model = questions.model(base, first, side, speaks)
+    hardware.held(base.model.language_model, setup.held)
+    _save_memory(setup, model, base.model.language_model)
     with frozen(base.model.language_model, "language model"):
         make = Batches(learnt.order, base.look(side), setup.sizes, setup.seed)
         say = questions.asked(speaks, tokenizer, n_questions)
         _placed(base.model.language_model, accelerator)
 
-        def losses(trained: nn.Module, part: Part) -> dict[str, Tensor]:
+        def write(part: Part) -> Written:
             said = part.said.to(accelerator.device)
-            return trained(Written(part.pixels.to(accelerator.device), said.texts, said.ids, said.mask))
+            return Written(part.pixels.to(accelerator.device), said.texts, said.ids, said.mask)
 
-        held_out = _held_out(setup, base, learnt, say, side)
+        def losses(trained: nn.Module, part: Part) -> dict[str, Tensor]:
+            return trained(write(part))
+
+        looks = watch.vqa(_held_out(setup, base, learnt, side), speaks, tokenizer, n_questions, write, setup.samples)
         task = Task(
             model,
             lambda step: make.parts(step, say),
             losses,
-            _mean_of(held_out, losses) if held_out else None,
+            looks.measure,
+            measures.better("vqa", setup.better),
+            looks.sample,
+            looks.thumbnails,
             notes=lambda part: part.bad,
+            mass=lambda part: part.said.mass,
         )
-        Fit(_run(setup, "vqa"), task, accelerator).go()
+        _fit(_run(setup, "vqa", accelerator), task, accelerator, setup.write)
     if accelerator.is_main_process:
         folders.write_stage2(out, base, model, tokenizer)
 
 
 def _accelerator(setup: Setup) -> Accelerator:
-    return Accelerator(mixed_precision=setup.precision)
+    if setup.precision not in hardware.PRECISIONS:
+        raise DataError(f"the precision `{setup.precision}` is none of {', '.join(hardware.PRECISIONS)}")
+    # 16-bit arithmetic is `hardware`'s: the one of `accelerate` refuses fp16 on a CPU.
+    return Accelerator(mixed_precision="no")
 
 
-def _run(setup: Setup, name: str) -> Run:
+def _save_memory(setup: Setup, *modules: nn.Module) -> None:
+    if setup.checkpointing:
+        hardware.recomputed(*modules)
+
+
+def _run(setup: Setup, name: str, accelerator: Accelerator) -> Run:
     facts = {
         "base": str(setup.base),
         "data": [[str(path), weight] for path, weight in setup.data],
         "held_out": str(setup.held_out),
+        "start": [str(setup.bert), str(setup.qformer), setup.n_queries],
+        "prompt": setup.prompt,
         "batch": setup.sizes.batch,
         "seed": setup.seed,
-        "precision": setup.precision,
+        "accumulate": setup.sizes.accumulate,
+        "precision": [setup.precision, setup.held],
+        "lora": asdict(setup.lora) if setup.lora else None,
+        "better": measures.better(name, setup.better)[0],
         **{key: value for key, value in asdict(setup.schedule).items() if key != "betas"},
     }
-    more = {"measure_every": setup.measure_every, "patience": setup.patience, "workers": setup.workers}
+    more = {
+        "log_every": max(1, min(50, setup.schedule.steps // 100)),
+        "measure_every": setup.measure_every,
+        "patience": setup.patience,
+        "workers": setup.workers,
+        "precision": setup.precision,
+        "sample_every": setup.sample_every,
+        "pictures": setup.sizes.batch,
+        "tensorboard": setup.tensorboard,
+        "machine": machine.facts(accelerator.device),
+    }
     return Run(name, setup.work, setup.schedule, setup.seed, setup.sizes.accumulate, facts=facts, **more)
 
 
-def _learnt(setup: Setup) -> Learnt:
-    """Reads all sets; whatever is passed over is said."""
-    sets, held_out, train = [], list[records.Record](), list[records.Record]()
-    apart = records.read(setup.held_out, setup.images) if isinstance(setup.held_out, Path) else None
-    for path, weight in setup.data:
-        found, passed_over = batches.usable(records.read(path, setup.images))
-        if passed_over:
-            print(f"warning: {path}: {passed_over} captions that are empty or far too long are passed over")
-        parts = split.apart(found, apart) if apart is not None else split.by_share(found, float(setup.held_out))  # type: ignore[arg-type]
-        if parts.doubled:
-            print(
-                f"warning: {path}: {len(parts.doubled)} pictures are held out under another name, and not learnt: {parts.doubled[0]}"
-            )
-        sets.append(Weighted(parts.train, weight))
-        held_out += parts.held_out if apart is None else []
-        train += parts.train
-    return Learnt(Order(sets, setup.seed), train, apart or held_out)
+def _planned(setup: Setup, learnt: Learnt) -> Setup:
+    """With the steps that its length takes on this data."""
+    setup.sizes.check()
+    if setup.length is None:
+        return setup
+    return replace(setup, schedule=setup.length.schedule(setup.schedule, len(learnt.order), setup.sizes.batch))
 
 
-def _first(setup: Setup, base: Base, learnt: Learnt) -> tuple[Any, Any]:
+def _first(setup: Setup, base: Base, learnt: Learnt, accelerator: Accelerator) -> tuple[Any, Any]:
     """The Q-Former's tokenizer, and the Q-Former as it starts."""
-    from blip2_export.read.adapter import open_folder
-
     setup.work.mkdir(parents=True, exist_ok=True)
-    begins = start.Start(setup.bert, open_folder(setup.qformer) if setup.qformer else None, setup.n_queries)
+    given = start.open_qformer(setup.qformer, setup.bert) if setup.qformer else None
+    begins = start.Start(setup.bert, given, setup.n_queries)
     captions = (caption for record in learnt.train for caption in record.captions)
-    tokenizer = start.tokenizer(setup.work, begins, captions)
+    with accelerator.main_process_first():
+        tokenizer = start.tokenizer(setup.work, begins, captions)
     return tokenizer, start.qformer(base, begins, len(tokenizer))
 
 
-def _take_stage1(first: nn.Module, setup: Setup) -> None:
+def _take_stage1(first: nn.Module, setup: Setup) -> bool:
+    """Whether there was one in the work folder."""
     file = setup.work / "stage1.pt"
+    best = setup.work / "stage1_best.pt"
+    if setup.write == "best" and file.exists() and best.exists():
+        file = best
     if not file.exists():
         if setup.qformer is None:
             raise DataError(f"{file} is missing; run `train stage1` with the same --work first, or name --qformer")
-        return
+        return False
     kept = {name.removeprefix("qformer."): value for name, value in loop.read(file)["model"].items()}
     loop.fill(dict(first.named_parameters()), kept, file)
+    return True
 
 
 def _batches(setup: Setup, base: Base, learnt: Learnt) -> Batches:
     return Batches(learnt.order, base.look(base.config.vision_config.image_size), setup.sizes, setup.seed)
 
 
-def _held_out(setup: Setup, base: Base, learnt: Learnt, say: Callable[..., Any], side: int | None = None) -> list[Part]:
-    """The same parts whenever it is measured: as many as there are whole ones, at most 20."""
-    if len(learnt.held_out) < 2:
-        return []
-    size = min(setup.sizes.part, len(learnt.held_out))
-    look, order = base.look(side or base.config.vision_config.image_size), Order([Weighted(learnt.held_out)], setup.seed)
-    whole = Batches(order, look, Sizes(size), setup.seed)
-    return [part for step in range(min(20, len(learnt.held_out) // size)) for part in whole.parts(step, say)]
+def _held_out(setup: Setup, base: Base, learnt: Learnt, side: int | None = None) -> HeldOut:
+    look = base.look(side or base.config.vision_config.image_size)
+    # The same, however many processes there are.
+    size = min(setup.sizes.batch // setup.sizes.accumulate, _MEASURED_TOGETHER)
+    return HeldOut(learnt.held_out, look, size, setup.seed)
 
 
-def _mean_of(
-    parts: list[Part], losses: Callable[[nn.Module, Part], dict[str, Tensor]]
-) -> Callable[[nn.Module], dict[str, Any]]:
-    def measure(model: nn.Module) -> dict[str, Any]:
-        found = [losses(model, part) for part in parts]
-        means = {key: float(torch.stack([one[key].float() for one in found]).mean()) for key in found[0]}
-        return {"loss": sum(value for key, value in means.items() if not key.startswith("_")), **means}
-
-    return measure
+def _fit(run: Run, task: Task, accelerator: Accelerator, write: str) -> None:
+    """Trains, and leaves the weights in the model that are to be written."""
+    if write not in ("best", "last"):
+        raise DataError(f"--write {write}: it is best or last")
+    fit = Fit(run, task, accelerator)
+    fit.go()
+    said = fit.take(write == "best")
+    if accelerator.is_main_process:
+        print(said, file=sys.stderr)
 
 
 def _placed(model: nn.Module, accelerator: Accelerator) -> nn.Module:

@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from blip2_export.train.images import clean
+from blip2_export.train.own.captions import LONGEST, clean
 from blip2_export.train.own.sources import DataError
 
-LONGEST = 2000  # characters; a step reads at most 50 words (LAVIS)
 _BYTES = 8 << 30
 
 

@@ -2,20 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
+_apart = False
+
 
 def size() -> int:
     """How many processes there are."""
+    if _apart:
+        return 1
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def rank() -> int:
     """Which of them this is, from 0."""
     return distributed.get_rank() if size() > 1 else 0
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Each process by itself, as if there were no others."""
+    global _apart
+    before, _apart = _apart, True
+    try:
+        yield
+    finally:
+        _apart = before
+
+
+def agreed(value: Any) -> Any:
+    """What the first process has, for all: decisions must not differ by a rounding. Asked within `alone`, too."""
+    if not distributed.is_available() or not distributed.is_initialized():
+        return value
+    found = [value]
+    distributed.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def is_first() -> bool:
+    """Whether this is the process that tells and writes."""
+    return rank() == 0
 
 
 def gathered(rows: Tensor) -> Tensor:
@@ -47,3 +78,8 @@ def mean(value: Tensor) -> Tensor:
         distributed.all_reduce(value)
         value /= size()
     return value
+
+
+def any_(value: bool) -> bool:
+    """Whether it holds in one of them."""
+    return bool(mean(torch.tensor(float(value))) > 0) if size() > 1 else value

@@ -1,0 +1,71 @@
+"""What a run is: how long, how fast, where its files go."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Linear warm-up, then a cosine to `floor` × the peak (section 3.4 of the paper; AdamW with its β₂ of 0.98)."""
+
+    steps: int
+    learning_rate: float = 1e-4
+    warmup: int = 2000
+    floor: float = 0.1
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip: float = 1.0
+
+    def factor(self, step: int) -> float:
+        """Of the peak rate at a step."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        share = min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
+        return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A named phase: where its files go, how large its steps are, and how often it is looked at.
+
+    `accumulate`: parts of a step that are computed one after another. `measure_every`: steps between measurements on what is held
+    out. `patience`: measurements without a better one after which it ends, 0 for never. `sample_every`: steps between samples, 0
+    for with measurements. `pictures`: of a step, over all processes.
+    """
+
+    name: str
+    work: Path
+    schedule: Schedule
+    seed: int = 0
+    accumulate: int = 1
+    workers: int = 2
+    log_every: int = 50
+    measure_every: int = 1000
+    save_seconds: float = 300.0
+    patience: int = 0
+    precision: str = "no"
+    sample_every: int = 0
+    pictures: int = 1
+    tensorboard: bool = False
+    facts: dict[str, Any] | None = None
+    machine: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.work / f"{self.name}.pt"
+
+    @property
+    def log(self) -> Path:
+        return self.work / f"{self.name}.jsonl"
+
+    @property
+    def page(self) -> Path:
+        return self.work / f"{self.name}.html"
+
+    @property
+    def best(self) -> Path:
+        return self.work / f"{self.name}_best.pt"
