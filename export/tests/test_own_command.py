@@ -423,10 +423,13 @@ def test_a_batch_that_processes_cannot_share_is_refused(monkeypatch: pytest.Monk
         ("{", "not valid JSON"),
         ('{"a": 1}', "neither COCO"),
         ("[]", "no picture"),
-        ('[{"image": "x.png", "caption": "y"}]', "1 of 1 pictures are not there, the first is x.png; name the folder"),
-        ('[{"image": "a.png", "caption": 3}]', "a text is 3, not a string"),
-        ('[{"image": "a.png", "caption": "  ...  "}]', "no record to learn from"),
-        (json.dumps([{"image": "a.png", "caption": "x" * 3000}]), "no record to learn from"),
+        (
+            '[{"image": "x.png", "caption": "y"}]',
+            "1 of 1 pictures are not there, or empty; the first is x.png; name the folder",
+        ),
+        ('[{"image": "a.png", "caption": 3}]', "1 not text"),
+        ('[{"image": "a.png", "caption": "  ...  "}]', "it has nothing to learn from"),
+        (json.dumps([{"image": "a.png", "caption": "x" * 3000}]), "it has nothing to learn from"),
         ('[{"image": "a.png"}]', "has no caption"),
         ('["a.png"]', "not an object that names a picture"),
     ],
@@ -444,13 +447,13 @@ def test_some_captions_and_pictures_that_cannot_be_used_are_told_and_passed_over
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = shutil.copytree(folder / "data", tmp_path / "data")
-    rows = [{"image": f"{i:06}.png", "caption": ["a ring", "", "y" * 3000]} for i in range(24)]
+    rows = [{"image": f"{i:06}.png", "caption": ["a ring", "a star", "y" * 3000 if i else ""]} for i in range(24)]
     (data / "rows.json").write_text(json.dumps([*rows, {"image": "gone.png", "caption": "a star"}]))
     typed = ["--data", data / "rows.json", "--base", folder / "opt", "--work", tmp_path / "work", *SHORT]
     assert train("stage1", *typed) == 0
     said = capsys.readouterr().err
-    assert "48 captions that are empty or longer than 2000 characters are passed over" in said
-    assert "1 of 25 pictures are not there, the first is gone.png; they are passed over" in said
+    assert "24 texts are passed over (23 longer than 2000 characters, 1 empty), the first is that of 000000.png" in said
+    assert "1 of 25 pictures are not there, or empty; the first is gone.png; they are passed over" in said
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])

@@ -16,7 +16,7 @@ from PIL import Image
 
 from blip2_export.scenes.held_out import Engine
 from blip2_export.train.own.answers import accuracy
-from blip2_export.train.own.captions import clean, says_something
+from blip2_export.train.own.captions import clean
 from blip2_export.train.own.records import Question, Record
 from blip2_export.train.own.sources import File
 
@@ -122,6 +122,6 @@ def _files(records: Sequence[Record]) -> Iterator[list[Shown]]:
             path = record.source.path if isinstance(record.source, File) else Path(folder) / f"{len(found)}"
             if not isinstance(record.source, File):
                 path.write_bytes(data)
-            captions = [clean(caption) for caption in record.captions if says_something(caption)]
+            captions = [clean(caption) for caption in record.captions]
             found.append(Shown(str(path), captions, record.questions))
         yield found

@@ -185,8 +185,8 @@ def _add_data(group: argparse._ArgumentGroup, stage: str) -> None:
         default="0.02",
         metavar="SHARE|PATH",
         help="share of the pictures that is not learnt but measured on, chosen by name, so that it stays the same as data is "
-        "added; or a set of its own (default: %(default)s, our choice). A picture of it that is in --data as well, byte by byte, is "
-        "not learnt",
+        "added; or a set of its own (default: %(default)s, our choice). A picture that is held out and in --data as well is not "
+        "learnt",
     )
     if stage == "vqa":
         group.add_argument(
@@ -218,7 +218,8 @@ def _add_models(group: argparse._ArgumentGroup, stage: str) -> None:
         "--base",
         type=Path,
         required=True,
-        help=f"checkpoint that gives {what[stage]}: a Hugging Face folder with OPT or Flan-T5, an id on the hub, or what else `convert` takes",
+        help=f"checkpoint that gives {what[stage]}: a Hugging Face folder with OPT or Flan-T5, an id on the hub, or "
+        "what else `convert` takes",
     )
     group.add_argument(
         "--work", type=Path, required=True, help="folder for checkpoints, logs and the Q-Former's tokenizer"
@@ -231,8 +232,8 @@ def _add_models(group: argparse._ArgumentGroup, stage: str) -> None:
     group.add_argument(
         "--qformer",
         type=Path,
-        help="checkpoint whose Q-Former it starts from: --base itself, another, what stage 1 left as a folder (--out of stage1), or "
-        "a LAVIS file of stage 1 (with --bert for its tokenizer)",
+        help="checkpoint whose Q-Former it starts from: --base itself, another, what stage 1 left as a folder (--out of stage1), "
+        "or a LAVIS file of stage 1 (with --bert for its tokenizer)",
     )
     group.add_argument("--queries", type=int, metavar="N", help="query tokens (default: the base's, 32 in the paper)")
     if stage == "stage2":
