@@ -297,6 +297,7 @@ def test_one_command_trains_converts_verifies_and_evaluates(
     assert kept["caption_words_f1"] == said[1]["caption_words_f1"]
     assert len((tmp_path / "work" / "stage2_written.jsonl").read_text().splitlines()) == kept["pictures"]
     assert "it exists; name another --convert" in refused(capsys, "all", *typed, "--engine", engine)
+    assert "it goes with stage2" in refused(capsys, "all", *typed, "--lora", "language")
 
 
 def test_questions_are_answered_through_the_engine_as_they_were_trained(
@@ -508,6 +509,8 @@ def test_what_training_did_not_write_is_never_replaced(
         assert "training did not write it" in refused(capsys, "stage2", *typed, "--out", tmp_path / out)
     for out in (folder / "opt", folder / "data", folder, folder / "work-opt"):
         assert "would take the place of what is read" in refused(capsys, "stage2", *typed, "--out", out)
+    forced = ["--out", tmp_path / "out", "--force", "--convert", tmp_path / "mine"]
+    assert "it exists and is no bundle" in refused(capsys, "stage2", *typed, *forced)
     assert (tmp_path / "mine" / "photo.jpg").read_text() == "mine"
     assert train("stage2", *typed, "--out", second["opt"]) == 0, "its own it may write anew"
 

@@ -36,6 +36,10 @@ class Chain:
         """Refuses before anything is trained what would fail after it."""
         if self.bundle.exists() and not self.force:
             raise DataError(f"{self.bundle}: it exists; name another --convert, or add --force to replace it")
+        if self.bundle.exists() and not (self.bundle / "bundle.json").is_file():
+            raise DataError(
+                f"{self.bundle}: it exists and is no bundle, so that it is not replaced; name another --convert"
+            )
         if self.engine is not None and not self.engine.is_file():
             raise DataError(f"{self.engine}: there is no such engine; `make build` builds it")
 

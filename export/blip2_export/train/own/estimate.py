@@ -17,7 +17,7 @@ from torch import nn
 from blip2_export.train.own.sources import DataError
 
 _ADAM = 2  # moments of each parameter that is trained
-_FILES = 3  # the last checkpoint, the best one, and a new one beside them until it is whole
+_FILES = 2 + 1 / 3  # the last checkpoint, a new one beside it until it is whole, and the weights alone of the best
 _ENOUGH = 10.0  # seconds; what takes longer is rehearsed once
 _GIB = 1 << 30
 
@@ -58,7 +58,7 @@ def check_disk(work: Path, name: str, told: Estimate, out: Path | None) -> None:
     """Refuses where checkpoints, and the folder that is written at the end, will not fit."""
     work.mkdir(parents=True, exist_ok=True)
     there = sum(file.stat().st_size for file in work.glob(f"{name}*.pt"))
-    needed = {work: max(told.checkpoint, _FILES * told.checkpoint - there)}
+    needed = {work: max(told.checkpoint, int(_FILES * told.checkpoint) - there)}
     if out is not None:
         place = next(path for path in out.absolute().parents if path.exists())
         same = place.stat().st_dev == work.stat().st_dev

@@ -83,7 +83,7 @@ def setup(args: argparse.Namespace, stage: str) -> Setup:
         images=args.images,
         held_out=share_or_path(args.held_out),
         bert=args.bert,
-        qformer=args.qformer,
+        qformer=locate(str(args.qformer)) if args.qformer else None,
         n_queries=args.queries,
         prompt=getattr(args, "prompt", ""),
         schedule=schedule,
