@@ -40,7 +40,6 @@ class Stage2(nn.Module):
         self.embeddings: nn.Module | None = None
         # Not a part: it is frozen, and goes into no checkpoint.
         self._language = (language,)
-        self._random: tuple[nn.Module, ...] = ()
 
     @property
     def language(self) -> Language:
@@ -53,14 +52,8 @@ class Stage2(nn.Module):
             p.requires_grad_(True)
         if adapter.lora.target == "language":
             self.adapter = nn.ParameterDict({name.replace(".", "/"): p for name, p in adapter.parameters.items()})
-        self._random = tuple(adapter.dropouts)
-
-    def train(self, mode: bool = True) -> Stage2:
-        """Also what is random in an adapter of the language model, which itself is always in evaluation."""
-        for part in self._random:
-            part.train(mode)
-        super().train(mode)
-        return self
+        # As parts of this they are in training and in evaluation as this is; the language model is always in evaluation.
+        self.random = nn.ModuleList(adapter.dropouts)
 
     def prefix(self, batch: Written) -> Tensor:
         """Soft prompts [rows, queries, width of the language model], a row for each text."""
