@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 from blip2_export.train.own import language, pictures, together
-from blip2_export.train.own.captions import LONGEST, clean, says_something
+from blip2_export.train.own.captions import clean
 from blip2_export.train.own.order import Order
-from blip2_export.train.own.pictures import Look
-from blip2_export.train.own.records import Record
+from blip2_export.train.own.pictures import Kept, Look
+from blip2_export.train.own.records import Record, passed_over
 from blip2_export.train.own.sources import DataError
+
+# What is said of records, by the chance of each row, and a few numbers from 0 to 1 for each.
+Say = Callable[[list[Record], Sequence[random.Random], Tensor], Any]
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,12 @@ class Sizes:
 
 @dataclass
 class Part:
-    """Pixels [rows, 3, side, side] and what goes with them; `bad`: pictures that gave way."""
+    """Pixels [rows, 3, side, side] and what goes with them; `bad`: pictures that gave way. Of rows that are `kept` there are none."""
 
     pixels: Tensor
     said: Any
     bad: dict[str, str] = field(default_factory=dict)
+    kept: Kept | None = None
 
 
 @dataclass
@@ -66,24 +70,36 @@ class Captioned:
 class Batches:
     """Makes the parts of a step."""
 
-    def __init__(self, order: Order, look: Look, sizes: Sizes, seed: int = 0) -> None:
-        self.order, self.look, self.sizes, self.seed = order, look, sizes, seed
+    def __init__(
+        self,
+        order: Order,
+        look: Look,
+        sizes: Sizes,
+        seed: int = 0,
+        augments: bool = False,
+        memory: pictures.Memory | None = None,
+    ) -> None:
+        sizes.check()
+        self.order, self.sizes, self.seed = order, sizes, seed
+        self._looker = pictures.Looker(look, self._another, augments, memory)
 
-    def parts(self, step: int, say: Callable[[list[Record], random.Random, Tensor], Any]) -> list[Part]:
-        """`say`: what is said of records, given chance and for each a few numbers from 0 to 1."""
+    def parts(self, step: int, say: Say) -> list[Part]:
+        """Those of this process. Chance belongs to a row's place in the batch, however that is cut."""
         wanted, size = self.order.batch(step, self.sizes.batch), self.sizes.part
         chances = torch.rand(
-            len(wanted), 2, generator=torch.Generator().manual_seed(_number(f"{self.seed} chances {step}"))
+            len(wanted), 2, generator=torch.Generator().manual_seed(number(f"{self.seed} chances {step}"))
         )
         made = []
         for n in range(self.sizes.accumulate):
             first = (n * together.size() + together.rank()) * size
             rows = slice(first, first + size)
-            seed = f"{self.seed} {step} {first}"
-            looked = pictures.look(self.look, wanted[rows], self._another, seed)
-            said = say(looked.records, random.Random(f"{seed} said"), chances[rows])
-            made.append(Part(looked.pixels, said, looked.bad))
+            seen, said = (self._chances(step, rows, what) for what in ("seen", "said"))
+            looked = self._looker.looked(wanted[rows], seen)
+            made.append(Part(looked.pixels, say(looked.records, said, chances[rows]), looked.bad, looked.kept))
         return made
+
+    def _chances(self, step: int, rows: slice, what: str) -> list[random.Random]:
+        return [random.Random(f"{self.seed} {what} {step} {row}") for row in range(rows.start, rows.stop)]
 
     def _another(self, rng: random.Random) -> Record:
         return self.order.at(rng.randrange(len(self.order)))
@@ -91,25 +107,23 @@ class Batches:
 
 def captioned(
     encode: Callable[[list[str]], tuple[Tensor, Tensor]],
-) -> Callable[[list[Record], random.Random, Tensor], Captioned]:
+) -> Say:
     """Of stage 1."""
 
-    def say(records: list[Record], rng: random.Random, chances: Tensor) -> Captioned:
-        captions = [clean(rng.choice(record.captions)) for record in records]
+    def say(records: list[Record], rngs: Sequence[random.Random], chances: Tensor) -> Captioned:
+        captions = [clean(rng.choice(record.captions)) for record, rng in zip(records, rngs, strict=True)]
         ids, mask = encode(captions)
-        return Captioned(captions, ids, mask, torch.tensor([_number(record.key) for record in records]), chances)
+        return Captioned(captions, ids, mask, torch.tensor([number(str(record.source)) for record in records]), chances)
 
     return say
 
 
-def written(
-    texts: language.Language, prompt: str, splits: bool
-) -> Callable[[list[Record], random.Random, Tensor], language.Texts]:
+def written(texts: language.Language, prompt: str, splits: bool) -> Say:
     """Of stage 2: what the language model reads in front of a caption, and the caption; `splits` cuts captions instead."""
 
-    def say(records: list[Record], rng: random.Random, _: Tensor) -> language.Texts:
+    def say(records: list[Record], rngs: Sequence[random.Random], _: Tensor) -> language.Texts:
         rows = []
-        for place, record in enumerate(records):
+        for place, (record, rng) in enumerate(zip(records, rngs, strict=True)):
             caption = clean(rng.choice(record.captions))
             read, rest = language.split(caption, rng) if splits else (prompt, caption)
             rows.append(language.Text(place, read, rest))
@@ -119,16 +133,10 @@ def written(
 
 
 def usable(records: list[Record]) -> tuple[list[Record], str]:
-    """Records with captions that say something, and what was passed over."""
-    found, passed_over = [], 0
-    for record in records:
-        captions = [caption for caption in record.captions if says_something(caption)]
-        passed_over += len(record.captions) - len(captions)
-        if captions:
-            found.append(Record(record.key, record.source, captions, record.questions))
-    said = f"{passed_over} captions that are empty or longer than {LONGEST} characters are passed over"
-    return found, said if passed_over else ""
+    """Records with captions, and what was passed over."""
+    return [record for record in records if record.captions], passed_over(records)
 
 
-def _number(text: str) -> int:
-    return zlib.crc32(text.encode())
+def number(text: str) -> int:
+    """The same for the same text, on every machine; of 63 bits."""
+    return int.from_bytes(hashlib.sha256(text.encode(errors="surrogateescape")).digest()[:8], "big") >> 1

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import io
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
-from PIL import Image, ImageOps
-from torch import Tensor
 
 from blip2_export.train.own import pictures
-from blip2_export.train.own.batches import Part
+from blip2_export.train.own.batches import Part, Say
 from blip2_export.train.own.pictures import Look
 from blip2_export.train.own.records import Record
 
@@ -21,16 +18,23 @@ MOST = 1000  # pictures that a measurement takes, as many as Flickr30k's test se
 _THUMBNAIL = 240
 _FEWEST = 2  # rows of a part; one alone has nothing to be told apart from
 
-Say = Callable[[list[Record], random.Random, Tensor], Any]
-
 
 class HeldOut:
     """Records in an order of its own. `size`: pictures of a part, about."""
 
-    def __init__(self, records: Sequence[Record], look: Look, size: int, seed: int = 0, most: int = MOST) -> None:
+    def __init__(
+        self,
+        records: Sequence[Record],
+        look: Look,
+        size: int,
+        seed: int = 0,
+        most: int = MOST,
+        memory: pictures.Memory | None = None,
+    ) -> None:
         ordered = sorted(records, key=lambda record: record.key)
         random.Random(f"{seed} held out").shuffle(ordered)
-        self.records, self.look, self.size, self.seed = ordered[:most], look, max(_FEWEST, size), seed
+        self.records, self.size, self.seed = ordered[:most], max(_FEWEST, size), seed
+        self._looker = pictures.Looker(look, lambda chance: chance.choice(self.records), memory=memory)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -44,11 +48,14 @@ class HeldOut:
 
     def part(self, wanted: Sequence[Record], say: Say) -> Part:
         """These records, with what is said of them."""
-        seed = f"{self.seed} held out {wanted[0].key}"
-        rng = random.Random(f"{seed} said")
-        chances = torch.tensor([[rng.random(), rng.random()] for _ in wanted])
-        looked = pictures.look(self.look, wanted, lambda r: r.choice(self.records), seed)
-        return Part(looked.pixels, say(looked.records, rng, chances), looked.bad)
+        seen, said, drawn = (self._chances(wanted, what) for what in ("seen", "said", "drawn"))
+        chances = torch.tensor([[chance.random(), chance.random()] for chance in drawn])
+        looked = self._looker.looked(wanted, seen)
+        return Part(looked.pixels, say(looked.records, said, chances), looked.bad, looked.kept)
+
+    def _chances(self, wanted: Sequence[Record], what: str) -> list[random.Random]:
+        """Of a record, whatever part it is in."""
+        return [random.Random(f"{self.seed} held out {what} {record.key}") for record in wanted]
 
     def shown(self, n: int) -> tuple[list[Record], dict[str, bytes]]:
         """The first records whose pictures can be read, and small JPEG files of those."""
@@ -66,8 +73,7 @@ class HeldOut:
 
 def thumbnail(data: bytes) -> bytes:
     """A small JPEG of a picture."""
-    with Image.open(io.BytesIO(data)) as opened:
-        small = ImageOps.exif_transpose(opened).convert("RGB")
+    small = pictures.opened(data, 2 * _THUMBNAIL)
     small.thumbnail((_THUMBNAIL, _THUMBNAIL))
     kept = io.BytesIO()
     small.save(kept, "JPEG", quality=80)

@@ -6,11 +6,14 @@ import functools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from blip2_export.train.own.records import Record
 from blip2_export.train.own.sources import DataError
 
 _CYCLE = 1000
+# Shards that pictures come from at a time, so that a disk reads a few files rather than all of them.
+_OPEN_SHARDS = 16
 
 
 @dataclass(frozen=True)
@@ -22,15 +25,21 @@ class Part:
 
 
 class Order:
-    """Every part goes through its records in an order of its own, a new one each time; parts take turns by their weights."""
+    """Every part goes through its records in an order of its own, a new one each time; parts take turns by their weights.
+
+    Of every thousand places each part has its share, to the nearest thousandth and at least one.
+    """
 
     def __init__(self, parts: Sequence[Part], seed: int = 0) -> None:
         if not parts or any(not part.records for part in parts):
             raise DataError("a set has no record to learn from")
-        if any(part.weight <= 0 for part in parts):
-            raise DataError("the weight of a set must be more than 0")
+        if any(not 0 < part.weight < float("inf") for part in parts):
+            raise DataError("the weight of a set must be a number above 0")
+        if len(parts) > _CYCLE:
+            raise DataError(f"these are more than {_CYCLE} sets")
         self.parts, self.seed = list(parts), seed
         self._turns = _turns([part.weight for part in parts])
+        self._shares = [self._turns.count(which) for which in range(len(parts))]
 
     def __len__(self) -> int:
         return sum(len(part.records) for part in self.parts)
@@ -43,9 +52,8 @@ class Order:
         """The record at a place of the endless line."""
         cycle, within = divmod(place, _CYCLE)
         which, rank = self._cycle(cycle)[within]
-        per_cycle = self._turns.count(which)
         part = self.parts[which].records
-        epoch, i = divmod(cycle * per_cycle + rank, len(part))
+        epoch, i = divmod(cycle * self._shares[which] + rank, len(part))
         return part[self._permutation(which, epoch)[i]]
 
     @functools.lru_cache(maxsize=4)  # noqa: B019, it lives as long as the run
@@ -61,9 +69,22 @@ class Order:
 
     @functools.lru_cache(maxsize=16)  # noqa: B019
     def _permutation(self, which: int, epoch: int) -> list[int]:
-        order = list(range(len(self.parts[which].records)))
-        random.Random(f"{self.seed} part {which} epoch {epoch}").shuffle(order)
+        """Shards come in any order, some at a time, whose records are mixed; records of no shard are all mixed."""
+        rng = random.Random(f"{self.seed} part {which} epoch {epoch}")
+        shards = self._shards(which)
+        rng.shuffle(shards)
+        order = []
+        for first in range(0, len(shards), _OPEN_SHARDS):
+            mixed = [i for shard in shards[first : first + _OPEN_SHARDS] for i in shard]
+            rng.shuffle(mixed)
+            order += mixed
         return order
+
+    def _shards(self, which: int) -> list[list[int]]:
+        found: dict[Path | None, list[int]] = {}
+        for i, record in enumerate(self.parts[which].records):
+            found.setdefault(getattr(record.source, "archive", None), []).append(i)
+        return list(found.values())
 
 
 def _turns(weights: list[float]) -> list[int]:

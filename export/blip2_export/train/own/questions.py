@@ -14,8 +14,7 @@ from transformers import Blip2QFormerModel
 
 from blip2_export.train.own import language
 from blip2_export.train.own.base import Base
-from blip2_export.train.own.captions import LONGEST, says_something
-from blip2_export.train.own.records import Question, Record
+from blip2_export.train.own.records import Question, Record, passed_over
 from blip2_export.train.own.sources import DataError
 from blip2_export.train.own.stage2 import Stage2
 from blip2_export.train.qformer import QFormer
@@ -44,15 +43,15 @@ class Asked:
 
 def asked(
     texts: language.Language, tokenizer: Any, n_questions: int, every_answer: bool = True
-) -> Callable[[list[Record], random.Random, Tensor], Asked]:
+) -> Callable[[list[Record], Sequence[random.Random], Tensor], Asked]:
     """So many questions of each picture.
 
     `every_answer`: each is a row with its weight, as LAVIS trains; otherwise one is drawn by it.
     """
 
-    def say(records: list[Record], rng: random.Random, _: Tensor) -> Asked:
+    def say(records: list[Record], rngs: Sequence[random.Random], _: Tensor) -> Asked:
         rows, questions = [], []
-        for place, record in enumerate(records):
+        for place, (record, rng) in enumerate(zip(records, rngs, strict=True)):
             for question in rng.sample(record.questions, min(n_questions, len(record.questions))):
                 for answer, weight in _answers(question, rng, every_answer):
                     rows.append(language.Text(place, PROMPT.format(question.text), answer, weight))
@@ -73,12 +72,12 @@ class Put:
 
 def put(
     texts: language.Language, tokenizer: Any, n_questions: int
-) -> Callable[[list[Record], random.Random, Tensor], Put]:
+) -> Callable[[list[Record], Sequence[random.Random], Tensor], Put]:
     """So many questions of each picture, to be answered."""
 
-    def say(records: list[Record], rng: random.Random, _: Tensor) -> Put:
+    def say(records: list[Record], rngs: Sequence[random.Random], _: Tensor) -> Put:
         rows, found = [], []
-        for place, record in enumerate(records):
+        for place, (record, rng) in enumerate(zip(records, rngs, strict=True)):
             for question in rng.sample(record.questions, min(n_questions, len(record.questions))):
                 rows.append(language.Text(place, PROMPT.format(question.text), question.answers[0][0]))
                 found.append(question)
@@ -122,15 +121,8 @@ def check_side(base: Base, side: int) -> None:
 
 
 def usable(records: list[Record]) -> tuple[list[Record], str]:
-    """Records with questions that can be learnt, and what was passed over."""
-    found, passed_over = [], 0
-    for record in records:
-        asked = [question for question in record.questions if says_something(question.text)]
-        passed_over += len(record.questions) - len(asked)
-        if asked:
-            found.append(Record(record.key, record.source, record.captions, asked))
-    said = f"{passed_over} questions that are empty or longer than {LONGEST} characters are passed over"
-    return found, said if passed_over else ""
+    """Records with questions, and what was passed over."""
+    return [record for record in records if record.questions], passed_over(records)
 
 
 def _answers(question: Question, rng: random.Random, every: bool) -> Sequence[tuple[str, float]]:

@@ -2,244 +2,144 @@
 
 from __future__ import annotations
 
-import csv
-import json
-import re
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from blip2_export.train.own import shards
-from blip2_export.train.own.sources import DataError, File, Source
+from blip2_export.train.own import forms, shards, texts
+from blip2_export.train.own.forms import Question, Said, weighted
+from blip2_export.train.own.sources import PICTURES, DataError, File, Source
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-_TEXTS = ("caption", "captions", "text", "texts", "sentences", "comment")
-_NAMES = ("image", "file_name", "filename", "image_name", "path", "picture")
-_FOLDER_FILES = ("metadata.jsonl", "metadata.csv", "annotations.json", "captions.json", "captions.txt", "captions.csv")
-_ENTRY = re.compile(r"^(?P<name>[^\t#]+)#\d+\t(?P<caption>.*)$")
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question and its answers, each with its weight; weights sum up to 1. `people`: how many answered."""
-
-    text: str
-    answers: tuple[tuple[str, float], ...]
-    people: int = 1
-
-    @property
-    def given(self) -> list[str]:
-        """The answer of each of them."""
-        return [answer for answer, weight in self.answers for _ in range(round(weight * self.people))]
+_LISTS = ("metadata.jsonl", "metadata.csv", "annotations.json", "captions.json", "captions.txt", "captions.csv")
+_BESIDE = (".txt", ".caption")
 
 
 @dataclass
 class Record:
-    """A picture and what is said or asked about it. `key` names it, and decides on which side of a split it is."""
+    """A picture and what is said or asked about it. `key` names it, and decides on which side of a split it is.
+
+    `part`: the side that the data itself puts it on, if it does: `train`, `val` or `test`. `refused`: why texts of it were passed over.
+    """
 
     key: str
     source: Source
     captions: list[str] = field(default_factory=list)
     questions: list[Question] = field(default_factory=list)
+    part: str = ""
+    refused: list[str] = field(default_factory=list)
+
+    def take(self, said: Said) -> None:
+        """Whatever of a row can be learnt."""
+        self.part = said.part or self.part
+        if said.refused:
+            self.refused.append(said.refused)
+        if said.question:
+            self.questions.append(said.question)
+        for caption in said.captions:
+            if why := texts.why_not(caption):
+                self.refused.append(why)
+            else:
+                self.captions.append(str(caption))
 
 
-@dataclass(frozen=True)
-class Said:
-    """One row: the picture's name, and captions or a question with its answers."""
-
-    name: str
-    captions: tuple[str, ...] = ()
-    question: Question | None = None
-
-
-def read(data: Path, images: Path | None = None, answers: Path | None = None) -> list[Record]:
+def read(data: Path, images: Path | None = None, answers: Path | None = None, work: Path | None = None) -> list[Record]:
     """The records of a file, a folder or shards, ordered by key.
 
-    `data` is one of: a COCO captions file, VQAv2's questions (with `answers`, its annotations), Karpathy's or any other JSON list, JSON Lines
-    or CSV of rows that name a picture and its captions or its question and answers, Flickr30k's `.token` file, a folder that has one of
-    these, a folder of pictures with a text file beside each, or WebDataset shards (`a.tar`, `a-{000..099}.tar`).
-    Names of pictures start from `images`, by default the file's folder.
+    `data` is one of: a COCO captions file, VQAv2's questions (with `answers`, its annotations, by default those beside it), Karpathy's or
+    any other JSON list, JSON Lines or CSV of rows that name a picture and its captions or its question and answers, Flickr30k's `.token`
+    or `results.csv`, a folder that has a list (Hugging Face's imagefolder with `metadata.csv` or `.jsonl`), a folder of pictures with a
+    text file beside each, or WebDataset shards (`a.tar`, `a-{000..099}.tar`, a pattern, a folder of them).
+    Names of pictures start from `images`, by default the file's folder, and stay below it. Compressed shards are unpacked into `work`.
     """
-    if shards.are_meant(data):
-        return shards.read(data)
+    file = _list_of(data)
+    if file is None and shards.are_meant(data):
+        return _of_shards(data, work)
     if not data.exists():
         raise DataError(f"{data}: there is no such file or folder")
-    file = _file_of(data) if data.is_dir() else data
     if file is None:
         return _beside(data)
-    rows = _rows(file, answers)
-    return _records(file, rows, images or file.parent)
+    return _records(file, forms.rows(file, answers), images or file.parent)
 
 
-def _file_of(folder: Path) -> Path | None:
-    return next((folder / name for name in _FOLDER_FILES if (folder / name).is_file()), None)
+def passed_over(records: Iterable[Record]) -> str:
+    """What could not be learnt of them, by reason, and where it begins; nothing if all could."""
+    refused = [(why, record.key) for record in records for why in record.refused]
+    if not refused:
+        return ""
+    counts = Counter(why for why, _ in refused).most_common(4)
+    by_reason = ", ".join(f"{n} {why}" for why, n in counts)
+    return f"{len(refused)} texts are passed over ({by_reason}), the first is that of {refused[0][1]}"
+
+
+def _list_of(data: Path) -> Path | None:
+    """The file itself, or the list of a folder; none for shards."""
+    if not data.is_dir():
+        return None if shards.are_meant(data) else data
+    return next((data / name for name in _LISTS if (data / name).is_file()), None)
+
+
+def _of_shards(data: Path, work: Path | None) -> list[Record]:
+    found = []
+    for source, said in shards.read(data, work):
+        found.append(Record(said.name, source))
+        found[-1].take(said)
+    return sorted(found, key=lambda record: record.key)
 
 
 def _beside(folder: Path) -> list[Record]:
     """A folder of pictures, each with a text file of its name; every line is a caption."""
-    pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
-    found = []
-    for path in pictures:
-        texts = path.with_suffix(".txt")
-        if texts.is_file():
-            lines = _text(texts).splitlines()
-            found.append(
-                Record(path.relative_to(folder).as_posix(), File(path), [line for line in lines if line.strip()])
-            )
+    found, n_pictures = [], 0
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() not in PICTURES or path.name.startswith("."):
+            continue
+        n_pictures += 1
+        beside = next((path.with_suffix(end) for end in _BESIDE if path.with_suffix(end).is_file()), None)
+        if beside is not None:
+            found.append(Record(path.relative_to(folder).as_posix(), File(path)))
+            found[-1].take(_captions(found[-1].key, beside))
     if not found:
-        names = ", ".join(_FOLDER_FILES)
-        raise DataError(f"{folder}: it has none of {names}, and no picture with a text file of its name beside it")
+        raise DataError(f"{folder}: {_nothing_in(folder, n_pictures)}")
     return found
+
+
+def _captions(name: str, file: Path) -> Said:
+    try:
+        if file.stat().st_size > 1 << 20:
+            return Said(name, refused="more than 1 MiB of text")
+        found = [line for line in texts.lines(texts.decoded(file.read_bytes())) if line.strip()]
+    except (OSError, UnicodeDecodeError):
+        return Said(name, refused="a text file that is not UTF-8, or cannot be read")
+    return Said(name, tuple(found or [""]))
+
+
+def _nothing_in(folder: Path, n_pictures: int) -> str:
+    parts = [name for name in ("train", "validation", "test") if _list_of(folder / name) not in (None, folder / name)]
+    if parts:
+        return f"its lists are in {', '.join(parts)}; name {folder / parts[0]} instead"
+    return f"it has none of {', '.join(_LISTS)}, no shards, and none of its {n_pictures} pictures has a text file of its name beside it"
 
 
 def _records(file: Path, rows: Iterable[Said], root: Path) -> list[Record]:
     found: dict[str, Record] = {}
     for row in rows:
-        record = found.setdefault(row.name, Record(row.name, File(root / row.name)))
-        record.captions.extend(row.captions)
-        if row.question:
-            record.questions.append(row.question)
+        if row.name not in found:
+            found[row.name] = Record(row.name, File(_below(root, row.name, file)))
+        found[row.name].take(row)
     if not found:
         raise DataError(f"{file}: it has no picture with a caption or a question")
     return [found[name] for name in sorted(found)]
 
 
-def _rows(file: Path, answers: Path | None) -> Iterator[Said]:
-    reader = _READERS.get(file.suffix.lower())
-    if reader is None:
-        raise DataError(f"{file}: only {', '.join(_READERS)} files and .tar shards are read")
-    try:
-        if answers is not None:
-            yield from _vqa(_json(file), _json(answers))
-        else:
-            yield from reader(file)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{file}: a row is in none of the forms that are known ({error!r})") from error
+def _below(root: Path, name: str, file: Path) -> Path:
+    """A list may come from anywhere; it shall not choose files beyond the folder that was named."""
+    if "\0" in name or not texts.is_unicode(name):
+        raise DataError(f"{file}: {name!r} can be no file's name")
+    place, top = os.path.abspath(root / name), os.path.abspath(root)
+    if os.path.commonpath([place, top]) != top:
+        raise DataError(f"{file}: {name} is not in {root}; name the folder that holds all pictures with --images")
+    return Path(os.path.normpath(root / name))
 
 
-def _of_json(file: Path) -> Iterator[Said]:
-    data = _json(file)
-    if isinstance(data, list):
-        yield from _each(file, data)
-    elif "annotations" in data and "images" in data:
-        names = {image["id"]: image["file_name"] for image in data["images"]}
-        for note in data["annotations"]:
-            yield Said(names[note["image_id"]], (_checked(file, note["caption"]),))
-    elif "images" in data:
-        yield from _karpathy(file, data["images"])
-    elif "questions" in data:
-        raise DataError(f"{file}: these are questions alone; name their answers with --answers")
-    else:
-        raise DataError(f"{file}: neither COCO captions, VQAv2 questions, Karpathy's form nor a list of rows")
-
-
-def _karpathy(file: Path, images: list[Any]) -> Iterator[Said]:
-    for image in images:
-        name = "/".join(filter(None, (image.get("filepath"), image["filename"])))
-        yield Said(name, tuple(_checked(file, sentence["raw"]) for sentence in image["sentences"]))
-
-
-def _of_json_lines(file: Path) -> Iterator[Said]:
-    for number, line in enumerate(_text(file).splitlines(), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{file}: line {number} is not valid JSON ({error})") from error
-            yield from _each(file, [row])
-
-
-def _of_csv(file: Path) -> Iterator[Said]:
-    text = _text(file)
-    header = text.splitlines()[0] if text else ""
-    delimiter = max("|,\t;", key=header.count)
-    rows = csv.DictReader(text.splitlines(), delimiter=delimiter, skipinitialspace=True)
-    trimmed = ({(key or "").strip(): value for key, value in row.items()} for row in rows)
-    yield from _each(file, trimmed)
-
-
-def _of_text(file: Path) -> Iterator[Said]:
-    """Flickr30k's `NAME#N<TAB>CAPTION`, or CSV under another name."""
-    lines = _text(file).splitlines()
-    if lines and not _ENTRY.match(lines[0]):
-        yield from _of_csv(file)
-        return
-    for number, line in enumerate(lines, 1):
-        if not (found := _ENTRY.match(line)):
-            raise DataError(f"{file}: line {number} is not NAME#N, a tab and a caption")
-        yield Said(found["name"], (found["caption"],))
-
-
-def _each(file: Path, rows: Iterable[dict[str, Any]]) -> Iterator[Said]:
-    for row in rows:
-        if not isinstance(row, dict):
-            raise DataError(f"{file}: a row is {row!r}, not an object that names a picture")
-        name = next((row[key] for key in _NAMES if row.get(key)), None)
-        if not isinstance(name, str):
-            raise DataError(f"{file}: a row names no picture under any of {', '.join(_NAMES)}: {str(row)[:120]}")
-        if "question" in row:
-            yield Said(name, question=_question(file, row))
-            continue
-        said = next((row[key] for key in _TEXTS if key in row), None)
-        if said is None:
-            raise DataError(f"{file}: the row of {name} has no {', '.join(_TEXTS)} and no question")
-        yield Said(name, tuple(_checked(file, text) for text in (said if isinstance(said, list) else [said])))
-
-
-def _question(file: Path, row: dict[str, Any]) -> Question:
-    given = row.get("answers", row.get("answer"))
-    answers = given if isinstance(given, list) else [given]
-    texts = [answer["answer"] if isinstance(answer, dict) else answer for answer in answers]
-    return _asked(_checked(file, row["question"]), [_checked(file, text) for text in texts])
-
-
-def _vqa(questions: Any, annotations: Any) -> Iterator[Said]:
-    """VQAv2: the picture's name follows from its id and from the part of COCO that the file is about."""
-    part = questions.get("data_subtype")
-    answers = {note["question_id"]: [a["answer"] for a in note["answers"]] for note in annotations["annotations"]}
-    for asked in questions["questions"]:
-        number = int(asked["image_id"])
-        name = f"COCO_{part}_{number:012}.jpg" if part else f"{number:012}.jpg"
-        yield Said(name, question=_asked(asked["question"], answers[asked["question_id"]]))
-
-
-def _asked(text: str, answers: list[str]) -> Question:
-    return Question(text, weighted(answers), sum(bool(answer.strip()) for answer in answers))
-
-
-def weighted(answers: list[str]) -> tuple[tuple[str, float], ...]:
-    """Distinct answers by their share, as LAVIS weighs them in the loss: an answer of 3 people of 10 counts 0.3."""
-    known = [answer.strip() for answer in answers if answer.strip()]
-    if not known:
-        raise DataError("a question has no answer")
-    return tuple((answer, known.count(answer) / len(known)) for answer in dict.fromkeys(known))
-
-
-def _checked(file: Path, text: Any) -> str:
-    if not isinstance(text, str):
-        raise DataError(f"{file}: a text is {text!r}, not a string")
-    return text
-
-
-def _json(file: Path) -> Any:
-    try:
-        return json.loads(_text(file))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file}: not valid JSON ({error})") from error
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: it cannot be read ({error})") from error
-
-
-_READERS: dict[str, Callable[[Path], Iterator[Said]]] = {
-    ".json": _of_json,
-    ".jsonl": _of_json_lines,
-    ".csv": _of_csv,
-    ".token": _of_text,
-    ".txt": _of_text,
-}
+__all__ = ["PICTURES", "Question", "Record", "Said", "passed_over", "read", "weighted"]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+MOST_BYTES = 256 << 20  # of one picture
 
 
 class DataError(ValueError):
@@ -30,13 +34,20 @@ class File:
     path: Path
 
     def read(self) -> bytes:
+        size = self.size()
+        if size is None:
+            raise FileNotFoundError(f"{self.path} is not there, or no file")
+        if size > MOST_BYTES:
+            raise OSError(f"{self.path} has {size} bytes, more than {MOST_BYTES}")
         return self.path.read_bytes()
 
     def size(self) -> int | None:
+        """Nothing of pipes and devices either: reading them need not end."""
         try:
-            return self.path.stat().st_size
-        except OSError:
+            found = self.path.stat()
+        except (OSError, ValueError):
             return None
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,8 @@ class Member:
     length: int
 
     def read(self) -> bytes:
+        if self.length > MOST_BYTES:
+            raise OSError(f"a member of {self.archive} has {self.length} bytes, more than {MOST_BYTES}")
         with self.archive.open("rb") as opened:
             opened.seek(self.offset)
             found = opened.read(self.length)

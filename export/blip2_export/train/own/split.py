@@ -3,50 +3,47 @@
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence
 
+import numpy as np
+
+from blip2_export.train.own import prints
 from blip2_export.train.own.records import Record
 
 _STEPS = 1 << 32
+# So many are looked through for copies whose bytes differ; reading all pictures takes 5 to 40 ms each.
+MOST = 50_000
 
 
-@dataclass(frozen=True)
-class Split:
-    """Records to learn from, and others to measure on. `doubled`: keys left out of the former for their picture is in the latter."""
+def by_share(records: Sequence[Record], share: float) -> tuple[list[Record], list[Record]]:
+    """Records to learn from, and about this share that is held out, chosen by key: more data later leaves every record on its side.
 
-    train: list[Record]
-    held_out: list[Record]
-    doubled: list[str]
-
-
-def by_share(records: list[Record], share: float) -> Split:
-    """About this share is held out, chosen by key: more data later leaves every record on its side."""
-    held_out = [record for record in records if _place(record.key) < share]
-    return apart([record for record in records if _place(record.key) >= share], held_out)
+    Where the data itself says so, `val` is held out instead, and `test` is on neither side.
+    """
+    if any(record.part == "val" for record in records):
+        return [record for record in records if record.part in ("", "train")], [r for r in records if r.part == "val"]
+    known = [record for record in records if record.part != "test"]
+    train = [record for record in known if _place(record.key) >= share]
+    return train, [record for record in known if _place(record.key) < share]
 
 
-def apart(train: list[Record], held_out: list[Record]) -> Split:
-    """Leaves out of `train` every picture that is held out under any name, byte by byte."""
-    same_size = {record.source.size() for record in held_out} - {None}
-    digests = {_digest(record) for record in held_out} if train else set()
-    candidates = (record for record in train if record.source.size() in same_size)
-    doubled = {record.key for record in candidates if _digest(record) in digests}
-    return Split([record for record in train if record.key not in doubled], held_out, sorted(doubled))
+def copies(train: Sequence[Record], held_out: Sequence[Record], threads: int = 2) -> np.ndarray:
+    """[train], whether a picture is held out as well: under any name byte by byte, or, unless there are too many, saved anew."""
+    same = _same_bytes(train, held_out)
+    if train and held_out and are_compared(train, held_out):
+        same |= prints.of(train, threads).like(prints.of(held_out, threads))
+    return same
 
 
-def doubles(records: Iterable[Record]) -> list[list[str]]:
-    """Keys of records that have one picture, byte by byte."""
-    by_size: dict[int | None, list[Record]] = defaultdict(list)
-    for record in records:
-        by_size[record.source.size()].append(record)
-    found: dict[bytes, list[str]] = defaultdict(list)
-    for size, group in by_size.items():
-        if size is not None and len(group) > 1:
-            for record in group:
-                found[_digest(record)].append(record.key)
-    return sorted(keys for digest, keys in found.items() if digest and len(keys) > 1)
+def are_compared(train: Sequence[Record], held_out: Sequence[Record]) -> bool:
+    """Whether pictures are looked at, not only their bytes."""
+    return len(train) + len(held_out) <= MOST
+
+
+def _same_bytes(train: Sequence[Record], held_out: Sequence[Record]) -> np.ndarray:
+    sizes = {record.source.size() for record in train} & {record.source.size() for record in held_out} - {None}
+    digests = {_digest(record) for record in held_out if record.source.size() in sizes} - {b""}
+    return np.array([record.source.size() in sizes and _digest(record) in digests for record in train], bool)
 
 
 def _place(key: str) -> float:

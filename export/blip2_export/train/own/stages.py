@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,7 @@ from blip2_export.train.own import (
     measures,
     pictures,
     questions,
-    records,
-    split,
     start,
-    together,
     watch,
 )
 from blip2_export.train.own.base import Base, open_base
@@ -36,8 +32,8 @@ from blip2_export.train.own.held_out import HeldOut
 from blip2_export.train.own.length import Length
 from blip2_export.train.own.loop import Fit, Run, Schedule, Task
 from blip2_export.train.own.lora import Adapter, Lora, adapt
-from blip2_export.train.own.order import Order
-from blip2_export.train.own.order import Part as Weighted
+from blip2_export.train.own.sets import Learnt
+from blip2_export.train.own.sets import learnt as learnt_of
 from blip2_export.train.own.sources import DataError
 from blip2_export.train.own.stage1 import Captions, Stage1
 from blip2_export.train.own.stage2 import Stage2, Written
@@ -93,19 +89,10 @@ class Setup:
         return "no" if self.frozen_float32 else self.precision
 
 
-@dataclass(frozen=True)
-class Learnt:
-    """Records to learn from by set, and those that are held out."""
-
-    order: Order
-    train: list[records.Record]
-    held_out: list[records.Record]
-
-
 def train_stage1(setup: Setup, out: Path | None) -> None:
     """ITC + ITM + ITG around the frozen encoder; leaves `stage1.pt` in the work folder and, if wanted, a retrieval folder."""
     accelerator = _accelerator(setup)
-    base, learnt = open_base(setup.base, setup.parts), _learnt(setup, batches.usable)
+    base, learnt = open_base(setup.base, setup.parts), learnt_of(setup, batches.usable)
     setup = _planned(setup, learnt)
     tokenizer, first = _first(setup, base, learnt, accelerator)
     model = Stage1(first, tokenizer)
@@ -144,7 +131,7 @@ def train_stage2(setup: Setup, out: Path) -> None:
     if not base.has_language:
         raise DataError(f"{setup.base}: it has no language model, which stage 2 needs")
     hardware.check_language(setup.precision, base.family)
-    learnt = _learnt(setup, batches.usable)
+    learnt = learnt_of(setup, batches.usable)
     setup = _planned(setup, learnt)
     speaks = language.of_family(base.family, base.model.language_model, base.tokenizer())
     hardware.held(base.vision, setup.held)
@@ -219,7 +206,7 @@ def train_questions(setup: Setup, out: Path, side: int, n_questions: int = 4) ->
     questions.check_side(base, side)
     if setup.lora is not None:
         raise DataError("--lora goes with stage 2")
-    learnt = _learnt(setup, questions.usable)
+    learnt = learnt_of(setup, questions.usable)
     setup = _planned(setup, learnt)
     tokenizer, first = _first(setup, base, learnt, accelerator)
     _take_stage1(first, setup)
@@ -295,60 +282,6 @@ def _run(setup: Setup, name: str, accelerator: Accelerator) -> Run:
         "machine": machine.facts(accelerator.device),
     }
     return Run(name, setup.work, setup.schedule, setup.seed, setup.sizes.accumulate, facts=facts, **more)
-
-
-def _learnt(setup: Setup, usable: Callable[[list[records.Record]], tuple[list[records.Record], str]]) -> Learnt:
-    """Reads all sets. `usable`: what can be learnt of records, and what has to be said of the rest."""
-    sets, held_out, train = [], list[records.Record](), list[records.Record]()
-    apart = _apart(setup, usable)
-    answers = setup.answers or (None,) * len(setup.data)
-    if len(answers) != len(setup.data):
-        raise DataError(f"--answers names {len(answers)} files for {len(setup.data)} sets; name one for each --data")
-    for (path, weight), notes in zip(setup.data, answers, strict=True):
-        found = _read(path, setup.images, notes, usable)
-        parts = split.apart(found, apart) if apart is not None else split.by_share(found, float(setup.held_out))  # type: ignore[arg-type]
-        if parts.doubled:
-            n, first = len(parts.doubled), parts.doubled[0]
-            _warn(f"{path}: {n} pictures are held out under another name, and not learnt: {first}")
-        if not parts.train:
-            raise DataError(f"{path}: nothing is left to learn from, all {len(found)} records are held out")
-        sets.append(Weighted(parts.train, weight))
-        held_out += parts.held_out if apart is None else []
-        train += parts.train
-    return Learnt(Order(sets, setup.seed), train, apart or held_out)
-
-
-def _apart(setup: Setup, usable: Callable[..., Any]) -> list[records.Record] | None:
-    if not isinstance(setup.held_out, Path):
-        return None
-    return _read(setup.held_out, setup.images, setup.held_out_answers, usable)
-
-
-def _read(path: Path, images: Path | None, answers: Path | None, usable: Callable[..., Any]) -> list[records.Record]:
-    found, passed_over = usable(records.read(path, images, answers))
-    if passed_over:
-        _warn(f"{path}: {passed_over}")
-    if not found:
-        raise DataError(f"{path}: it has no record to learn from")
-    return there(path, found)
-
-
-def there(path: Path, found: list[records.Record]) -> list[records.Record]:
-    """Those whose picture is there. Some that are missing are told; where most are, the folder is wrong."""
-    missing = [record for record in found if record.source.size() is None]
-    if not missing:
-        return found
-    said = f"{path}: {len(missing)} of {len(found)} pictures are not there, the first is {missing[0].key}"
-    if len(missing) * 2 > len(found):
-        raise DataError(f"{said}; name the folder that they are in with --images")
-    _warn(f"{said}; they are passed over")
-    gone = {record.key for record in missing}
-    return [record for record in found if record.key not in gone]
-
-
-def _warn(said: str) -> None:
-    if together.is_first():
-        print(f"warning: {said}", file=sys.stderr)
 
 
 def _planned(setup: Setup, learnt: Learnt) -> Setup:

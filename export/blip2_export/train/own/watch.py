@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,8 +32,8 @@ def stage1(held_out: HeldOut, model: Stage1, see: Callable[[Part], Captions], n_
         return Watch()
     say = batches.captioned(model.encode)
 
-    def known(records: list[Record], rng: random.Random, chances: Tensor) -> measures.Known:
-        return measures.Known(say(records, rng, chances), records)
+    def known(records: list[Record], rngs: Sequence[random.Random], chances: Tensor) -> measures.Known:
+        return measures.Known(say(records, rngs, chances), records)
 
     def sample(now: Stage1, records: list[Record]) -> list[str]:
         return writing.captions(now, see(held_out.part(records, say)).features)
