@@ -35,7 +35,7 @@ class Stage2(nn.Module):
         super().__init__()
         self.qformer = qformer
         self.query_tokens = nn.Parameter(queries.detach().clone())
-        self.language_projection = nn.Linear(queries.shape[-1], language.width)
+        self.language_projection = nn.Linear(queries.shape[-1], language.projected)
         self.eye: nn.Module | None = None
         self.embeddings: nn.Module | None = None
         # Not a part: it is frozen, and goes into no checkpoint.
@@ -67,7 +67,9 @@ class Stage2(nn.Module):
             tokens = self.embeddings(batch.question_ids, query_embeds=tokens)
             more = {"query_length": n, "attention_mask": mask}
         hidden = self.qformer(query_embeds=tokens, encoder_hidden_states=seen, **more).last_hidden_state
-        return self.language_projection(hidden[:, :n])
+        soft, width = self.language_projection(hidden[:, :n]), self.language.width
+        # `transformers` scatters features in flattened order, so of wider ones the first n × width values count.
+        return soft if soft.shape[-1] == width else soft.flatten(1)[:, : n * width].unflatten(1, (n, width))
 
     def forward(self, batch: Written) -> dict[str, Tensor]:
         """The mean over the weighted tokens of all processes, as far as this one has them."""
