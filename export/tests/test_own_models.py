@@ -256,7 +256,7 @@ def test_a_q_former_starts_from_another_with_fewer_queries(folder: Path, tmp_pat
     same = start.qformer(open_base(folder / "retrieval"), start.Start(qformer=other), len(words))
     assert torch.equal(same.embeddings.word_embeddings.weight[: len(rows)], torch.from_numpy(rows).float())
     assert same.query_tokens.shape[1] == 5 and not capsys.readouterr().err.count("warning")
-    with pytest.raises(DataError, match="nothing of its Q-Former fits"):
+    with pytest.raises(DataError, match="its Q-Former is 36 wide, that of the base 32"):
         start.qformer(base, start.Start(qformer=other), len(words))
 
 
@@ -281,7 +281,11 @@ def test_bert_gives_its_norm_and_its_head_and_others_are_refused(folder: Path, t
     for here, name in pairs.items():
         assert torch.equal(own[here], there[name]), here
     assert torch.equal(own["head_bias"][:50], there["cls.predictions.bias"])
-    for name, said in {"roberta": "it is roberta, not BERT", "wide": "it is 36 wide", "opt": "no BERT"}.items():
+    for name, said in {
+        "roberta": "it is roberta, not BERT",
+        "wide": "it is 36 wide",
+        "opt": "it is blip-2, not BERT",
+    }.items():
         with pytest.raises(DataError, match=said):
             start.qformer(base, start.Start((folder if name == "opt" else tmp_path) / name), 51)
 
@@ -292,7 +296,10 @@ def test_bert_gives_its_norm_and_its_head_and_others_are_refused(folder: Path, t
 @pytest.mark.parametrize("name", ["opt-fp16", "t5"])
 @pytest.mark.parametrize("target", ["language", "qformer"])
 def test_an_adapter_is_what_peft_loads_and_convert_merges(folder: Path, tmp_path: Path, name: str, target: str) -> None:
-    """The base's own weights are as before; logits of the bundle are those of base and adapter in `peft`, within 2e-4."""
+    """The base's own weights are as before; logits of the bundle are those of base and adapter in `peft`, within 2e-4.
+
+    Within 1e-3 around a base in float16, to which what is merged is rounded.
+    """
     said = setup(folder, name, tmp_path / "work", lora=Lora(target, 3, 6.0))
     stages.train_stage2(said, tmp_path / "out")
     assert {file.name for file in (tmp_path / "out").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
@@ -318,13 +325,13 @@ def test_an_adapter_is_what_peft_loads_and_convert_merges(folder: Path, tmp_path
     ids = torch.tensor([[model.config.image_token_index] * n + words] * 2)
     more = {"decoder_input_ids": torch.zeros(2, 1, dtype=torch.long)} if name == "t5" else {}
     with torch.no_grad():
-        logits = [m(pixel_values=pixels, input_ids=ids, **more).logits[:, -1].numpy() for m in (adapted,)]
+        logits = [adapted(pixel_values=pixels, input_ids=ids, **more).logits[:, -1].numpy()]
         with adapted.disable_adapter():
             logits.append(adapted(pixel_values=pixels, input_ids=ids, **more).logits[:, -1].numpy())
     found, _ = graphs.greedy(graphs.queries(graphs.features(pixels.numpy())), [words] * 2, 1)
     scale = abs(logits[0]).max()
     for row in range(2):
-        assert abs(found[row] - logits[0][row]).max() <= 2e-4 * scale
+        assert abs(found[row] - logits[0][row]).max() <= (1e-3 if "fp16" in name else 2e-4) * scale
     assert abs(logits[0] - logits[1]).max() > 1e-2 * scale, "the adapter does something"
 
 
