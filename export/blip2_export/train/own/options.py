@@ -329,7 +329,7 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--frozen-float32",
         action="store_true",
-        help="hold frozen weights in float32 all the same: twice the memory, roundings as in a float32 checkpoint",
+        help="hold frozen weights in float32 all the same, for twice the memory; products are the same, tables more exact",
     )
     group.add_argument(
         "--checkpointing",
