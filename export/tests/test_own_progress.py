@@ -638,6 +638,11 @@ def test_a_log_has_whole_lines_of_numbers_that_json_knows(tmp_path: Path) -> Non
         torn.write(b'{"step": 5, "lo')
     assert [row["step"] for row in log.read(file)] == [1, 2, 3, 4]
     assert [row["step"] for row in log.Log(file, 3).rows] == [1, 2, 3] == [row["step"] for row in log.read(file)]
+    for row in ({"step": 2, "held_out": {}}, {"step": 3, "samples": []}):
+        kept.add(row)
+    assert log.read(file)[-2:] == [{"step": 2, "held_out": {}}, {"step": 3, "samples": []}]
+    rows_ = log.Log(file, 3, 2).rows
+    assert rows_[-1] == {"step": 2, "held_out": {}} and len(rows_) == 4, "stopped in front of a measurement"
     assert log.Log(file, 0).rows == [] == log.read(file), "a run that begins anew has no lines of another"
 
 
@@ -813,9 +818,10 @@ def test_means_are_over_the_steps_since_the_last_line(tmp_path: Path) -> None:
     progress = Progress(Run("line", tmp_path, Schedule(4), log_every=2, pictures=6), 0, True, clock, io.StringIO())
     for loss in (1.0, 3.0, 5.0, 6.0):
         clock.now += 3
-        progress.add({"square": loss, "_gradient_norm": 1.0}, [])
+        progress.add({"square": loss, **({"_gradient_norm": 1.0} if loss > 1 else {})}, [])
     found = [row for row in rows(tmp_path, "line") if "square" in row]
     assert [(row["step"], row["steps"], row["square"]) for row in found] == [(2, 2, 2.0), (4, 2, 5.5)]
+    assert found[0]["gradient_norm"] == 1.0, "it was not finite once"
     assert found[0]["step_s"] == 3 and found[0]["pictures_per_s"] == 2 and found[0]["left_s"] == 6
 
 

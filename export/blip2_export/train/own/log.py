@@ -26,11 +26,15 @@ Row = dict[str, Any]
 
 
 class Log:
-    """The file of one run; what is after `step` belongs to steps that a killed run lost, and is cut."""
+    """The file of one run; what is after `step` belongs to steps that a killed run lost, and is cut.
 
-    def __init__(self, file: Path, step: int) -> None:
+    `looked`: the last step at which it was measured, if that is an earlier one: it will be measured at `step` again.
+    """
+
+    def __init__(self, file: Path, step: int, looked: int | None = None) -> None:
+        last = step if looked is None else looked
         self.file = file
-        self.rows = [row for row in read(file) if row["step"] <= step] if step else []
+        self.rows = [row for row in read(file) if row["step"] <= (last if _looks(row) else step)] if step else []
         aside = file.with_suffix(".jsonl.part")
         try:
             aside.write_bytes(b"".join(_line(row) for row in self.rows))
@@ -68,6 +72,10 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _looks(row: Row) -> bool:
+    return "held_out" in row or "samples" in row
 
 
 def _line(row: Row) -> bytes:

@@ -89,7 +89,7 @@ class Fit:
         self._resume()
         if self._is_over:
             return
-        progress = Progress(self.run, self.step, self.accelerator.is_main_process)
+        progress = Progress(self.run, self.step, self.accelerator.is_main_process, looked=self.looked)
         progress.thumbnails = self.task.thumbnails
         try:
             with Stop() as stop:

@@ -13,7 +13,18 @@ from blip2_export.train.own.log import Row
 from blip2_export.train.own.plots import COLOURS, Line, figure, short
 from blip2_export.train.own.sources import DataError
 
-_ABOUT = ("step", "steps", "at", "left_s", "step_s", "pictures_per_s", "rate", "gradient_norm", "temperature")
+_ABOUT = (
+    "step",
+    "steps",
+    "at",
+    "left_s",
+    "step_s",
+    "pictures_per_s",
+    "rate",
+    "gradient_norm",
+    "temperature",
+    "skipped",
+)
 _LIGHT = ("#2563a8", "#c2620c", "#2f7d4f", "#8a4fbf", "#b1366b", "#7a6a1d", "#3b8291", "#666d75")
 _DARK = ("#7ab3ef", "#f2a55f", "#74c795", "#c39bea", "#ef86b4", "#d3c065", "#7cc6d6", "#a9afb6")
 _SHOWN = 6  # of the samples of a picture: the first and the last ones
@@ -92,7 +103,12 @@ def _plots(steps: Sequence[Row], measured: Sequence[Row], best: float | None) ->
     learnt = [Line(key, _points(steps, key)) for row in steps[-1:] for key in row if _is_share(key)]
     found.append(figure("Right in the batch", learnt))
     found += [figure(f"{key}, held out", [Line(key, points, True)], best) for key, points in held.items()]
-    single = {"rate": "Learning rate", "gradient_norm": "Gradient norm", "temperature": "Temperature"}
+    single = {
+        "rate": "Learning rate",
+        "gradient_norm": "Gradient norm",
+        "temperature": "Temperature",
+        "skipped": "Steps that overflowed",
+    }
     found += [figure(title, [Line(key, _points(steps, key))]) for key, title in single.items()]
     found.append(figure("Pictures per second", [Line("pictures/s", _points(steps, "pictures_per_s"))]))
     return found

@@ -21,7 +21,10 @@ _OWN = ("step", "steps", "at", "left_s", "step_s", "pictures_per_s", "rate", "gr
 
 
 class Progress:
-    """Means over the steps since the last line. Of several processes one `tells`."""
+    """Means over the steps since the last line, of each number over those that had it. Of several processes one `tells`.
+
+    `looked`: the last step at which it was measured, if that is not `start`.
+    """
 
     def __init__(
         self,
@@ -30,6 +33,7 @@ class Progress:
         tells: bool,
         clock: Callable[[], float] = time.monotonic,
         stream: TextIO | None = None,
+        looked: int | None = None,
     ) -> None:
         self.run, self.step, self.tells = run, start, tells
         self.screen = Screen(stream or sys.stderr, clock)
@@ -39,9 +43,9 @@ class Progress:
             "sample": run.sample_every or run.measure_every,
         }
         self.pace = Pace(every, {"save": run.save_seconds}, clock)
-        self.sums, self.count, self.took = dict[str, float](), 0, 0.0
+        self.sums, self.counts, self.count, self.took = dict[str, float](), dict[str, int](), 0, 0.0
         self.bad: set[str] = set()
-        self.log = Log(run.log, start) if tells else None
+        self.log = Log(run.log, start, looked) if tells else None
         self.board = Board(run.work / "tensorboard" / run.name, self.log.rows) if self.log and run.tensorboard else None
         self.thumbnails: dict[str, bytes] = {}
         self._row({"resumed": True} if start else {"settings": run.facts or {}, "machine": run.machine})
@@ -50,7 +54,7 @@ class Progress:
         """What a step measured, and which pictures it could not read."""
         for key, value in measured.items():
             key = key.lstrip("_")
-            self.sums[key] = self.sums.get(key, 0.0) + value
+            self.sums[key], self.counts[key] = self.sums.get(key, 0.0) + value, self.counts.get(key, 0) + 1
         self.step, self.count, self.took = self.step + 1, self.count + 1, self.took + self.pace.step()
         for note in notes:
             self._note(note)
@@ -58,7 +62,7 @@ class Progress:
             row = self._means()
             self._row(row)
             self._show(row, lasting=not self.screen.is_terminal)
-            self.sums, self.count, self.took = {}, 0, 0.0
+            self.sums, self.counts, self.count, self.took = {}, {}, 0, 0.0
         elif self.screen.is_due():
             self._show(self._means())
 
@@ -92,7 +96,7 @@ class Progress:
         self._say(f"{self.run.name} {self.step}: {why}; its page is {self.run.page}")
 
     def _means(self) -> Row:
-        means = {key: round(value / self.count, 9) for key, value in self.sums.items()}
+        means = {key: round(value / self.counts[key], 9) for key, value in self.sums.items()}
         step_s = self.took / self.count
         return {
             "steps": self.count,
