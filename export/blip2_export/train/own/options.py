@@ -186,22 +186,22 @@ def _add_data(group: argparse._ArgumentGroup, stage: str) -> None:
         default="0.02",
         metavar="SHARE|PATH",
         help="share of the pictures that is not learnt but measured on, chosen by name, so that it stays the same as data is "
-        "added; or a set of its own (default: %(default)s, our choice). A picture of it that is in --data as well is not learnt, be "
-        "it the same file or one that was saved anew",
+        "added; or a set of its own (default: %(default)s, our choice). A picture of it that is in --data as well is not "
+        "learnt, be it the same file or one that was saved anew",
     )
     group.add_argument(
         "--bad-pictures",
         type=float,
         default=0.05,
         metavar="SHARE",
-        help=f"share of the pictures that may be such that cannot be read, and {FEW} in any case; others take their places (default: "
-        "%(default)s, our choice)",
+        help=f"share of the pictures that may be such that cannot be read, and {FEW} in any case; others take their places "
+        "(default: %(default)s, our choice)",
     )
     group.add_argument(
         "--augment",
         action="store_true",
-        help="show half of the pictures or more of each, at a new place each time, and half of them mirrored, as the paper does; where "
-        "captions say left and right, do not",
+        help="show half of the pictures or more of each, at a new place each time, and half of them mirrored, as the paper does; "
+        "where captions say left and right, do not",
     )
     if stage == "vqa":
         group.add_argument(

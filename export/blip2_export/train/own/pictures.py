@@ -23,7 +23,7 @@ _TRIES = 64
 # The engine's own bound.
 MOST_PIXELS = 89_478_485
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-# LAVIS' `blip2_image_train`, as in the paper's two stages: at least half the area, near the shape of a square, half of them mirrored.
+# LAVIS' `blip2_image_train`, as in the paper's two stages: at least half the area, nearly of its shape, half of them mirrored.
 _AREA, _SHAPE, _MIRRORED = (0.5, 1.0), (3 / 4, 4 / 3), 0.5
 
 # What Pillow warns of is refused here.

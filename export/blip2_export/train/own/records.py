@@ -49,10 +49,10 @@ def read(data: Path, images: Path | None = None, answers: Path | None = None, wo
 
     `data` is one of: a COCO captions file, VQAv2's questions (with `answers`, its annotations, by default those beside it),
     Karpathy's or any other JSON list, JSON Lines or CSV of rows that name a picture and its captions or its question and answers,
-    Flickr30k's `.token` or `results.csv`, a folder that has a list (Hugging Face's imagefolder with `metadata.csv` or `.jsonl`), a
-    folder of pictures with a text file beside each, or WebDataset shards (`a.tar`, `a-{000..099}.tar`, a pattern, a folder of them).
-    Names of pictures start from `images`, by default the file's folder, and stay below it. Compressed shards are unpacked into
-    `work`.
+    Flickr30k's `.token` or `results.csv`, a folder that has a list (Hugging Face's imagefolder with `metadata.csv` or `.jsonl`),
+    a folder of pictures with a text file beside each, or WebDataset shards (`a.tar`, `a-{000..099}.tar`, a pattern, a folder of
+    them). Names of pictures start from `images`, by default the file's folder, and stay below it. Compressed shards are unpacked
+    into `work`.
     """
     file = _list_of(data)
     if file is None and shards.are_meant(data):
