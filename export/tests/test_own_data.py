@@ -684,6 +684,10 @@ def test_augmented_pictures_are_parts_of_at_least_half_the_area() -> None:
         assert 0.70 < wide / high < 1.43
         mirrored += int(pixels[0, 0, 0] > pixels[0, 0, -1])
     assert 0.46 < min(areas) < 0.56 and 0.9 < max(areas) <= 1 and 50 < mirrored < 100
+    # So wide that no part of half the area is nearly square.
+    wide = encoded(Image.fromarray(np.stack([x] * 3, -1).astype(np.uint8)).resize((256, 64)))
+    kept = look.pixels(wide, random.Random(7))[0] * 255
+    assert kept.max() - kept.min() == pytest.approx(85, abs=4) and kept.mean() == pytest.approx(127.5, abs=2)
     assert np.array_equal(look.pixels(data, random.Random(7)), look.pixels(data, random.Random(7)))
 
 
