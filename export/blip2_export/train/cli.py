@@ -83,6 +83,9 @@ def run(args: argparse.Namespace) -> int:
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return stopped.status
+    except KeyboardInterrupt:
+        print("stopped at once; the same command goes on from what was saved before", file=sys.stderr)
+        return 130
     except (CheckpointError, ValueError, FloatingPointError) as error:
         return _refuse(error)
     except OSError as error:

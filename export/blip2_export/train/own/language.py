@@ -60,11 +60,16 @@ class SoFar:
 
 
 class Language(Protocol):
-    """A language model with its texts. `ends`: tokens that end what it writes."""
+    """A language model with its texts.
+
+    `width`: of its embeddings. `projected`: of what `transformers` projects queries to, which is wider where embeddings are
+    projected, too. `ends`: tokens that end what it writes.
+    """
 
     model: nn.Module
     tokenizer: Any
     width: int
+    projected: int
     ends: set[int]
 
     def texts(self, rows: Sequence[Text]) -> Texts: ...
@@ -93,6 +98,7 @@ class Opt:
     def __init__(self, model: Any, tokenizer: Any, max_length: int) -> None:
         self.model, self.tokenizer, self.max_length = model, tokenizer, max_length
         self.width = int(model.get_input_embeddings().embedding_dim)
+        self.projected = int(model.config.hidden_size)
         self.ends = {self._ids("\n")[-1], int(model.config.eos_token_id)}
 
     def texts(self, rows: Sequence[Text]) -> Texts:
@@ -135,6 +141,7 @@ class T5:
     def __init__(self, model: Any, tokenizer: Any, max_length: int) -> None:
         self.model, self.tokenizer, self.max_length = model, tokenizer, max_length
         self.width = int(model.get_input_embeddings().embedding_dim)
+        self.projected = int(model.config.hidden_size)
         self.ends = {int(model.config.eos_token_id)}
 
     def texts(self, rows: Sequence[Text]) -> Texts:

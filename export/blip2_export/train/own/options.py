@@ -222,8 +222,8 @@ def _add_models(group: argparse._ArgumentGroup, stage: str) -> None:
     group.add_argument(
         "--qformer",
         type=Path,
-        help="checkpoint whose Q-Former it starts from: --base itself, another, what stage 1 left as a folder (--out of stage1), or "
-        "a LAVIS file of stage 1 (with --bert for its tokenizer)",
+        help="checkpoint whose Q-Former it starts from: --base itself, another, what stage 1 left as a folder (--out of stage1), "
+        "or a LAVIS file of stage 1 (with --bert for its tokenizer)",
     )
     group.add_argument("--queries", type=int, metavar="N", help="query tokens (default: the base's, 32 in the paper)")
     if stage == "stage2":
@@ -319,7 +319,7 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--frozen-float32",
         action="store_true",
-        help="hold frozen weights in float32 all the same: twice the memory, roundings as in a float32 checkpoint",
+        help="hold frozen weights in float32 all the same, for twice the memory; products are the same, tables more exact",
     )
     group.add_argument(
         "--checkpointing",

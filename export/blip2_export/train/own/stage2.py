@@ -35,12 +35,11 @@ class Stage2(nn.Module):
         super().__init__()
         self.qformer = qformer
         self.query_tokens = nn.Parameter(queries.detach().clone())
-        self.language_projection = nn.Linear(queries.shape[-1], language.width)
+        self.language_projection = nn.Linear(queries.shape[-1], language.projected)
         self.eye: nn.Module | None = None
         self.embeddings: nn.Module | None = None
         # Not a part: it is frozen, and goes into no checkpoint.
         self._language = (language,)
-        self._random: tuple[nn.Module, ...] = ()
 
     @property
     def language(self) -> Language:
@@ -53,14 +52,8 @@ class Stage2(nn.Module):
             p.requires_grad_(True)
         if adapter.lora.target == "language":
             self.adapter = nn.ParameterDict({name.replace(".", "/"): p for name, p in adapter.parameters.items()})
-        self._random = tuple(adapter.dropouts)
-
-    def train(self, mode: bool = True) -> Stage2:
-        """Also what is random in an adapter of the language model, which itself is always in evaluation."""
-        for part in self._random:
-            part.train(mode)
-        super().train(mode)
-        return self
+        # As parts of this they are in training and in evaluation as this is; the language model is always in evaluation.
+        self.random = nn.ModuleList(adapter.dropouts)
 
     def prefix(self, batch: Written) -> Tensor:
         """Soft prompts [rows, queries, width of the language model], a row for each text."""
@@ -74,7 +67,9 @@ class Stage2(nn.Module):
             tokens = self.embeddings(batch.question_ids, query_embeds=tokens)
             more = {"query_length": n, "attention_mask": mask}
         hidden = self.qformer(query_embeds=tokens, encoder_hidden_states=seen, **more).last_hidden_state
-        return self.language_projection(hidden[:, :n])
+        soft, width = self.language_projection(hidden[:, :n]), self.language.width
+        # `transformers` scatters features in flattened order, so of wider ones the first n × width values count.
+        return soft if soft.shape[-1] == width else soft.flatten(1)[:, : n * width].unflatten(1, (n, width))
 
     def forward(self, batch: Written) -> dict[str, Tensor]:
         """The mean over the weighted tokens of all processes, as far as this one has them."""

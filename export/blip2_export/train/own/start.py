@@ -151,6 +151,9 @@ def _bert_name(name: str) -> str:
 def _fill_from_checkpoint(made: QFormer, checkpoint: Checkpoint) -> None:
     """Every tensor of the same name and shape; queries, words and positions as far as there are any."""
     own, misfits, taken = _own_tensors(made), list[str](), 0
+    there = checkpoint.tensor("query_tokens").shape[-1] if checkpoint.has("query_tokens") else made.cfg.hidden_size
+    if there != made.cfg.hidden_size:
+        raise DataError(f"{checkpoint.folder}: its Q-Former is {there} wide, that of the base {made.cfg.hidden_size}")
     with torch.no_grad():
         for name in checkpoint.names():
             here = _own_name(name)

@@ -74,10 +74,12 @@ class _Gathered(torch.autograd.Function):
 def mean(value: Tensor) -> Tensor:
     """Over processes, without gradients."""
     value = value.detach().clone().float()
-    if size() > 1:
-        distributed.all_reduce(value)
-        value /= size()
-    return value
+    if size() == 1:
+        return value
+    # NCCL knows GPUs only, and some of what is agreed on was counted elsewhere.
+    moved = value.cuda() if distributed.get_backend() == "nccl" else value
+    distributed.all_reduce(moved)
+    return (moved / size()).to(value.device)
 
 
 def any_(value: bool) -> bool:
