@@ -34,6 +34,11 @@ class Bad:
             )
         return new
 
+    def tell(self, part: Any) -> None:
+        """Notes those of a part, for whoever has no place to show them."""
+        for key, why in self.note(part).items():
+            print(f"warning: {key} cannot be read ({why}); another takes its place", file=sys.stderr)
+
     def end(self) -> None:
         """What there was to say, once more."""
         if self.known:

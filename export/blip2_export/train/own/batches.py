@@ -48,7 +48,7 @@ class Sizes:
 
 @dataclass
 class Part:
-    """Pixels [rows, 3, side, side] and what goes with them; `bad`: pictures that gave way. Of rows that are `kept` there are none."""
+    """Pixels [rows, 3, side, side], none of those that are `kept`, and what goes with them. `bad`: pictures that gave way."""
 
     pixels: Tensor
     said: Any

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -30,10 +30,12 @@ class HeldOut:
         seed: int = 0,
         most: int = MOST,
         memory: pictures.Memory | None = None,
+        note: Callable[[Part], object] = lambda _: None,
     ) -> None:
         ordered = sorted(records, key=lambda record: record.key)
         random.Random(f"{seed} held out").shuffle(ordered)
         self.records, self.size, self.seed = ordered[:most], max(_FEWEST, size), seed
+        self._note = note
         self._looker = pictures.Looker(look, lambda chance: chance.choice(self.records), memory=memory)
 
     def __len__(self) -> int:
@@ -51,7 +53,9 @@ class HeldOut:
         seen, said, drawn = (self._chances(wanted, what) for what in ("seen", "said", "drawn"))
         chances = torch.tensor([[chance.random(), chance.random()] for chance in drawn])
         looked = self._looker.looked(wanted, seen)
-        return Part(looked.pixels, say(looked.records, said, chances), looked.bad, looked.kept)
+        part = Part(looked.pixels, say(looked.records, said, chances), looked.bad, looked.kept)
+        self._note(part)
+        return part
 
     def _chances(self, wanted: Sequence[Record], what: str) -> list[random.Random]:
         """Of a record, whatever part it is in."""

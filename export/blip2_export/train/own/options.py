@@ -9,6 +9,7 @@ from pathlib import Path
 
 from blip2_export.read.lavis import Parts
 from blip2_export.train.own import measures
+from blip2_export.train.own.bad import FEW
 from blip2_export.train.own.batches import Sizes
 from blip2_export.train.own.length import Length
 from blip2_export.train.own.loop import Schedule
@@ -63,7 +64,7 @@ def add(parser: argparse.ArgumentParser, stage: str) -> None:
     _add_models(parser.add_argument_group("what is trained"), stage)
     _add_lavis(parser.add_argument_group("what a LAVIS file leaves out, if --base is one"))
     _add_length(parser.add_argument_group("how long and how fast"), USUAL[stage])
-    _add_machine(parser.add_argument_group("hardware"))
+    _add_machine(parser.add_argument_group("hardware"), stage)
     _add_looking(parser.add_argument_group("looking on"), stage)
 
 
@@ -103,6 +104,11 @@ def setup(args: argparse.Namespace, stage: str) -> Setup:
         lora=Lora.parsed(args.lora) if getattr(args, "lora", None) else None,
         frozen_float32=args.frozen_float32,
         checkpointing=args.checkpointing,
+        features=getattr(args, "cache_features", None),
+        features_type=getattr(args, "cache_type", "float16"),
+        features_most=getattr(args, "cache_most", 100.0),
+        augment=args.augment,
+        bad_share=args.bad_pictures,
     )
 
 
@@ -154,6 +160,10 @@ def _check(args: argparse.Namespace) -> None:
             raise DataError(f"--{name.replace('_', '-')} {typed}: it must be a number above 0")
     if args.least_rate is not None and not 0 <= args.least_rate <= (args.learning_rate or args.least_rate):
         raise DataError(f"--least-rate {args.least_rate}: it must be from 0 to --learning-rate")
+    if not 0 <= args.bad_pictures <= 1:
+        raise DataError(f"--bad-pictures {args.bad_pictures}: it is a share, from 0 to 1")
+    if not getattr(args, "cache_most", 1.0) > 0:
+        raise DataError(f"--cache-most {args.cache_most}: it must be a number above 0")
     if not 0 <= args.weight_decay < float("inf"):
         raise DataError(f"--weight-decay {args.weight_decay}: it must be 0 or more")
 
@@ -176,8 +186,22 @@ def _add_data(group: argparse._ArgumentGroup, stage: str) -> None:
         default="0.02",
         metavar="SHARE|PATH",
         help="share of the pictures that is not learnt but measured on, chosen by name, so that it stays the same as data is "
-        "added; or a set of its own (default: %(default)s, our choice). A picture of it that is in --data as well, byte by byte, is "
-        "not learnt",
+        "added; or a set of its own (default: %(default)s, our choice). A picture of it that is in --data as well is not "
+        "learnt, be it the same file or one that was saved anew",
+    )
+    group.add_argument(
+        "--bad-pictures",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help=f"share of the pictures that may be such that cannot be read, and {FEW} in any case; others take their places "
+        "(default: %(default)s, our choice)",
+    )
+    group.add_argument(
+        "--augment",
+        action="store_true",
+        help="show half of the pictures or more of each, at a new place each time, and half of them mirrored, as the paper does; "
+        "where captions say left and right, do not",
     )
     if stage == "vqa":
         group.add_argument(
@@ -308,7 +332,7 @@ def _add_length(group: argparse._ArgumentGroup, usual: Usual) -> None:
     )
 
 
-def _add_machine(group: argparse._ArgumentGroup) -> None:
+def _add_machine(group: argparse._ArgumentGroup, stage: str) -> None:
     group.add_argument(
         "--precision",
         choices=("no", "bf16", "fp16"),
@@ -326,11 +350,36 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="compute activations twice instead of keeping them: the same losses, less memory, about a third more time",
     )
+    if stage != "vqa":
+        _add_cache(group)
     group.add_argument("--seed", type=int, default=0, help="of order, noise and first weights (default: %(default)s)")
     group.add_argument(
         "--workers", type=int, default=2, metavar="N", help="processes that read pictures (default: %(default)s)"
     )
     group.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: PyTorch's choice)")
+
+
+def _add_cache(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--cache-features",
+        type=Path,
+        metavar="FOLDER",
+        help="keep what the frozen image encoder says of each picture, for all runs around the same encoder; not with --augment",
+    )
+    group.add_argument(
+        "--cache-type",
+        choices=("float16", "float32"),
+        default="float16",
+        help="how: float16 is half as large (0.7 MB a picture of ViT-g at 224 pixels), float32 gives the same losses as none "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--cache-most",
+        type=float,
+        default=100.0,
+        metavar="GIB",
+        help="the most that it may take (default: %(default)g)",
+    )
 
 
 def _add_looking(group: argparse._ArgumentGroup, stage: str) -> None:

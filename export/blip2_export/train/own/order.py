@@ -1,4 +1,4 @@
-"""Which records a step sees: a pure function of the step, so that a run that was killed sees what an unbroken one would have seen."""
+"""Which records a step sees: a pure function of the step, so that a run that was killed sees what an unbroken one would have."""
 
 from __future__ import annotations
 

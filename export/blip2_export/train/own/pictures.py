@@ -23,7 +23,7 @@ _TRIES = 64
 # The engine's own bound.
 MOST_PIXELS = 89_478_485
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-# LAVIS' `blip2_image_train`, which the paper's two stages see: a part of at least half the area, near its shape, half of them mirrored.
+# LAVIS' `blip2_image_train`, as in the paper's two stages: at least half the area, nearly square, half of them mirrored.
 _AREA, _SHAPE, _MIRRORED = (0.5, 1.0), (3 / 4, 4 / 3), 0.5
 
 # What Pillow warns of is refused here.
@@ -67,7 +67,7 @@ def opened(data: bytes, reduced: int | None = None) -> Image.Image:
 
 
 def _part(size: tuple[int, int], chance: random.Random) -> tuple[float, float, float, float]:
-    """`RandomResizedCrop`: an area and a shape, ten tries, else all of it."""
+    """`RandomResizedCrop`: an area and a shape, ten tries, else the middle, as much of it as a shape allows."""
     width, height = size
     for _ in range(10):
         area = width * height * chance.uniform(*_AREA)
@@ -76,12 +76,13 @@ def _part(size: tuple[int, int], chance: random.Random) -> tuple[float, float, f
         if 0 < w <= width and 0 < h <= height:
             x, y = chance.randint(0, width - w), chance.randint(0, height - h)
             return x, y, x + w, y + h
-    return 0, 0, width, height
+    w, h = min(width, round(height * _SHAPE[1])), min(height, round(width / _SHAPE[0]))
+    return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
 
 
 @dataclass
 class Kept:
-    """Features that are known already: `rows` [others, positions, width] of a part's rows that are not `fresh`; of all, what names them."""
+    """Features that are known: `rows` [others, positions, width] of those of a part that are not `fresh`; `digests` of all."""
 
     digests: list[str]
     fresh: list[int]
@@ -112,8 +113,10 @@ class Looked:
 
 @dataclass(frozen=True)
 class Looker:
-    """Makes pixels. `another`: what comes in the place of a picture that cannot be read, by the place's own chance: the same whenever,
-    and in whichever process, the step is made."""
+    """Makes pixels. `another`: what comes in the place of a picture that cannot be read.
+
+    It is drawn by the place's own chance: the same whenever, and in whichever process, the step is made.
+    """
 
     look: Look
     another: Callable[[random.Random], Record]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import time
@@ -137,9 +136,6 @@ class Progress:
         self.bad |= new.keys()
         if not new or not self.tells:
             return
-        with (self.run.work / "bad_pictures.jsonl").open("a") as log:
-            for key, why in new.items():
-                log.write(json.dumps({"picture": key, "why": why}) + "\n")
         self._row({"bad": new})
         first, why = next(iter(new.items()))
         self._say(f"warning: {first} cannot be read ({why}); another takes its place, {len(self.bad)} so far")

@@ -20,7 +20,7 @@ _BESIDE = (".txt", ".caption")
 class Record:
     """A picture and what is said or asked about it. `key` names it, and decides on which side of a split it is.
 
-    `part`: the side that the data itself puts it on, if it does: `train`, `val` or `test`. `refused`: why texts of it were passed over.
+    `part`: where the data itself puts it, if it does: `train`, `val` or `test`. `refused`: why texts of it were passed over.
     """
 
     key: str
@@ -47,11 +47,12 @@ class Record:
 def read(data: Path, images: Path | None = None, answers: Path | None = None, work: Path | None = None) -> list[Record]:
     """The records of a file, a folder or shards, ordered by key.
 
-    `data` is one of: a COCO captions file, VQAv2's questions (with `answers`, its annotations, by default those beside it), Karpathy's or
-    any other JSON list, JSON Lines or CSV of rows that name a picture and its captions or its question and answers, Flickr30k's `.token`
-    or `results.csv`, a folder that has a list (Hugging Face's imagefolder with `metadata.csv` or `.jsonl`), a folder of pictures with a
-    text file beside each, or WebDataset shards (`a.tar`, `a-{000..099}.tar`, a pattern, a folder of them).
-    Names of pictures start from `images`, by default the file's folder, and stay below it. Compressed shards are unpacked into `work`.
+    `data` is one of: a COCO captions file, VQAv2's questions (with `answers`, its annotations, by default those beside it),
+    Karpathy's or any other JSON list, JSON Lines or CSV of rows that name a picture and its captions or its question and answers,
+    Flickr30k's `.token` or `results.csv`, a folder that has a list (Hugging Face's imagefolder with `metadata.csv` or `.jsonl`),
+    a folder of pictures with a text file beside each, or WebDataset shards (`a.tar`, `a-{000..099}.tar`, a pattern, a folder of
+    them). Names of pictures start from `images`, by default the file's folder, and stay below it. Compressed shards are unpacked
+    into `work`.
     """
     file = _list_of(data)
     if file is None and shards.are_meant(data):
@@ -118,7 +119,7 @@ def _nothing_in(folder: Path, n_pictures: int) -> str:
     parts = [name for name in ("train", "validation", "test") if _list_of(folder / name) not in (None, folder / name)]
     if parts:
         return f"its lists are in {', '.join(parts)}; name {folder / parts[0]} instead"
-    return f"it has none of {', '.join(_LISTS)}, no shards, and none of its {n_pictures} pictures has a text file of its name beside it"
+    return f"it has none of {', '.join(_LISTS)}, no shards, and none of its {n_pictures} pictures has a text file beside it"
 
 
 def _records(file: Path, rows: Iterable[Said], root: Path) -> list[Record]:

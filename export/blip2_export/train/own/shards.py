@@ -1,7 +1,7 @@
 """WebDataset shards: tar archives whose members of one name belong together, a picture with its text.
 
-Their heads are read once; pictures are then read where they lie, in any order, so a run goes on in the middle of a shard as anywhere else.
-Nothing is ever unpacked under a name that an archive chose.
+Their heads are read once; pictures are then read where they lie, in any order, so a run goes on in the middle of a shard as
+anywhere else. Nothing is ever unpacked under a name that an archive chose.
 """
 
 from __future__ import annotations

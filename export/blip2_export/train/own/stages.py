@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -26,8 +25,10 @@ from blip2_export.train.own import (
     start,
     watch,
 )
+from blip2_export.train.own.bad import Bad
 from blip2_export.train.own.base import Base, open_base
 from blip2_export.train.own.batches import Batches, Part, Sizes
+from blip2_export.train.own.features import Eye, Shelf
 from blip2_export.train.own.held_out import HeldOut
 from blip2_export.train.own.length import Length
 from blip2_export.train.own.loop import Fit, Run, Schedule, Task
@@ -52,6 +53,9 @@ class Setup:
     `answers`, `held_out_answers`: the annotations of VQAv2's questions, for each set. `length`: gives `schedule` its steps once the
     data is known. `parts`: what a LAVIS file leaves out. `frozen_float32`: frozen weights stay float32 whatever the precision is;
     otherwise they are held in what they are computed in. `checkpointing`: activations are computed twice instead of kept.
+
+    `features`: folder that features of the frozen encoder are kept in, as `features_type`, of at most `features_most` GiB.
+    `augment`: pictures are cropped and mirrored. `bad_share`: of the pictures, how many may be such that cannot be read.
     """
 
     data: list[tuple[Path, float]]
@@ -82,6 +86,11 @@ class Setup:
     lora: Lora | None = None
     frozen_float32: bool = False
     checkpointing: bool = False
+    features: Path | None = None
+    features_type: str = "float16"
+    features_most: float = 100.0
+    augment: bool = False
+    bad_share: float = 0.05
 
     @property
     def held(self) -> str:
@@ -99,17 +108,19 @@ def train_stage1(setup: Setup, out: Path | None) -> None:
     hardware.held(base.vision, setup.held)
     _save_memory(setup, model)
     with frozen(base.vision, "image encoder"):
-        make = _batches(setup, base, learnt)
+        shelf = _shelf(setup, base, learnt)
+        make = _batches(setup, base, learnt, shelf)
         say = batches.captioned(model.encode)
-        eye = _placed(base.vision, accelerator)
+        eye = Eye(base.vision, accelerator.device, shelf)
 
         def see(part: Part) -> Captions:
-            return _captions(eye, part, accelerator.device)
+            return _captions(eye, part)
 
         def losses(trained: nn.Module, part: Part) -> dict[str, Tensor]:
             return trained(see(part))
 
-        looks = watch.stage1(_held_out(setup, base, learnt), model, see, setup.samples)
+        bad = _bad(setup, learnt, "stage1")
+        looks = watch.stage1(_held_out(setup, base, learnt, bad, shelf=shelf), model, see, setup.samples)
         task = Task(
             model,
             lambda step: make.parts(step, say),
@@ -118,9 +129,9 @@ def train_stage1(setup: Setup, out: Path | None) -> None:
             measures.better("stage1", setup.better),
             looks.sample,
             looks.thumbnails,
-            notes=lambda part: part.bad,
+            notes=bad.note,
         )
-        _fit(_run(setup, "stage1", accelerator), task, accelerator, setup.write)
+        _fit(_run(setup, "stage1", accelerator), task, accelerator, setup.write, bad)
     if out is not None and accelerator.is_main_process:
         folders.write_stage1(out, base, model.qformer, tokenizer)
 
@@ -139,20 +150,23 @@ def train_stage2(setup: Setup, out: Path) -> None:
     model, adapter = _second(setup, base, learnt, accelerator, speaks)
     _save_memory(setup, model, base.model.language_model)
     with frozen(base.vision, "image encoder"), frozen(base.model.language_model, "language model"):
-        make = _batches(setup, base, learnt)
+        shelf = _shelf(setup, base, learnt)
+        make = _batches(setup, base, learnt, shelf)
         splits = base.family == "t5" and not setup.prompt
         say = batches.written(speaks, setup.prompt, splits)
-        eye = _placed(base.vision, accelerator)
+        eye = Eye(base.vision, accelerator.device, shelf)
         _placed(base.model.language_model, accelerator)
 
         def write(part: Part) -> Written:
-            seen = _features(eye, part.pixels.to(accelerator.device))
-            return Written(seen, part.said.to(accelerator.device))
+            return Written(eye(part), part.said.to(accelerator.device))
 
         def losses(trained: nn.Module, part: Part) -> dict[str, Tensor]:
             return trained(write(part))
 
-        looks = watch.stage2(_held_out(setup, base, learnt), speaks, setup.prompt, splits, write, setup.samples)
+        bad = _bad(setup, learnt, "stage2")
+        looks = watch.stage2(
+            _held_out(setup, base, learnt, bad, shelf=shelf), speaks, setup.prompt, splits, write, setup.samples
+        )
         task = Task(
             model,
             lambda step: make.parts(step, say),
@@ -161,10 +175,10 @@ def train_stage2(setup: Setup, out: Path) -> None:
             measures.better("stage2", setup.better),
             looks.sample,
             looks.thumbnails,
-            notes=lambda part: part.bad,
+            notes=bad.note,
             mass=lambda part: part.said.mass,
         )
-        _fit(_run(setup, "stage2", accelerator), task, accelerator, setup.write)
+        _fit(_run(setup, "stage2", accelerator), task, accelerator, setup.write, bad)
     if accelerator.is_main_process and adapter is not None:
         folders.write_adapter(out, base, adapter)
     elif accelerator.is_main_process:
@@ -206,6 +220,8 @@ def train_questions(setup: Setup, out: Path, side: int, n_questions: int = 4) ->
     questions.check_side(base, side)
     if setup.lora is not None:
         raise DataError("--lora goes with stage 2")
+    if setup.features is not None:
+        raise DataError("--cache-features goes with stages 1 and 2; with questions the image encoder is trained")
     learnt = learnt_of(setup, questions.usable)
     setup = _planned(setup, learnt)
     tokenizer, first = _first(setup, base, learnt, accelerator)
@@ -215,7 +231,7 @@ def train_questions(setup: Setup, out: Path, side: int, n_questions: int = 4) ->
     hardware.held(base.model.language_model, setup.held)
     _save_memory(setup, model, base.model.language_model)
     with frozen(base.model.language_model, "language model"):
-        make = Batches(learnt.order, base.look(side), setup.sizes, setup.seed)
+        make = _batches(setup, base, learnt, side=side)
         say = questions.asked(speaks, tokenizer, n_questions)
         _placed(base.model.language_model, accelerator)
 
@@ -226,7 +242,10 @@ def train_questions(setup: Setup, out: Path, side: int, n_questions: int = 4) ->
         def losses(trained: nn.Module, part: Part) -> dict[str, Tensor]:
             return trained(write(part))
 
-        looks = watch.vqa(_held_out(setup, base, learnt, side), speaks, tokenizer, n_questions, write, setup.samples)
+        bad = _bad(setup, learnt, "vqa")
+        looks = watch.vqa(
+            _held_out(setup, base, learnt, bad, side), speaks, tokenizer, n_questions, write, setup.samples
+        )
         task = Task(
             model,
             lambda step: make.parts(step, say),
@@ -235,10 +254,10 @@ def train_questions(setup: Setup, out: Path, side: int, n_questions: int = 4) ->
             measures.better("vqa", setup.better),
             looks.sample,
             looks.thumbnails,
-            notes=lambda part: part.bad,
+            notes=bad.note,
             mass=lambda part: part.said.mass,
         )
-        _fit(_run(setup, "vqa", accelerator), task, accelerator, setup.write)
+        _fit(_run(setup, "vqa", accelerator), task, accelerator, setup.write, bad)
     if accelerator.is_main_process:
         folders.write_stage2(out, base, model, tokenizer)
 
@@ -266,6 +285,7 @@ def _run(setup: Setup, name: str, accelerator: Accelerator) -> Run:
         "seed": setup.seed,
         "accumulate": setup.sizes.accumulate,
         "precision": [setup.precision, setup.held],
+        "pictures": ["augmented" if setup.augment else "whole", setup.features_type if _rounds(setup) else "float32"],
         "lora": asdict(setup.lora) if setup.lora else None,
         "better": measures.better(name, setup.better)[0],
         **{key: value for key, value in asdict(setup.schedule).items() if key != "betas"},
@@ -282,6 +302,16 @@ def _run(setup: Setup, name: str, accelerator: Accelerator) -> Run:
         "machine": machine.facts(accelerator.device),
     }
     return Run(name, setup.work, setup.schedule, setup.seed, setup.sizes.accumulate, facts=facts, **more)
+
+
+def _rounds(setup: Setup) -> bool:
+    """Whether features that are kept are others than those that are not."""
+    return setup.features is not None and setup.features_type != "float32"
+
+
+def _bad(setup: Setup, learnt: Learnt, name: str) -> Bad:
+    n_pictures = len(learnt.train) + len(learnt.held_out)
+    return Bad(setup.work / f"{name}_bad_pictures.jsonl", n_pictures, setup.bad_share)
 
 
 def _planned(setup: Setup, learnt: Learnt) -> Setup:
@@ -318,23 +348,40 @@ def _take_stage1(first: nn.Module, setup: Setup) -> bool:
     return True
 
 
-def _batches(setup: Setup, base: Base, learnt: Learnt) -> Batches:
-    return Batches(learnt.order, base.look(base.config.vision_config.image_size), setup.sizes, setup.seed)
+def _batches(setup: Setup, base: Base, learnt: Learnt, shelf: Shelf | None = None, side: int | None = None) -> Batches:
+    look = base.look(side or base.config.vision_config.image_size)
+    return Batches(learnt.order, look, setup.sizes, setup.seed, setup.augment, shelf)
 
 
-def _held_out(setup: Setup, base: Base, learnt: Learnt, side: int | None = None) -> HeldOut:
+def _shelf(setup: Setup, base: Base, learnt: Learnt) -> Shelf | None:
+    """Where features are kept, if they are."""
+    if setup.features is None:
+        return None
+    if setup.augment:
+        raise DataError("--cache-features goes with pictures that stay as they are; leave it or --augment out")
+    look = base.look(base.config.vision_config.image_size)
+    shelf = Shelf(setup.features, base.vision, look, setup.precision, setup.features_type)
+    shelf.begin(len(learnt.train) + len(learnt.held_out), setup.features_most)
+    return shelf
+
+
+def _held_out(
+    setup: Setup, base: Base, learnt: Learnt, bad: Bad, side: int | None = None, shelf: Shelf | None = None
+) -> HeldOut:
     look = base.look(side or base.config.vision_config.image_size)
     # The same, however many processes there are.
     size = min(setup.sizes.batch // setup.sizes.accumulate, _MEASURED_TOGETHER)
-    return HeldOut(learnt.held_out, look, size, setup.seed)
+    return HeldOut(learnt.held_out, look, size, setup.seed, memory=shelf, note=bad.tell)
 
 
-def _fit(run: Run, task: Task, accelerator: Accelerator, write: str) -> None:
+def _fit(run: Run, task: Task, accelerator: Accelerator, write: str, bad: Bad) -> None:
     """Trains, and leaves the weights in the model that are to be written."""
     if write not in ("best", "last"):
         raise DataError(f"--write {write}: it is best or last")
     fit = Fit(run, task, accelerator)
     fit.go()
+    if accelerator.is_main_process:
+        bad.end()
     said = fit.take(write == "best")
     if accelerator.is_main_process:
         print(said, file=sys.stderr)
@@ -344,15 +391,10 @@ def _placed(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     return model.to(accelerator.device)
 
 
-def _features(eye: nn.Module, pixels: Tensor) -> Tensor:
-    with torch.no_grad():
-        return eye(pixels).last_hidden_state
-
-
-def _captions(eye: nn.Module, part: Part, device: torch.device) -> Captions:
+def _captions(eye: Eye, part: Part) -> Captions:
     said = part.said
-    rest = (tensor.to(device) for tensor in (said.ids, said.mask, said.picture, said.chances))
-    return Captions(_features(eye, part.pixels.to(device)), *rest)
+    rest = (tensor.to(eye.device) for tensor in (said.ids, said.mask, said.picture, said.chances))
+    return Captions(eye(part), *rest)
 
 
 __all__ = ["Learnt", "Setup", "pictures", "train_stage1", "train_stage2"]
