@@ -176,7 +176,7 @@ impl Default for Config {
 impl Default for Limits {
     fn default() -> Self {
         Self {
-            max_in_hand: 24,
+            max_in_hand: 16,
             max_wait_s: 30.0,
             max_body_bytes: 32 << 20,
             max_bodies_bytes: 512 << 20,
