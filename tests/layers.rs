@@ -38,7 +38,7 @@ const DOORS: [(&str, &str); 47] = [
     ("utoipa", "server"),
     ("nvml_wrapper", "bench"),
     ("schemars", "bench"),
-    ("rustix", "bench"),
+    ("rustix", "bench server"),
     ("indicatif", "cli"),
     ("ureq", "bench server"),
     ("base64", "bench server"),

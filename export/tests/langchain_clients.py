@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import cohere
-from langchain_cohere import CohereRerank
+from langchain_cohere import CohereEmbeddings, CohereRerank
 from langchain_core.documents import Document
 from langchain_core.messages import HumanMessage
 from langchain_openai import ChatOpenAI, OpenAIEmbeddings
@@ -57,10 +57,11 @@ def chatted(url: str, picture: str) -> dict[str, Any]:
     }
 
 
-def embedded(url: str) -> list[list[float]]:
-    """Without a count of tokens first, for which it would need a vocabulary of OpenAI's."""
-    vectors = OpenAIEmbeddings(base_url=f"{url}/v1", api_key=KEY, model="stage1", check_embedding_ctx_length=False)
-    return vectors.embed_documents(TEXTS)
+def embedded(url: str) -> list[list[list[float]]]:
+    """By OpenAI's form and by Cohere's first; without a count of tokens, for which it would need a vocabulary of OpenAI's."""
+    openai = OpenAIEmbeddings(base_url=f"{url}/v1", api_key=KEY, model="stage1", check_embedding_ctx_length=False)
+    coheres = CohereEmbeddings(base_url=url, cohere_api_key=KEY, model="stage1", max_retries=1)
+    return [openai.embed_documents(TEXTS), coheres.embed_documents(TEXTS)]
 
 
 def failure(ask: Any) -> str:

@@ -60,6 +60,8 @@ def serve(*options: str, bundles: tuple[str, ...] = BUNDLES) -> Iterator[Server]
         "cpu",
         "--threads",
         "1",
+        "--max-in-hand",
+        "64",  # clients that measure ask at their own pace
         *models,
         *options,
     ]

@@ -223,6 +223,7 @@ SOUND: dict[str, dict[str, Any]] = {
     "/v1/score": {"text_1": "a red circle", "text_2": data_url()},
     "/v1/rerank": {"query": "a red circle", "documents": [data_url(), data_url(1)]},
     "/v2/embed": {"images": [data_url()], "embedding_types": ["float", "base64"]},
+    "/v1/embed": {"texts": ["a red circle"]},
     "/tokenize": {"model": "t5", "prompt": "a red circle"},
     "/detokenize": {"model": "t5", "tokens": [5, 6]},
     "/v2/models/{model}/infer": {

@@ -37,7 +37,7 @@ pub(in crate::cli) struct Serve {
     /// Let anybody ask who reaches another address than loopback, without a key
     #[arg(long)]
     open: bool,
-    /// Texts and pictures in hand at once, of each model; who comes then is told to come again [default: 32]
+    /// Texts and pictures in hand at once, of each model; who comes then is told to come again; accelerators take more at once [default: 16]
     #[arg(long, value_name = "N")]
     max_in_hand: Option<usize>,
     /// Memory for what was made of pictures that may come again, of each model; 0 keeps nothing [default: 256MiB]

@@ -72,7 +72,8 @@ pub struct ModelConfig {
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Limits {
-    /// Pictures and texts in hand at once, of each model; who comes then is refused with 429.
+    /// Pictures and texts in hand at once, of each model; who comes then is refused with 429. More are answered in a second where a device
+    /// takes more rows at once, and each waits longer.
     pub max_in_hand: usize,
     /// How long one may wait in line before it is refused with 503.
     pub max_wait_s: f64,
@@ -175,7 +176,7 @@ impl Default for Config {
 impl Default for Limits {
     fn default() -> Self {
         Self {
-            max_in_hand: 32,
+            max_in_hand: 16,
             max_wait_s: 30.0,
             max_body_bytes: 32 << 20,
             max_bodies_bytes: 512 << 20,

@@ -20,6 +20,8 @@ use crate::runtime::{Runtime, RuntimeOptions};
 use crate::service::{self, Gone, Job, KeptCounts, Outcome, Progress, Service, Source, Terms, Want};
 use crate::timing::milliseconds;
 
+/// How much nicer threads that compute are than those that answer.
+const POLITE: i32 = 5;
 /// How often it is looked whether all threads of a service are there.
 const LOOKING_AFTER: Duration = Duration::from_millis(200);
 /// Until a bundle that could not be loaded, or whose threads ended, is loaded again; twice as long after every failure.
@@ -110,6 +112,7 @@ impl Worker {
         let worker = Arc::new(Self { plan, state, wanted: is_wanted.into(), hand: Arc::new(hand), metrics });
         let weak = Arc::downgrade(&worker);
         std::thread::spawn(move || {
+            give_way();
             let mut pause = FIRST_PAUSE;
             // It ends with the last who knows the worker.
             while let Some(worker) = weak.upgrade() {
@@ -246,6 +249,20 @@ impl Worker {
         let service = Arc::new(Service::start(engine, options));
         warm_up(&service)?;
         Ok(service)
+    }
+}
+
+/// Lets this thread, and those that it starts, ONNX Runtime's among them, give way to those that read and answer: there are as many that
+/// compute as processors, and a request would wait until one of them is interrupted.
+fn give_way() {
+    // Elsewhere a process has one priority.
+    #[cfg(target_os = "linux")]
+    {
+        use rustix::process::{getpriority_process, setpriority_process};
+        let polite = getpriority_process(None).and_then(|usual| setpriority_process(None, (usual + POLITE).min(19)));
+        if let Err(error) = polite {
+            tracing::debug!(%error, "models compute with the priority of everything else");
+        }
     }
 }
 

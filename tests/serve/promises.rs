@@ -1,6 +1,7 @@
 //! What takes minutes, or needs a machine for itself: `make promises`.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -12,6 +13,8 @@ use crate::safety::damage;
 
 /// As many as the server's default and its line hold, and more.
 const CLIENTS: usize = 96;
+
+const JSON: [(&str, &str); 1] = [("content-type", "application/json")];
 
 /// On the demo, or the bundle that PROMISES_MODEL names.
 fn measured(options: &[&str]) -> Server {
@@ -38,6 +41,31 @@ fn text_of(picture: Value, n_tokens: usize) -> Value {
 /// How long a rate is offered: PROMISES_SECONDS, by default 20, in which the demo answers a thousand.
 fn patience() -> Duration {
     Duration::from_secs(std::env::var("PROMISES_SECONDS").map_or(20, |seconds| seconds.parse().unwrap()))
+}
+
+/// Milliseconds that a hundredth of exchanges takes longer than, of a byte for a byte between two threads that do nothing else: what this
+/// machine takes to wake somebody while the server works.
+fn floor(while_: &AtomicBool) -> f64 {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut asker = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (mut answerer, _) = listener.accept().unwrap();
+    let answers = std::thread::spawn(move || {
+        let mut byte = [0];
+        while answerer.read_exact(&mut byte).is_ok() {
+            answerer.write_all(&byte).unwrap();
+        }
+    });
+    let mut times = Vec::new();
+    while while_.load(Ordering::Relaxed) {
+        std::thread::sleep(Duration::from_millis(10));
+        let start = Instant::now();
+        asker.write_all(&[1]).unwrap();
+        asker.read_exact(&mut [0]).unwrap();
+        times.push(start.elapsed().as_secs_f64() * 1e3);
+    }
+    drop(asker);
+    answers.join().unwrap();
+    Found::quantile(&mut times, 0.99)
 }
 
 /// Milliseconds of the answered and of the refused, and of the answered what no stage accounts for.
@@ -76,6 +104,8 @@ fn capacity(server: &Server, n_clients: usize, time: Duration, bodies: &[Value])
 fn offered(server: &Server, rate: f64, time: Duration) -> Found {
     let (start, next, found) = (Instant::now(), AtomicUsize::new(0), Mutex::new(Found::default()));
     let n = (rate * time.as_secs_f64()) as usize;
+    // What the clients take of the machine is taken from the server.
+    let bodies: Vec<Vec<u8>> = captions().iter().map(|body| body.to_string().into_bytes()).collect();
     std::thread::scope(|threads| {
         for _ in 0..CLIENTS {
             threads.spawn(|| {
@@ -83,7 +113,7 @@ fn offered(server: &Server, rate: f64, time: Duration) -> Found {
                     let due = start + Duration::from_secs_f64(place as f64 / rate);
                     std::thread::sleep(due.saturating_duration_since(Instant::now()));
                     let sent = Instant::now();
-                    let reply = server.post("/caption", &caption(place));
+                    let reply = server.post_bytes("/caption", &bodies[place % bodies.len()], &JSON);
                     let (from_due, from_sent) = (due.elapsed().as_secs_f64() * 1e3, sent.elapsed().as_secs_f64() * 1e3);
                     let mut found = found.lock().unwrap();
                     match reply.status {
@@ -113,7 +143,7 @@ fn three_times_too_much_leaves_the_admitted_as_quick_as_before() {
     let (server, time) = (measured(&[]), patience());
     let sixteen = capacity(&server, 16, time / 2, &captions());
     // Everything that it ever holds at once has been held then.
-    offered(&server, 3.0 * sixteen, time / 2);
+    offered(&server, 3.0 * sixteen, time);
     let before = resident(&server);
     let (mut most, mut over) = (offered(&server, 0.8 * sixteen, time), offered(&server, 3.0 * sixteen, time));
     let after = resident(&server);
@@ -168,8 +198,14 @@ fn it_is_ready_soon_adds_little_and_lets_a_new_text_in_beside_others() {
     let server = measured(&[]);
     let ready = start.elapsed().as_secs_f64();
     let half = 0.5 * capacity(&server, 16, patience() / 4, &captions());
-    let mut added = offered(&server, half, patience()).added;
-    let added = Found::quantile(&mut added, 0.99);
+    let works = AtomicBool::new(true);
+    let (mut added, floor) = std::thread::scope(|threads| {
+        let floor = threads.spawn(|| floor(&works));
+        let added = offered(&server, half, patience()).added;
+        works.store(false, Ordering::Relaxed);
+        (added, floor.join().unwrap())
+    });
+    let (usual, added) = (Found::quantile(&mut added, 0.5), Found::quantile(&mut added, 0.99));
     let (alone, _): (Vec<f64>, Vec<f64>) = (0..40).map(|n| first_piece(&server, n)).unzip();
     let (is_over, writing) = (AtomicBool::new(false), writing(&server, 90));
     let (beside, steps): (Vec<f64>, Vec<f64>) = std::thread::scope(|threads| {
@@ -186,9 +222,11 @@ fn it_is_ready_soon_adds_little_and_lets_a_new_text_in_beside_others() {
         found
     });
     let (alone, beside, step) = (median(alone), median(beside), median(steps));
-    println!("ready after {ready:.2} s; added by the server at half load: p99 {added:.2} ms");
+    println!(
+        "ready after {ready:.2} s; added by the server at half load: {usual:.2} ms, p99 {added:.2} ms; a bare exchange {floor:.2} ms"
+    );
     println!("first piece alone {alone:.2} ms, beside 8 others {beside:.2} ms, a step then {step:.2} ms");
-    assert!(ready <= 1.0 && added <= 2.0 && beside <= 2.0 * alone + step);
+    assert!(ready <= 1.0 && added <= 2.0 + floor && beside <= 2.0 * alone + step);
 }
 
 /// Milliseconds between the pieces of a text.

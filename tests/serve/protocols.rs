@@ -140,6 +140,12 @@ fn coheres_form_says_what_native_routes_say() {
     let encoded = SERVER.post("/v1/embeddings", &json!({"input": "nothing", "encoding_format": "base64"})).ok();
     let base64 = SERVER.post("/v2/embed", &json!({"texts": ["nothing"], "embedding_types": ["base64"]})).ok();
     assert_eq!(base64["embeddings"], json!({"base64": [encoded["data"][0]["embedding"]]}));
+    let first = SERVER.post("/v1/embed", &json!({"texts": ["nothing"], "truncate": "END"})).ok();
+    assert!(is_close(&first["embeddings"][0], &wanted["texts"][1]["embedding"]), "{first}");
+    assert_eq!((&first["response_type"], &first["meta"]["api_version"]), (&json!("embeddings_floats"), &json!({"version": "1"})));
+    let typed = SERVER.post("/v1/embed", &json!({"images": [url(1)], "embedding_types": ["float"]})).ok();
+    assert!(is_close(&typed["embeddings"]["float"][0], &wanted["images"][1]["embedding"]), "{typed}");
+    assert_eq!(typed["response_type"], "embeddings_by_type");
     let ranked = SERVER.post("/v2/rerank", &json!({"query": "a red circle", "documents": [url(0), url(1)]})).ok();
     let scores =
         SERVER.post("/v1/score", &json!({"text_1": "a red circle", "text_2": {"content": [image_url(0), image_url(1)]}})).ok();

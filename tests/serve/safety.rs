@@ -196,7 +196,7 @@ fn nobody_from_elsewhere_is_let_in_by_accident() {
     assert_eq!(open.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&open.stderr).contains("--keys"));
     let checked = run(&["--listen", "0.0.0.0:8000", "--open"]);
-    assert!(checked.status.success() && String::from_utf8_lossy(&checked.stdout).contains("max_in_hand = 32"));
+    assert!(checked.status.success() && String::from_utf8_lossy(&checked.stdout).contains("max_in_hand = 16"));
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! `POST /v2/embed`: Cohere's form of vectors.
+//! `POST /v2/embed` and `/v1/embed`: Cohere's form of vectors.
 
 use std::sync::Arc;
 
@@ -106,6 +106,31 @@ pub struct CohereEmbedResponse {
     meta: Meta,
 }
 
+/// Vectors as Cohere's first form has them: in forms if `embedding_types` named some, otherwise plain.
+#[derive(Serialize, ToSchema)]
+#[serde(untagged)]
+pub enum CohereEmbedV1Response {
+    /// As `/v2/embed` has them.
+    ByType(CohereEmbedResponse),
+    /// Numbers alone.
+    Floats(CohereFloats),
+}
+
+/// Vectors of length 1, of one space, in the order of what was asked.
+#[derive(Serialize, ToSchema)]
+pub struct CohereFloats {
+    id: String,
+    /// `embeddings_floats`.
+    response_type: &'static str,
+    embeddings: Vec<Vec<f32>>,
+    /// The texts that were given.
+    texts: Vec<String>,
+    /// The pictures that were given.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    images: Vec<ImageInfo>,
+    meta: Meta,
+}
+
 /// Vectors in the forms that were wanted.
 #[derive(Serialize, ToSchema)]
 pub struct ByType {
@@ -136,7 +161,7 @@ pub struct Meta {
 #[derive(Serialize, ToSchema)]
 #[schema(as = CohereApiVersion)]
 pub struct ApiVersion {
-    /// `2`.
+    /// `2`, or `1` from `/v1/embed`.
     version: &'static str,
 }
 
@@ -160,24 +185,37 @@ pub async fn embed(
     Extension(caller): Extension<Caller>,
     request: Request,
 ) -> Result<Json<CohereEmbedResponse>, ApiError> {
-    let said = body::read::<CohereEmbedRequest>(&app, request).await?;
-    let mut asked = said.value;
-    let things = asked.things()?;
-    let call = Call::new(&app, caller, (asked.model.as_deref(), TaskName::Embed, &[]), said.room)?;
-    let found = Found::of(&call, things).await?;
-    let tokens = Tokens { input_tokens: n_read(&call, &found.texts, found.images.len()), output_tokens: 0 };
-    let wants = |form| asked.embedding_types.as_ref().map_or(form == EmbeddingType::Float, |forms| forms.contains(&form));
-    let base64 = wants(EmbeddingType::Base64).then(|| found.vectors.iter().map(|vector| base64(vector)).collect());
-    let embeddings = ByType { base64, float: wants(EmbeddingType::Float).then_some(found.vectors) };
-    let id = format!("embed-{:032x}", rand::random::<u128>());
-    let (texts, images, meta) = (found.texts, found.images, Meta::new(Some(tokens)));
-    Ok(Json(CohereEmbedResponse { id, response_type: "embeddings_by_type", embeddings, texts, images, meta }))
+    let (asked, found) = Found::of_request(&app, caller, request).await?;
+    Ok(Json(found.by_type("2", asked.embedding_types.as_deref())))
+}
+
+/// Turns texts or pictures into vectors of one space: the form before `/v2/embed`, which older clients speak.
+#[utoipa::path(
+    post, path = "/v1/embed", tag = "retrieval",
+    request_body = CohereEmbedRequest,
+    responses((status = 200, body = CohereEmbedV1Response), (status = "4XX", body = ErrorBody), (status = "5XX", body = ErrorBody)),
+)]
+pub async fn embed_v1(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    request: Request,
+) -> Result<Json<CohereEmbedV1Response>, ApiError> {
+    let (asked, found) = Found::of_request(&app, caller, request).await?;
+    let forms = asked.embedding_types.as_deref();
+    Ok(Json(match forms {
+        Some(_) => CohereEmbedV1Response::ByType(found.by_type("1", forms)),
+        None => CohereEmbedV1Response::Floats(found.floats()),
+    }))
 }
 
 impl Meta {
     /// Of an answer for which so many tokens were read, where they are counted.
     pub fn new(tokens: Option<Tokens>) -> Self {
         Self { api_version: ApiVersion { version: "2" }, tokens }
+    }
+
+    fn of_read(version: &'static str, input_tokens: usize) -> Self {
+        Self { api_version: ApiVersion { version }, tokens: Some(Tokens { input_tokens, output_tokens: 0 }) }
     }
 }
 
@@ -206,18 +244,46 @@ impl EmbedInput {
     }
 }
 
+fn id() -> String {
+    format!("embed-{:032x}", rand::random::<u128>())
+}
+
 fn at(url: String) -> Thing {
     Thing::Picture(PictureIn { url: Some(url), ..PictureIn::default() })
 }
 
-/// Vectors in the order of what was asked, with the texts and the pictures among them.
+/// Vectors in the order of what was asked, with the texts and the pictures among them, and how many tokens were read.
 struct Found {
     vectors: Vec<Vec<f32>>,
     texts: Vec<String>,
     images: Vec<ImageInfo>,
+    n_read: usize,
 }
 
 impl Found {
+    async fn of_request(app: &Arc<App>, caller: Caller, request: Request) -> Result<(CohereEmbedRequest, Self), ApiError> {
+        let said = body::read::<CohereEmbedRequest>(app, request).await?;
+        let mut asked = said.value;
+        let things = asked.things()?;
+        let call = Call::new(app, caller, (asked.model.as_deref(), TaskName::Embed, &[]), said.room)?;
+        let found = Self::of(&call, things).await?;
+        Ok((asked, found))
+    }
+
+    fn by_type(self, version: &'static str, forms: Option<&[EmbeddingType]>) -> CohereEmbedResponse {
+        let Self { vectors, texts, images, n_read } = self;
+        let wants = |form| forms.map_or(form == EmbeddingType::Float, |forms| forms.contains(&form));
+        let base64 = wants(EmbeddingType::Base64).then(|| vectors.iter().map(|vector| base64(vector)).collect());
+        let embeddings = ByType { base64, float: wants(EmbeddingType::Float).then_some(vectors) };
+        let meta = Meta::of_read(version, n_read);
+        CohereEmbedResponse { id: id(), response_type: "embeddings_by_type", embeddings, texts, images, meta }
+    }
+
+    fn floats(self) -> CohereFloats {
+        let Self { vectors: embeddings, texts, images, n_read } = self;
+        CohereFloats { id: id(), response_type: "embeddings_floats", embeddings, texts, images, meta: Meta::of_read("1", n_read) }
+    }
+
     /// All texts are read together; every picture is looked at.
     async fn of(call: &Call, things: Vec<Thing>) -> Result<Self, ApiError> {
         let (mut texts, mut named, mut are_texts) = (Vec::new(), Vec::new(), Vec::new());
@@ -246,7 +312,8 @@ impl Found {
         let mut of_pictures = ends.into_iter();
         let mut next = |is_text| if is_text { of_texts.next().map(Ok) } else { of_pictures.next().map(|end| Ok(vector(end?)?.0)) };
         let vectors = are_texts.into_iter().filter_map(&mut next).collect::<Result<_, ApiError>>()?;
-        Ok(Self { vectors, texts, images })
+        let n_read = n_read(call, &texts, images.len());
+        Ok(Self { vectors, texts, images, n_read })
     }
 }
 

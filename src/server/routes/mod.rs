@@ -44,7 +44,7 @@ use super::kserve::{grpc, http as kserve};
     paths(
         caption::caption, ask::ask, matching::match_texts, embed::embed, rank::rank, images::look, images::forget, page::samples,
         page::sample, chat::complete, responses::respond, responses::stored, models::list, models::one, embeddings::embed,
-        score::score, score::rerank, cohere::embed, tokenize::tokenize, tokenize::detokenize, health::live, health::ready,
+        score::score, score::rerank, cohere::embed, cohere::embed_v1, tokenize::tokenize, tokenize::detokenize, health::live, health::ready,
         health::version, health::load, health::metrics, admin::load, admin::unload, kserve::server, kserve::live, kserve::ready,
         kserve::model, kserve::model_ready, kserve::infer
     ),
@@ -85,6 +85,7 @@ pub fn all(app: &Arc<App>) -> Router {
         .route("/score", post(score::score))
         .route("/v1/rerank", post(score::rerank))
         .route("/v2/embed", post(cohere::embed))
+        .route("/v1/embed", post(cohere::embed_v1))
         .route("/v2/rerank", post(score::rerank))
         .route("/rerank", post(score::rerank))
         .route("/tokenize", post(tokenize::tokenize))
