@@ -74,9 +74,6 @@ def setup(args: argparse.Namespace, stage: str) -> Setup:
     """What was typed, for a stage; one sentence if it cannot be meant."""
     _check(args)
     usual = USUAL[stage]
-    rate = usual.rate if args.learning_rate is None else args.learning_rate
-    least = min(usual.least_rate, rate) if args.least_rate is None else args.least_rate
-    schedule = Schedule(1, rate, floor=least / rate, weight_decay=args.weight_decay, betas=usual.betas)
     return Setup(
         data=[weighted(said) for said in args.data],
         base=locate(str(args.base)),
@@ -87,7 +84,7 @@ def setup(args: argparse.Namespace, stage: str) -> Setup:
         qformer=locate(str(args.qformer)) if args.qformer else None,
         n_queries=args.queries,
         prompt=getattr(args, "prompt", ""),
-        schedule=schedule,
+        schedule=_schedule(args, usual),
         sizes=Sizes(args.batch_size, args.accumulate),
         precision=args.precision,
         seed=args.seed,
@@ -112,6 +109,13 @@ def setup(args: argparse.Namespace, stage: str) -> Setup:
         augment=args.augment,
         bad_share=args.bad_pictures,
     )
+
+
+def _schedule(args: argparse.Namespace, usual: Usual) -> Schedule:
+    """Of one step: how many there are is known once the data is."""
+    rate = usual.rate if args.learning_rate is None else args.learning_rate
+    least = min(usual.least_rate, rate) if args.least_rate is None else args.least_rate
+    return Schedule(1, rate, floor=least / rate, weight_decay=args.weight_decay, betas=usual.betas)
 
 
 def chain(args: argparse.Namespace, inner: str = "") -> Chain | None:
@@ -213,15 +217,19 @@ def _add_data(group: argparse._ArgumentGroup, stage: str) -> None:
         "where captions say left and right, do not",
     )
     if stage == "vqa":
-        group.add_argument(
-            "--answers",
-            action="append",
-            default=[],
-            type=Path,
-            metavar="FILE",
-            help="VQAv2's annotations, one for each --data",
-        )
-        group.add_argument("--held-out-answers", type=Path, metavar="FILE", help="VQAv2's annotations of --held-out")
+        _add_answers(group)
+
+
+def _add_answers(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--answers",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="VQAv2's annotations, one for each --data",
+    )
+    group.add_argument("--held-out-answers", type=Path, metavar="FILE", help="VQAv2's annotations of --held-out")
 
 
 _FORMS = {
@@ -261,33 +269,41 @@ def _add_models(group: argparse._ArgumentGroup, stage: str) -> None:
     )
     group.add_argument("--queries", type=int, metavar="N", help="query tokens (default: the base's, 32 in the paper)")
     if stage == "stage2":
-        group.add_argument(
-            "--lora",
-            metavar="language|qformer[:RANK]",
-            help="train an adapter of --base alone, in its language model or its Q-Former, and write that to --out; `convert` and "
-            "`peft` put it on the base (rank 16, alpha twice the rank, dropout 0.05, as in peft's example for BLIP-2)",
-        )
-        group.add_argument(
-            "--prompt",
-            default="",
-            help="text that the language model reads before every caption, such as `a photo of` (default: none; then Flan-T5 reads "
-            "the beginning of the caption and writes the rest, as in the paper)",
-        )
+        _add_written(group)
     if stage == "vqa":
-        group.add_argument(
-            "--image-size",
-            type=int,
-            default=SIDE,
-            metavar="N",
-            help="side of the pictures (default: %(default)s, paper's appendix)",
-        )
-        group.add_argument(
-            "--questions",
-            type=int,
-            default=4,
-            metavar="N",
-            help="questions of a picture in a step, at most (default: %(default)s)",
-        )
+        _add_asked(group)
+
+
+def _add_written(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--lora",
+        metavar="language|qformer[:RANK]",
+        help="train an adapter of --base alone, in its language model or its Q-Former, and write that to --out; `convert` and "
+        "`peft` put it on the base (rank 16, alpha twice the rank, dropout 0.05, as in peft's example for BLIP-2)",
+    )
+    group.add_argument(
+        "--prompt",
+        default="",
+        help="text that the language model reads before every caption, such as `a photo of` (default: none; then Flan-T5 reads "
+        "the beginning of the caption and writes the rest, as in the paper)",
+    )
+
+
+def _add_asked(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--image-size",
+        type=int,
+        default=SIDE,
+        metavar="N",
+        help="side of the pictures (default: %(default)s, paper's appendix)",
+    )
+    group.add_argument(
+        "--questions",
+        type=int,
+        default=4,
+        metavar="N",
+        help="questions of a picture in a step, at most (default: %(default)s)",
+    )
 
 
 def _add_lavis(group: argparse._ArgumentGroup) -> None:
@@ -420,6 +436,10 @@ def _add_looking(group: argparse._ArgumentGroup, stage: str) -> None:
         default="best",
         help="the weights that --out has at the end; the last where nothing is held out (default: %(default)s)",
     )
+    _add_shown(group)
+
+
+def _add_shown(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--samples",
         type=int,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -100,6 +102,35 @@ class Setup:
         return "no" if self.frozen_float32 else self.precision
 
 
+@dataclass(frozen=True)
+class _Stage:
+    """What `model` is trained on. `read`: a part as the model takes it; `still`: what lies beside it in memory and does not change."""
+
+    name: str
+    model: nn.Module
+    parts: Callable[[int], list[Part]]
+    read: Callable[[Part], Any]
+    looks: watch.Watch
+    bad: Bad
+    still: list[nn.Module]
+    mass: Callable[[Part], Tensor] = lambda _: torch.ones(())
+
+    def task(self, better: str) -> Task:
+        """`better`: the measure that tells the best checkpoint."""
+
+        def losses(trained: nn.Module, part: Part) -> dict[str, Tensor]:
+            return trained(self.read(part))
+
+        looks, by = self.looks, measures.better(self.name, better)
+        shown = (looks.sample, looks.thumbnails)
+        return Task(self.model, self.parts, losses, looks.measure, by, *shown, self.bad.note, self.mass)
+
+
+def _mass(part: Part) -> Tensor:
+    """Of texts: their tokens, by weight."""
+    return part.said.mass
+
+
 def train_stage1(setup: Setup, out: Path | None) -> list[Record]:
     """ITC + ITM + ITG around the frozen encoder; leaves `stage1.pt` in the work folder and, if wanted, a retrieval folder.
 
@@ -121,24 +152,10 @@ def train_stage1(setup: Setup, out: Path | None) -> list[Record]:
         def see(part: Part) -> Captions:
             return _captions(eye, part)
 
-        def losses(trained: nn.Module, part: Part) -> dict[str, Tensor]:
-            return trained(see(part))
-
         bad = _bad(setup, learnt, "stage1")
         looks = watch.stage1(_held_out(setup, base, learnt, bad, shelf=shelf), model, see, setup.samples)
-        task = Task(
-            model,
-            lambda step: make.parts(step, say),
-            losses,
-            looks.measure,
-            measures.better("stage1", setup.better),
-            looks.sample,
-            looks.thumbnails,
-            notes=bad.note,
-        )
-        run = _run(setup, "stage1", accelerator)
-        _tell(run, model, [base.vision], out, accelerator)
-        _fit(run, task, accelerator, setup.write, bad)
+        stage = _Stage("stage1", model, lambda step: make.parts(step, say), see, looks, bad, [base.vision])
+        _fit(setup, stage, accelerator, out)
     if out is not None and accelerator.is_main_process:
         folders.write_stage1(out, base, model.qformer, tokenizer)
     accelerator.wait_for_everyone()
@@ -169,27 +186,13 @@ def train_stage2(setup: Setup, out: Path) -> list[Record]:
         def write(part: Part) -> Written:
             return Written(eye(part), part.said.to(accelerator.device))
 
-        def losses(trained: nn.Module, part: Part) -> dict[str, Tensor]:
-            return trained(write(part))
-
         bad = _bad(setup, learnt, "stage2")
         looks = watch.stage2(
             _held_out(setup, base, learnt, bad, shelf=shelf), speaks, setup.prompt, splits, write, setup.samples
         )
-        task = Task(
-            model,
-            lambda step: make.parts(step, say),
-            losses,
-            looks.measure,
-            measures.better("stage2", setup.better),
-            looks.sample,
-            looks.thumbnails,
-            notes=bad.note,
-            mass=lambda part: part.said.mass,
-        )
-        run = _run(setup, "stage2", accelerator)
-        _tell(run, model, [base.vision, base.model.language_model], out, accelerator)
-        _fit(run, task, accelerator, setup.write, bad)
+        still = [base.vision, base.model.language_model]
+        stage = _Stage("stage2", model, lambda step: make.parts(step, say), write, looks, bad, still, _mass)
+        _fit(setup, stage, accelerator, out)
     if accelerator.is_main_process and adapter is not None:
         folders.write_adapter(out, base, adapter)
     elif accelerator.is_main_process:
@@ -231,10 +234,7 @@ def train_questions(setup: Setup, out: Path, side: int, n_questions: int = 4) ->
         raise DataError(f"{setup.base}: it has no language model, which answers")
     hardware.check_language(setup.precision, base.family)
     questions.check_side(base, side)
-    if setup.lora is not None:
-        raise DataError("--lora goes with stage 2")
-    if setup.features is not None:
-        raise DataError("--cache-features goes with stages 1 and 2; with questions the image encoder is trained")
+    _check_questions(setup)
     learnt = learnt_of(setup, questions.usable)
     setup = _planned(setup, learnt)
     tokenizer, first = _first(setup, base, learnt, accelerator)
@@ -252,31 +252,24 @@ def train_questions(setup: Setup, out: Path, side: int, n_questions: int = 4) ->
             said = part.said.to(accelerator.device)
             return Written(part.pixels.to(accelerator.device), said.texts, said.ids, said.mask)
 
-        def losses(trained: nn.Module, part: Part) -> dict[str, Tensor]:
-            return trained(write(part))
-
         bad = _bad(setup, learnt, "vqa")
         looks = watch.vqa(
             _held_out(setup, base, learnt, bad, side), speaks, tokenizer, n_questions, write, setup.samples
         )
-        task = Task(
-            model,
-            lambda step: make.parts(step, say),
-            losses,
-            looks.measure,
-            measures.better("vqa", setup.better),
-            looks.sample,
-            looks.thumbnails,
-            notes=bad.note,
-            mass=lambda part: part.said.mass,
-        )
-        run = _run(setup, "vqa", accelerator)
-        _tell(run, model, [base.vision, base.model.language_model], out, accelerator)
-        _fit(run, task, accelerator, setup.write, bad)
+        still = [base.vision, base.model.language_model]
+        stage = _Stage("vqa", model, lambda step: make.parts(step, say), write, looks, bad, still, _mass)
+        _fit(setup, stage, accelerator, out)
     if accelerator.is_main_process:
         folders.write_stage2(out, base, model, tokenizer)
     accelerator.wait_for_everyone()
     return learnt.held_out
+
+
+def _check_questions(setup: Setup) -> None:
+    if setup.lora is not None:
+        raise DataError("--lora goes with stage 2")
+    if setup.features is not None:
+        raise DataError("--cache-features goes with stages 1 and 2; with questions the image encoder is trained")
 
 
 def _accelerator(setup: Setup) -> Accelerator:
@@ -400,15 +393,17 @@ def _tell(run: Run, model: nn.Module, still: list[nn.Module], out: Path | None, 
         print(f"{run.name}: {told}", file=sys.stderr)
 
 
-def _fit(run: Run, task: Task, accelerator: Accelerator, write: str, bad: Bad) -> None:
+def _fit(setup: Setup, stage: _Stage, accelerator: Accelerator, out: Path | None) -> None:
     """Trains, and leaves the weights in the model that are to be written."""
-    if write not in ("best", "last"):
-        raise DataError(f"--write {write}: it is best or last")
-    fit = Fit(run, task, accelerator)
+    if setup.write not in ("best", "last"):
+        raise DataError(f"--write {setup.write}: it is best or last")
+    run = _run(setup, stage.name, accelerator)
+    _tell(run, stage.model, stage.still, out, accelerator)
+    fit = Fit(run, stage.task(setup.better), accelerator)
     fit.go()
     if accelerator.is_main_process:
-        bad.end()
-    said = fit.take(write == "best")
+        stage.bad.end()
+    said = fit.take(setup.write == "best")
     if accelerator.is_main_process:
         print(said, file=sys.stderr)
 
