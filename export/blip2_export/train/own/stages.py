@@ -104,7 +104,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class _Stage:
-    """What `model` is trained on. `read`: a part as the model takes it; `still`: what lies beside it in memory and does not change."""
+    """What `model` is trained on. `read`: a part as the model takes it; `still`: models beside it that do not change."""
 
     name: str
     model: nn.Module
