@@ -569,7 +569,7 @@ def test_all_phases_are_looked_at(folder: Path) -> None:
         row for row in first if "rate" in row
     ).keys()
     held_out = [row["held_out"] for row in first if "held_out" in row]
-    assert len(held_out) == 2 and measures.MORE_IS_BETTER["stage1"].keys() <= held_out[-1].keys()
+    assert len(held_out) == 3 and measures.MORE_IS_BETTER["stage1"].keys() <= held_out[-1].keys()
     samples = [row["samples"] for row in first if "samples" in row]
     assert len(samples) == 2 and [one["picture"] for one in samples[0]] == [one["picture"] for one in samples[1]]
     assert len(samples[0]) == 2 and samples[0][0]["true"]

@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import logging
 
 from blip2_export.read.checkpoint import CheckpointError
 from blip2_export.train import demo
-from blip2_export.train.own import folders, options, stages
+from blip2_export.train.own import chain, folders, measures, options, stages, together
+from blip2_export.train.own.records import Record
+from blip2_export.train.own.sources import DataError
 from blip2_export.train.own.stop import Stopped
 
 _RESUMES = "A killed run goes on from its last checkpoint in --work; what is measured goes to WORK/<phase>.jsonl."
@@ -51,6 +55,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help="the Hugging Face folder to write"
             + (" (default: none, stage 2 needs none)" if stage == "stage1" else ""),
         )
+        options.add_chain(own.add_argument_group("what follows"))
+    both = what.add_parser(
+        "all",
+        help="stage 1 and stage 2, one after the other",
+        description="Trains both stages with the same options (`--steps` and `--epochs` are those of each) and writes OUT/stage1 "
+        f"and OUT/stage2; --convert makes BUNDLE/stage1 and BUNDLE/stage2 of them. {_RESUMES} {_MANY}",
+    )
+    options.add(both, "stage2")
+    both.add_argument("--out", type=Path, required=True, help="the folder of the two Hugging Face folders")
+    options.add_chain(both.add_argument_group("what follows"))
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
@@ -104,16 +118,67 @@ def _run_demo(args: argparse.Namespace) -> None:
 
 
 def _run_own(args: argparse.Namespace) -> None:
-    setup = options.setup(args, args.what)
-    if args.out is not None:
-        read = [setup.base, setup.work, setup.bert, setup.qformer, setup.images, setup.held_out]
-        folders.check(args.out, [path for path in (*read, *(p for p, _ in setup.data)) if isinstance(path, Path)])
-    if args.what == "stage1":
-        stages.train_stage1(setup, args.out)
-    elif args.what == "stage2":
-        stages.train_stage2(setup, args.out)
-    else:
-        stages.train_questions(setup, args.out, args.image_size, args.questions)
+    # Its reports are about names of tensors that are ours.
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    is_all = args.what == "all"
+    if is_all and args.lora:
+        raise DataError("--lora adapts the base as it is, without stage 1; it goes with stage2")
+    plans = [
+        _plan(args, stage, stage if is_all else "") for stage in (("stage1", "stage2") if is_all else (args.what,))
+    ]
+    for plan in plans:
+        plan.check()
+    for plan in plans:
+        held_out = plan.train(args)
+        if plan.chain is not None and together.is_first():
+            assert plan.out is not None
+            chain.follow(plan.chain, plan.stage, plan.out, held_out, plan.setup.work, plan.setup.prompt)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A stage, and what follows it."""
+
+    stage: str
+    setup: stages.Setup
+    out: Path | None
+    chain: chain.Chain | None
+
+    def check(self) -> None:
+        """Refuses what would fail after training."""
+        measures.better(self.stage, self.setup.better)
+        if self.chain is not None and self.out is None:
+            raise DataError("--convert makes a bundle of the folder that --out names; name one")
+        if self.out is not None:
+            said = self.setup
+            read = (
+                said.base,
+                said.work,
+                said.bert,
+                said.qformer,
+                said.images,
+                said.held_out,
+                *(p for p, _ in said.data),
+            )
+            folders.check(self.out, [path for path in read if isinstance(path, Path)])
+        if self.chain is not None:
+            self.chain.check()
+
+    def train(self, args: argparse.Namespace) -> list[Record]:
+        if self.stage == "stage1":
+            return stages.train_stage1(self.setup, self.out)
+        assert self.out is not None
+        if self.stage == "stage2":
+            return stages.train_stage2(self.setup, self.out)
+        return stages.train_questions(self.setup, self.out, args.image_size, args.questions)
+
+
+def _plan(args: argparse.Namespace, stage: str, inner: str) -> _Plan:
+    out = args.out / inner if args.out is not None else None
+    return _Plan(stage, options.setup(args, stage), out, options.chain(args, inner))
 
 
 def _refuse(said: object) -> int:

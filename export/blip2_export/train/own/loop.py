@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from blip2_export.train.own import together
+from blip2_export.train.own.estimate import rehearse
 from blip2_export.train.own.hardware import Precision, lifted
 from blip2_export.train.own.progress import Progress
 from blip2_export.train.own.run import Run, Schedule
@@ -60,15 +61,19 @@ class Best:
     since: int = 0
 
 
-class _Steps(Dataset[list[Any]]):
+class _Steps(Dataset[list[Any] | DataError]):
     def __init__(self, make: Callable[[int], list[Any]], n: int) -> None:
         self.make, self.n = make, n
 
     def __len__(self) -> int:
         return self.n
 
-    def __getitem__(self, step: int) -> list[Any]:
-        return self.make(step)
+    def __getitem__(self, step: int) -> list[Any] | DataError:
+        try:
+            return self.make(step)
+        except DataError as error:
+            # Raised here, it would come out of another process with all its traces in its text.
+            return error
 
 
 class Fit:
@@ -93,6 +98,7 @@ class Fit:
         progress.thumbnails = self.task.thumbnails
         try:
             with Stop() as stop:
+                self._foretell(progress)
                 self._train(progress, stop)
         finally:
             progress.close()
@@ -148,6 +154,21 @@ class Fit:
         with progress.aside("save"):
             self._save()
 
+    def _foretell(self, progress: Progress) -> None:
+        """Rehearses a step, and measures what is held out before anything is learnt; neither leaves anything behind."""
+        if self.task.measure and self.run.measures_first and self.step == 0:
+            with progress.aside("measure"), self._looking() as model:
+                found = together.agreed(self.task.measure(model))
+            progress.measured(found, False)
+        self.model.train()
+        progress.foretell(rehearse(lambda: self.task.parts(self.step), self._rehearsed, self.run.workers))
+
+    def _rehearsed(self, part: Any) -> None:
+        with self.precision.autocast():
+            losses = self.task.losses(self.model, part)
+        self.precision.scaler.scale(_loss(losses)).backward()
+        self.optimiser.zero_grad()
+
     def _update(self, step: int, parts: list[Any]) -> dict[str, float]:
         # The same noise whenever, and on whichever machine, the step is made.
         torch.manual_seed(hash((self.run.seed, step, together.rank())) % 2**63)
@@ -160,7 +181,7 @@ class Fit:
             with self.accelerator.no_sync(self.model) if waits else nullcontext():
                 with self.precision.autocast():
                     losses = self.task.losses(self.model, part)
-                total = torch.stack([lifted(losses[key]) for key in losses if not key.startswith("_")]).sum() * share
+                total = _loss(losses) * share
                 self._check(step, total, "the loss")
                 self.precision.scaler.scale(total).backward()
             for key, value in losses.items():
@@ -240,7 +261,10 @@ class Fit:
             multiprocessing_context="fork" if self.run.workers else None,
             worker_init_fn=_leave_signals,
         )
-        return zip(steps, loader, strict=True)
+        for step, parts in zip(steps, loader, strict=True):
+            if isinstance(parts, DataError):
+                raise parts
+            yield step, parts
 
     def _save(self) -> None:
         """Where to go on from."""
@@ -319,6 +343,10 @@ def _adam(trained: dict[str, nn.Parameter], schedule: Schedule) -> torch.optim.O
     others = [p for p in trained.values() if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": schedule.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=schedule.learning_rate, betas=schedule.betas)
+
+
+def _loss(losses: dict[str, Tensor]) -> Tensor:
+    return torch.stack([lifted(value) for key, value in losses.items() if not key.startswith("_")]).sum()
 
 
 def _difference(kept: str, now: dict[str, Any] | None) -> str:

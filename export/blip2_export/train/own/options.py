@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from blip2_export.read.hub import locate
 from blip2_export.read.lavis import Parts
 from blip2_export.train.own import measures
 from blip2_export.train.own.bad import FEW
 from blip2_export.train.own.batches import Sizes
+from blip2_export.train.own.chain import Chain
 from blip2_export.train.own.length import Length
 from blip2_export.train.own.loop import Schedule
 from blip2_export.train.own.lora import Lora
@@ -77,12 +79,12 @@ def setup(args: argparse.Namespace, stage: str) -> Setup:
     schedule = Schedule(1, rate, floor=least / rate, weight_decay=args.weight_decay, betas=usual.betas)
     return Setup(
         data=[weighted(said) for said in args.data],
-        base=args.base,
+        base=locate(str(args.base)),
         work=args.work,
         images=args.images,
         held_out=share_or_path(args.held_out),
         bert=args.bert,
-        qformer=args.qformer,
+        qformer=locate(str(args.qformer)) if args.qformer else None,
         n_queries=args.queries,
         prompt=getattr(args, "prompt", ""),
         schedule=schedule,
@@ -110,6 +112,11 @@ def setup(args: argparse.Namespace, stage: str) -> Setup:
         augment=args.augment,
         bad_share=args.bad_pictures,
     )
+
+
+def chain(args: argparse.Namespace, inner: str = "") -> Chain | None:
+    """What follows, of a stage that has a folder of its own or not."""
+    return Chain(args.convert / inner, args.engine, args.evaluate_on, args.force) if args.convert else None
 
 
 def weighted(said: str) -> tuple[Path, float]:
@@ -149,7 +156,7 @@ def _check(args: argparse.Namespace) -> None:
         "samples": 0,
         "sample_every": 0,
     }
-    more = {"queries": 1, "questions": 1, "threads": 0}
+    more = {"queries": 1, "questions": 1, "threads": 0, "evaluate_on": 1}
     for name, number in (least | more).items():
         typed = getattr(args, name, None)
         if typed is not None and typed < number:
@@ -166,6 +173,8 @@ def _check(args: argparse.Namespace) -> None:
         raise DataError(f"--cache-most {args.cache_most}: it must be a number above 0")
     if not 0 <= args.weight_decay < float("inf"):
         raise DataError(f"--weight-decay {args.weight_decay}: it must be 0 or more")
+    if args.bert is not None and not args.bert.is_dir():
+        raise DataError(f"--bert {args.bert}: there is no such folder")
 
 
 def _add_data(group: argparse._ArgumentGroup, stage: str) -> None:
@@ -233,7 +242,8 @@ def _add_models(group: argparse._ArgumentGroup, stage: str) -> None:
         "--base",
         type=Path,
         required=True,
-        help=f"checkpoint that gives {what[stage]}: a Hugging Face folder with OPT or Flan-T5, or what else `convert` takes",
+        help=f"checkpoint that gives {what[stage]}: a Hugging Face folder with OPT or Flan-T5, an id on the hub, or "
+        "what else `convert` takes",
     )
     group.add_argument(
         "--work", type=Path, required=True, help="folder for checkpoints, logs and the Q-Former's tokenizer"
@@ -427,4 +437,29 @@ def _add_looking(group: argparse._ArgumentGroup, stage: str) -> None:
     )
 
 
-__all__: Sequence[str] = ("SIDE", "USUAL", "add", "setup", "share_or_path", "weighted")
+def add_chain(group: argparse._ArgumentGroup) -> None:
+    """The options of what follows training."""
+    group.add_argument(
+        "--convert",
+        type=Path,
+        metavar="BUNDLE",
+        help="make a bundle of --out, verify it and evaluate it on what is held out: recall and matching, captions, answers; "
+        "both need the engine, without it the bundle alone is made",
+    )
+    group.add_argument(
+        "--engine",
+        type=Path,
+        metavar="FILE",
+        help="the blip2 binary (default: $BLIP2_ENGINE, target/release/blip2, or PATH's)",
+    )
+    group.add_argument(
+        "--evaluate-on",
+        type=int,
+        default=500,
+        metavar="N",
+        help="pictures that it is evaluated on, at most (default: %(default)s)",
+    )
+    group.add_argument("--force", action="store_true", help="replace an existing BUNDLE, once the new one is complete")
+
+
+__all__: Sequence[str] = ("SIDE", "USUAL", "add", "add_chain", "chain", "setup", "share_or_path", "weighted")

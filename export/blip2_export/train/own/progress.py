@@ -7,13 +7,16 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from blip2_export.train.own import page
 from blip2_export.train.own.board import Board
 from blip2_export.train.own.log import Log, Row
 from blip2_export.train.own.pace import Pace
 from blip2_export.train.own.run import Run
+
+if TYPE_CHECKING:
+    from blip2_export.train.own.estimate import Rehearsal
 
 _OFTEN_S = 0.2  # a line on a terminal is not drawn anew more often
 _DETAILS = ("reranked_", "text_", "image_")  # for the log and the page
@@ -65,6 +68,16 @@ class Progress:
             self.sums, self.counts, self.count, self.took = {}, {}, 0, 0.0
         elif self.screen.is_due():
             self._show(self._means())
+
+    def foretell(self, found: Rehearsal) -> None:
+        """What a rehearsal found, before the first step."""
+        if self.log:
+            # A run that goes on measured before.
+            self.pace.asides["measure"].extend(row["took_s"] for row in self.log.rows[-200:] if "took_s" in row)
+        self.pace.expect(found.step)
+        left, n = self.pace.left(self.step, self.run.schedule.steps), self.run.schedule.steps - self.step
+        memory = f"{found.peak / (1 << 30):.2f} GiB of memory were needed so far"
+        self._say(f"{self.run.name}: {n} steps of about {_short(found.step)} s are {_time(left)}; {memory}")
 
     def aside(self, kind: str) -> AbstractContextManager[None]:
         """For what is no part of a step: `measure`, `keep` what is best, `sample` or `save`."""

@@ -34,7 +34,7 @@ class Run:
 
     `accumulate`: parts of a step that are computed one after another. `measure_every`: steps between measurements on what is held
     out. `patience`: measurements without a better one after which it ends, 0 for never. `sample_every`: steps between samples, 0
-    for with measurements. `pictures`: of a step, over all processes.
+    for with measurements. `measures_first`: also before the first step. `pictures`: of a step, over all processes.
     """
 
     name: str
@@ -47,6 +47,7 @@ class Run:
     measure_every: int = 1000
     save_seconds: float = 300.0
     patience: int = 0
+    measures_first: bool = False
     precision: str = "no"
     sample_every: int = 0
     pictures: int = 1

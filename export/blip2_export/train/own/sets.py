@@ -6,18 +6,28 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from blip2_export.train.own import records, split, together
 from blip2_export.train.own.order import Order, Part
 from blip2_export.train.own.records import Record
 from blip2_export.train.own.sources import DataError
 
-if TYPE_CHECKING:
-    from blip2_export.train.own.stages import Setup
-
 # Of records, those that can be learnt, and what has to be said of the rest.
 Usable = Callable[[list[Record]], tuple[list[Record], str]]
+
+
+class Setup(Protocol):
+    """What a person says of data."""
+
+    data: list[tuple[Path, float]]
+    answers: tuple[Path, ...]
+    images: Path | None
+    held_out: float | Path
+    held_out_answers: Path | None
+    work: Path
+    workers: int
+    seed: int
 
 
 @dataclass(frozen=True)

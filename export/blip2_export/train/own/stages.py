@@ -14,6 +14,7 @@ from blip2_export.read.lavis import Parts
 from blip2_export.train.frozen import frozen
 from blip2_export.train.own import (
     batches,
+    estimate,
     folders,
     hardware,
     language,
@@ -33,6 +34,7 @@ from blip2_export.train.own.held_out import HeldOut
 from blip2_export.train.own.length import Length
 from blip2_export.train.own.loop import Fit, Run, Schedule, Task
 from blip2_export.train.own.lora import Adapter, Lora, adapt
+from blip2_export.train.own.records import Record
 from blip2_export.train.own.sets import Learnt
 from blip2_export.train.own.sets import learnt as learnt_of
 from blip2_export.train.own.sources import DataError
@@ -98,8 +100,11 @@ class Setup:
         return "no" if self.frozen_float32 else self.precision
 
 
-def train_stage1(setup: Setup, out: Path | None) -> None:
-    """ITC + ITM + ITG around the frozen encoder; leaves `stage1.pt` in the work folder and, if wanted, a retrieval folder."""
+def train_stage1(setup: Setup, out: Path | None) -> list[Record]:
+    """ITC + ITM + ITG around the frozen encoder; leaves `stage1.pt` in the work folder and, if wanted, a retrieval folder.
+
+    Of every stage the records that were held out are given back.
+    """
     accelerator = _accelerator(setup)
     base, learnt = open_base(setup.base, setup.parts), learnt_of(setup, batches.usable)
     setup = _planned(setup, learnt)
@@ -131,12 +136,16 @@ def train_stage1(setup: Setup, out: Path | None) -> None:
             looks.thumbnails,
             notes=bad.note,
         )
-        _fit(_run(setup, "stage1", accelerator), task, accelerator, setup.write, bad)
+        run = _run(setup, "stage1", accelerator)
+        _tell(run, model, [base.vision], out, accelerator)
+        _fit(run, task, accelerator, setup.write, bad)
     if out is not None and accelerator.is_main_process:
         folders.write_stage1(out, base, model.qformer, tokenizer)
+    accelerator.wait_for_everyone()
+    return learnt.held_out
 
 
-def train_stage2(setup: Setup, out: Path) -> None:
+def train_stage2(setup: Setup, out: Path) -> list[Record]:
     """The language model's loss in front of the frozen model; writes a folder, or an adapter of the base."""
     accelerator, base = _accelerator(setup), open_base(setup.base, setup.parts)
     if not base.has_language:
@@ -178,11 +187,15 @@ def train_stage2(setup: Setup, out: Path) -> None:
             notes=bad.note,
             mass=lambda part: part.said.mass,
         )
-        _fit(_run(setup, "stage2", accelerator), task, accelerator, setup.write, bad)
+        run = _run(setup, "stage2", accelerator)
+        _tell(run, model, [base.vision, base.model.language_model], out, accelerator)
+        _fit(run, task, accelerator, setup.write, bad)
     if accelerator.is_main_process and adapter is not None:
         folders.write_adapter(out, base, adapter)
     elif accelerator.is_main_process:
         folders.write_stage2(out, base, model)
+    accelerator.wait_for_everyone()
+    return learnt.held_out
 
 
 def _second(
@@ -208,7 +221,7 @@ def _second(
     return model, adapter
 
 
-def train_questions(setup: Setup, out: Path, side: int, n_questions: int = 4) -> None:
+def train_questions(setup: Setup, out: Path, side: int, n_questions: int = 4) -> list[Record]:
     """Image encoder and Q-Former learn to answer, at `side` × `side`.
 
     What the Q-Former reads texts with is that of stage 1 in the work folder, or of --qformer.
@@ -257,9 +270,13 @@ def train_questions(setup: Setup, out: Path, side: int, n_questions: int = 4) ->
             notes=bad.note,
             mass=lambda part: part.said.mass,
         )
-        _fit(_run(setup, "vqa", accelerator), task, accelerator, setup.write, bad)
+        run = _run(setup, "vqa", accelerator)
+        _tell(run, model, [base.vision, base.model.language_model], out, accelerator)
+        _fit(run, task, accelerator, setup.write, bad)
     if accelerator.is_main_process:
         folders.write_stage2(out, base, model, tokenizer)
+    accelerator.wait_for_everyone()
+    return learnt.held_out
 
 
 def _accelerator(setup: Setup) -> Accelerator:
@@ -294,6 +311,7 @@ def _run(setup: Setup, name: str, accelerator: Accelerator) -> Run:
         "log_every": max(1, min(50, setup.schedule.steps // 100)),
         "measure_every": setup.measure_every,
         "patience": setup.patience,
+        "measures_first": True,
         "workers": setup.workers,
         "precision": setup.precision,
         "sample_every": setup.sample_every,
@@ -372,6 +390,14 @@ def _held_out(
     # The same, however many processes there are.
     size = min(setup.sizes.batch // setup.sizes.accumulate, _MEASURED_TOGETHER)
     return HeldOut(learnt.held_out, look, size, setup.seed, memory=shelf, note=bad.tell)
+
+
+def _tell(run: Run, model: nn.Module, still: list[nn.Module], out: Path | None, accelerator: Accelerator) -> None:
+    """What training a model beside those that are `still` takes; refuses where the disk is too small."""
+    told = estimate.of(model, *still)
+    if accelerator.is_main_process:
+        estimate.check_disk(run.work, run.name, told, out)
+        print(f"{run.name}: {told}", file=sys.stderr)
 
 
 def _fit(run: Run, task: Task, accelerator: Accelerator, write: str, bad: Bad) -> None:
