@@ -181,6 +181,7 @@ def test_losses_and_matching_are_those_of_the_parts(bases: dict[str, Base], tmp_
     model, held_out = stage1(bases["opt"], tmp_path), known()
     features = features_of(model, held_out)
     # A head that takes about half of all pairs for true ones.
+    torch.manual_seed(1)
     nn.init.normal_(model.qformer.itm_head.weight, 0, 30)
     logits = [match(model, picture, text) for picture in features.values() for said in SAID for text in said]
     margins = sorted(yes - no for no, yes in logits)
@@ -211,9 +212,9 @@ def test_losses_and_matching_are_those_of_the_parts(bases: dict[str, Base], tmp_
                 no, yes = match(model, features[other], caption)
                 right["hard"].append(float(yes <= no))
     share = {name: sum(told) / len(told) for name, told in right.items()}
-    assert (
-        all(0 < value < 1 for value in share.values())
-        and len(set(right["hard"][::2])) == len(set(right["hard"][1::2])) == 2
+    assert all(0 < value < 1 for value in share.values())
+    assert sum(right["hard"][::2]) != sum(right["hard"][1::2]), (
+        "the two kinds of hard pairs are to be told from each other"
     )
     assert found["itm_accuracy"] == pytest.approx((share["true"] + share["drawn"]) / 2)
     assert found["itm_hard_accuracy"] == pytest.approx((share["true"] + share["hard"]) / 2)
