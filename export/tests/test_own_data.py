@@ -739,6 +739,8 @@ def test_scenes_that_differ_are_no_copies() -> None:
     found = of_bytes(*(encoded(Image.fromarray(scene)) for scene in scenes))
     assert not split.copies(found[:60], found[60:]).any()
     assert split.copies(found, found[:7]).tolist() == [n < 7 for n in range(120)]
+    coarse = of_bytes(*(encoded(Image.fromarray(scene), "JPEG", quality=50) for scene in scenes))
+    assert split.copies(coarse, found).mean() > 0.9, "even grounds leave the noise of JPEG alone to be told apart"
 
 
 def test_of_too_many_pictures_bytes_alone_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
