@@ -119,7 +119,7 @@ def smoothed(logits: Tensor, target: Tensor, candidates: Tensor) -> Tensor:
 
 
 def drawn(weights: Tensor, chances: Tensor) -> Tensor:
-    """A column of each row, by its weight; a row without any weight gives the one after its own, for there is no better."""
+    """A column of each row, by its weight; a row without any weight gives any, for none is better."""
     edges = (weights + 1e-12 * (weights.sum(1, keepdim=True) <= 0)).double().cumsum(1)
     return torch.searchsorted(edges, chances.double()[:, None] * edges[:, -1:], right=True)[:, 0].clamp(
         max=weights.shape[1] - 1
