@@ -153,6 +153,9 @@ pub struct ImageInfo {
 #[derive(Serialize, ToSchema)]
 pub struct Meta {
     api_version: ApiVersion,
+    /// From `/v1/embed`, whose clients add them up: the same as `tokens`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    billed_units: Option<Tokens>,
     #[serde(skip_serializing_if = "Option::is_none")]
     tokens: Option<Tokens>,
 }
@@ -166,7 +169,7 @@ pub struct ApiVersion {
 }
 
 /// How many tokens there were.
-#[derive(Serialize, ToSchema)]
+#[derive(Clone, Copy, Serialize, ToSchema)]
 #[schema(as = CohereTokens)]
 pub struct Tokens {
     /// That were read, query tokens of pictures included.
@@ -186,7 +189,8 @@ pub async fn embed(
     request: Request,
 ) -> Result<Json<CohereEmbedResponse>, ApiError> {
     let (asked, found) = Found::of_request(&app, caller, request).await?;
-    Ok(Json(found.by_type("2", asked.embedding_types.as_deref())))
+    let meta = Meta::new(Some(found.tokens));
+    Ok(Json(found.by_type(meta, asked.embedding_types.as_deref())))
 }
 
 /// Turns texts or pictures into vectors of one space: the form before `/v2/embed`, which older clients speak.
@@ -201,21 +205,22 @@ pub async fn embed_v1(
     request: Request,
 ) -> Result<Json<CohereEmbedV1Response>, ApiError> {
     let (asked, found) = Found::of_request(&app, caller, request).await?;
-    let forms = asked.embedding_types.as_deref();
+    let (forms, meta) = (asked.embedding_types.as_deref(), Meta::v1(found.tokens));
     Ok(Json(match forms {
-        Some(_) => CohereEmbedV1Response::ByType(found.by_type("1", forms)),
-        None => CohereEmbedV1Response::Floats(found.floats()),
+        Some(_) => CohereEmbedV1Response::ByType(found.by_type(meta, forms)),
+        None => CohereEmbedV1Response::Floats(found.floats(meta)),
     }))
 }
 
 impl Meta {
     /// Of an answer for which so many tokens were read, where they are counted.
     pub fn new(tokens: Option<Tokens>) -> Self {
-        Self { api_version: ApiVersion { version: "2" }, tokens }
+        Self { api_version: ApiVersion { version: "2" }, billed_units: None, tokens }
     }
 
-    fn of_read(version: &'static str, input_tokens: usize) -> Self {
-        Self { api_version: ApiVersion { version }, tokens: Some(Tokens { input_tokens, output_tokens: 0 }) }
+    /// Of the form before.
+    fn v1(tokens: Tokens) -> Self {
+        Self { api_version: ApiVersion { version: "1" }, billed_units: Some(tokens), tokens: Some(tokens) }
     }
 }
 
@@ -257,7 +262,7 @@ struct Found {
     vectors: Vec<Vec<f32>>,
     texts: Vec<String>,
     images: Vec<ImageInfo>,
-    n_read: usize,
+    tokens: Tokens,
 }
 
 impl Found {
@@ -270,18 +275,17 @@ impl Found {
         Ok((asked, found))
     }
 
-    fn by_type(self, version: &'static str, forms: Option<&[EmbeddingType]>) -> CohereEmbedResponse {
-        let Self { vectors, texts, images, n_read } = self;
+    fn by_type(self, meta: Meta, forms: Option<&[EmbeddingType]>) -> CohereEmbedResponse {
+        let Self { vectors, texts, images, .. } = self;
         let wants = |form| forms.map_or(form == EmbeddingType::Float, |forms| forms.contains(&form));
         let base64 = wants(EmbeddingType::Base64).then(|| vectors.iter().map(|vector| base64(vector)).collect());
         let embeddings = ByType { base64, float: wants(EmbeddingType::Float).then_some(vectors) };
-        let meta = Meta::of_read(version, n_read);
         CohereEmbedResponse { id: id(), response_type: "embeddings_by_type", embeddings, texts, images, meta }
     }
 
-    fn floats(self) -> CohereFloats {
-        let Self { vectors: embeddings, texts, images, n_read } = self;
-        CohereFloats { id: id(), response_type: "embeddings_floats", embeddings, texts, images, meta: Meta::of_read("1", n_read) }
+    fn floats(self, meta: Meta) -> CohereFloats {
+        let Self { vectors: embeddings, texts, images, .. } = self;
+        CohereFloats { id: id(), response_type: "embeddings_floats", embeddings, texts, images, meta }
     }
 
     /// All texts are read together; every picture is looked at.
@@ -312,8 +316,8 @@ impl Found {
         let mut of_pictures = ends.into_iter();
         let mut next = |is_text| if is_text { of_texts.next().map(Ok) } else { of_pictures.next().map(|end| Ok(vector(end?)?.0)) };
         let vectors = are_texts.into_iter().filter_map(&mut next).collect::<Result<_, ApiError>>()?;
-        let n_read = n_read(call, &texts, images.len());
-        Ok(Self { vectors, texts, images, n_read })
+        let tokens = Tokens { input_tokens: n_read(call, &texts, images.len()), output_tokens: 0 };
+        Ok(Self { vectors, texts, images, tokens })
     }
 }
 
