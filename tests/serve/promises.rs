@@ -143,7 +143,7 @@ fn three_times_too_much_leaves_the_admitted_as_quick_as_before() {
     let (server, time) = (measured(&[]), patience());
     let sixteen = capacity(&server, 16, time / 2, &captions());
     // Everything that it ever holds at once has been held then.
-    offered(&server, 3.0 * sixteen, time);
+    offered(&server, 3.0 * sixteen, time / 2);
     let before = resident(&server);
     let (mut most, mut over) = (offered(&server, 0.8 * sixteen, time), offered(&server, 3.0 * sixteen, time));
     let after = resident(&server);
@@ -226,7 +226,7 @@ fn it_is_ready_soon_adds_little_and_lets_a_new_text_in_beside_others() {
         "ready after {ready:.2} s; added by the server at half load: {usual:.2} ms, p99 {added:.2} ms; a bare exchange {floor:.2} ms"
     );
     println!("first piece alone {alone:.2} ms, beside 8 others {beside:.2} ms, a step then {step:.2} ms");
-    assert!(ready <= 1.0 && added <= 2.0 + floor && beside <= 2.0 * alone + step);
+    assert!(ready <= 1.0 && added <= 2.0 && beside <= 2.0 * alone + step);
 }
 
 /// Milliseconds between the pieces of a text.
