@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 import time
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from blip2_export.train import muon
+from blip2_export.train import muon, rate
 
 
 @dataclass(frozen=True)
@@ -36,10 +35,7 @@ class Schedule:
     clip: float = 1.0
 
     def factor(self, step: int) -> float:
-        if step < self.warmup:
-            return (step + 1) / self.warmup
-        share = min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
-        return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * share))
+        return rate.factor(step, self.steps, self.warmup, self.floor)
 
 
 @dataclass(frozen=True)

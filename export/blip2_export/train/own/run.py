@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from blip2_export.train import rate
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,7 @@ class Schedule:
 
     def factor(self, step: int) -> float:
         """Of the peak rate at a step."""
-        if step < self.warmup:
-            return (step + 1) / self.warmup
-        share = min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
-        return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * share))
+        return rate.factor(step, self.steps, self.warmup, self.floor)
 
 
 @dataclass(frozen=True)
