@@ -12,6 +12,8 @@ use base64::prelude::BASE64_STANDARD;
 use serde_json::{Value, json};
 
 pub const PATIENCE: Duration = Duration::from_secs(60);
+/// Connections that clients of one server keep.
+const N_KEPT: usize = 100;
 
 /// A process that ends with the test.
 pub struct Server {
@@ -121,6 +123,8 @@ impl Server {
             }
         });
         let config = ureq::Agent::config_builder().http_status_as_error(false).timeout_global(Some(PATIENCE));
+        // Its clients keep their connections, as a proxy does: with each new one `ureq` looks the name up on a new thread.
+        let config = config.max_idle_connections(N_KEPT).max_idle_connections_per_host(N_KEPT);
         Self { child, watcher, address, grpc, said, agent: config.build().into(), key: None }
     }
 

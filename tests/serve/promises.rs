@@ -68,12 +68,14 @@ fn floor(while_: &AtomicBool) -> f64 {
     Found::quantile(&mut times, 0.99)
 }
 
-/// Milliseconds of the answered and of the refused, and of the answered what no stage accounts for.
+/// Milliseconds of the answered and of the refused; of the answered what no stage accounts for, and what of that is not on the server's own
+/// clock, which runs from a request's headers to its answer.
 #[derive(Default)]
 struct Found {
     answered: Vec<f64>,
     refused: Vec<f64>,
     added: Vec<f64>,
+    outside: Vec<f64>,
 }
 
 impl Found {
@@ -121,6 +123,8 @@ fn offered(server: &Server, rate: f64, time: Duration) -> Found {
                             let total = reply.json()["results"][0]["timings_ms"]["total"].as_f64().unwrap();
                             found.answered.push(from_due);
                             found.added.push(from_sent - total);
+                            let (_, by_server) = reply.header("server-timing").rsplit_once("total;dur=").unwrap();
+                            found.outside.push(from_sent - by_server.parse::<f64>().unwrap());
                         }
                         429 => found.refused.push(from_sent),
                         _ => panic!("{reply:?}"),
@@ -168,10 +172,14 @@ fn captions() -> Vec<Value> {
 fn sixteen_clients_get_more_than_one() {
     let (server, time) = (measured(&[]), patience() / 2);
     let writing = writing(&server, 60);
-    for (what, bodies, least) in [("captions", captions(), 1.5), ("texts about pictures seen before", writing, 2.0)] {
-        let (one, sixteen) = (capacity(&server, 1, time, &bodies), capacity(&server, 16, time, &bodies));
-        println!("{what}: 1 client {one:.1}/s, 16 clients {sixteen:.1}/s ({:.2} times)", sixteen / one);
-        assert!(sixteen >= least * one);
+    let measured =
+        [("captions", captions(), 1.5), ("texts about pictures seen before", writing, 2.0)].map(|(what, bodies, least)| {
+            let (one, sixteen) = (capacity(&server, 1, time, &bodies), capacity(&server, 16, time, &bodies));
+            println!("{what}: 1 client {one:.1}/s, 16 clients {sixteen:.1}/s ({:.2} times)", sixteen / one);
+            (what, sixteen / one, least)
+        });
+    for (what, times, least) in measured {
+        assert!(times >= least, "{what}: {times:.2} times");
     }
 }
 
@@ -199,13 +207,14 @@ fn it_is_ready_soon_adds_little_and_lets_a_new_text_in_beside_others() {
     let ready = start.elapsed().as_secs_f64();
     let half = 0.5 * capacity(&server, 16, patience() / 4, &captions());
     let works = AtomicBool::new(true);
-    let (mut added, floor) = std::thread::scope(|threads| {
+    let (mut found, floor) = std::thread::scope(|threads| {
         let floor = threads.spawn(|| floor(&works));
-        let added = offered(&server, half, patience()).added;
+        let found = offered(&server, half, patience());
         works.store(false, Ordering::Relaxed);
-        (added, floor.join().unwrap())
+        (found, floor.join().unwrap())
     });
-    let (usual, added) = (Found::quantile(&mut added, 0.5), Found::quantile(&mut added, 0.99));
+    let (usual, added) = (Found::quantile(&mut found.added, 0.5), Found::quantile(&mut found.added, 0.99));
+    let (usual_outside, outside) = (Found::quantile(&mut found.outside, 0.5), Found::quantile(&mut found.outside, 0.99));
     let (alone, _): (Vec<f64>, Vec<f64>) = (0..40).map(|n| first_piece(&server, n)).unzip();
     let (is_over, writing) = (AtomicBool::new(false), writing(&server, 90));
     let (beside, steps): (Vec<f64>, Vec<f64>) = std::thread::scope(|threads| {
@@ -222,9 +231,8 @@ fn it_is_ready_soon_adds_little_and_lets_a_new_text_in_beside_others() {
         found
     });
     let (alone, beside, step) = (median(alone), median(beside), median(steps));
-    println!(
-        "ready after {ready:.2} s; added by the server at half load: {usual:.2} ms, p99 {added:.2} ms; a bare exchange {floor:.2} ms"
-    );
+    println!("ready after {ready:.2} s; added by the server at half load: {usual:.2} ms, p99 {added:.2} ms");
+    println!("of that outside its own clock: {usual_outside:.2} ms, p99 {outside:.2} ms; a bare exchange {floor:.2} ms");
     println!("first piece alone {alone:.2} ms, beside 8 others {beside:.2} ms, a step then {step:.2} ms");
     assert!(ready <= 1.0 && added <= 2.0 && beside <= 2.0 * alone + step);
 }
