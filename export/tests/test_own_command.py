@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from blip2_export.train.own import (
     evaluation,
     folders,
     language,
+    length,
     loop,
     options,
     pace,
@@ -133,6 +135,17 @@ def test_a_length_is_steps_or_epochs_and_warms_up_a_tenth_at_most() -> None:
     assert length() == (782, 78)
     assert length(epochs=1000) == (78_125, 2000)
     assert length(steps=100, warmup=90) == (100, 90)
+
+
+def test_ten_measurements_in_a_run_or_one_an_epoch_but_few_of_a_tiny_set() -> None:
+    cases = {
+        (782, 5000, 64): 79,
+        (300, 320, 32): 10,
+        (250_000, 129_000_000, 1680): 25_000,
+        (1000, 24, 64): 20,
+        (3, 9, 4): 1,
+    }
+    assert {case: length.measure_every(*case) for case in cases} == cases
 
 
 def test_defaults_are_those_that_the_help_tells() -> None:
@@ -362,6 +375,15 @@ def test_a_rehearsal_changes_nothing(folder: Path, tmp_path: Path, monkeypatch: 
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_processes_agree_on_how_often_they_rehearse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step waits for all of them."""
+    for first, times in ((0.1, 2), (99.0, 1)):
+        monkeypatch.setattr(together, "agreed", lambda _, first=first: first)
+        seen: list[int] = []
+        estimate.rehearse(lambda: [1], seen.append, 0)
+        assert len(seen) == times
+
+
 def test_what_a_checkpoint_takes_is_told_before_it_is_written(folder: Path, second: dict[str, Path]) -> None:
     base = open_base(folder / "opt")
     made = start.qformer(base, start.Start(), len(start.tokenizer(folder / "work-opt", start.Start(), [])))
@@ -388,6 +410,7 @@ def test_a_disk_that_is_too_small_is_told_before_the_first_step(
         (["--batch-size", "0"], "--batch-size 0: 1 is the least"),
         (["--batch-size", "-4"], "--batch-size -4: 1 is the least"),
         (["--batch-size", "6", "--accumulate", "4"], "--batch-size must be a multiple of 4"),
+        (["--batch-size", "4", "--accumulate", "4"], "of a batch of 4 in 4 parts each has one"),
         (["--steps", "0"], "--steps 0: 1 is the least"),
         (["--epochs", "nan"], "--epochs nan: it must be a number above 0"),
         (["--learning-rate", "0"], "--learning-rate 0.0: it must be a number above 0"),
@@ -407,6 +430,18 @@ def test_what_cannot_be_meant_is_said_in_one_sentence(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], typed: list[str], said: str
 ) -> None:
     assert said in refused(capsys, "stage1", *places(folder, "opt", tmp_path / "work"), *SHORT, *typed)
+
+
+def test_one_picture_is_nothing_to_be_told_apart(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor is it if it comes with two captions. Two pictures are."""
+    for n, outcome in ((1, 1), (2, 0)):
+        Image.new("L", (4, 4), 9 * n).save(tmp_path / f"{n}.png")
+        (tmp_path / f"{n}.txt").write_text("a ring\na star")
+        typed = ["--data", tmp_path, "--base", folder / "opt", "--work", tmp_path / "work", *SHORT, "--held-out", "0"]
+        assert train("stage1", *typed) == outcome
+    assert "stage 1 tells pictures from one another, and there is but one to learn from" in capsys.readouterr().err
 
 
 def test_a_batch_that_processes_cannot_share_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -533,6 +568,27 @@ def test_a_disk_that_fills_up_is_said_and_nothing_is_lost(
     else:
         monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", full)
     assert "No space left on device" in refused(capsys, "stage1", *typed)
-    assert not list(work.glob("*.tmp")) and not list(tmp_path.glob(".*.part")) and not (tmp_path / "out").exists()
+    assert not list(work.glob("*.part")) and not list(tmp_path.glob(".*.part")) and not (tmp_path / "out").exists()
     monkeypatch.undo()
     assert train("stage1", *typed) == 0
+
+
+def test_a_file_that_cannot_grow_ends_it_and_room_lets_it_go_on_bit_by_bit(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A bound on files stands for a disk that is full: whatever writes meets it, in Python or not."""
+    work, whole = tmp_path / "work", tmp_path / "whole"
+    assert train("stage1", *places(folder, "opt", whole), *SHORT) == 0
+    size = (whole / "stage1.pt").stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for most, met in ((1000, "qformer_tokenizer"), (size // 2, "stage1.pt"), (size - 1000, "stage1.pt")):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+        try:
+            said = refused(capsys, "stage1", *places(folder, "opt", work), *SHORT, "--tensorboard")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert met in said and "it cannot be written" in said, said
+        assert not list(work.rglob("*.part")) and not (work / "stage1.pt").exists()
+    assert train("stage1", *places(folder, "opt", work), *SHORT) == 0
+    one, other = (loop.read(place / "stage1.pt")["model"] for place in (work, whole))
+    assert all(torch.equal(one[name], other[name]) for name in one)

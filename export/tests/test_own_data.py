@@ -11,6 +11,7 @@ import os
 import random
 import re
 import struct
+import subprocess
 import tarfile
 import zlib
 from collections import Counter
@@ -26,12 +27,14 @@ from torch.utils.data import DataLoader, Dataset
 from blip2_export.check import random_checkpoint
 from blip2_export.scenes import dataset, drawing
 from blip2_export.train.own import (
+    aside,
     batches,
     features,
     hardware,
     loop,
     order,
     pictures,
+    prints,
     records,
     sets,
     split,
@@ -743,6 +746,29 @@ def test_scenes_that_differ_are_no_copies() -> None:
     assert split.copies(coarse, found).mean() > 0.9, "even grounds leave the noise of JPEG alone to be told apart"
 
 
+def test_what_was_made_of_a_picture_is_kept_until_it_is_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for n in range(4):
+        (tmp_path / f"{n}.png").write_bytes(encoded(picture(n // 2, (96, 96))) + b" " * n)
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    found = [Record(name, File(tmp_path / name), ["it"]) for name in ("0.png", "2.png", "bad.png", "1.png")]
+    plain, read = prints._print, list[int]()
+    monkeypatch.setattr(prints, "_print", lambda data: read.append(len(data)) or plain(data))
+    keep = tmp_path / "work" / "prints.npz"
+
+    def copies() -> tuple[list[bool], int]:
+        read.clear()
+        return split.copies(found[:3], found[3:], keep=keep).tolist(), len(read)
+
+    assert copies() == ([True, False, False], 4)
+    assert copies() == ([True, False, False], 1), "what could not be read may be there now"
+    (tmp_path / "2.png").write_bytes(encoded(picture(0, (96, 96))) + b"   ")
+    assert copies() == ([True, True, False], 2)
+    keep.write_bytes(keep.read_bytes()[:-40])
+    assert copies() == ([True, True, False], 4) and not list(keep.parent.glob("*.part"))
+
+
 def test_of_too_many_pictures_bytes_alone_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encoded(picture(5, (96, 96)))
     two = of_bytes(data, encoded(picture(5, (96, 96)), "JPEG", quality=95))
@@ -880,6 +906,23 @@ def test_a_kill_while_an_entry_is_written_leaves_none(tmp_path: Path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         shelf.put("ab" * 32, torch.rand(shelf.shape))
     assert shelf.get("ab" * 32) is None and not list(shelf.folder.glob("??/*.npy"))
+
+
+def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf = features.Shelf(tmp_path, Small(), LOOK, "no")
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    file = shelf.folder / "ab" / "entry.npy"
+    file.parent.mkdir(parents=True)
+    mine, other = aside.beside(file), file.with_name(f".entry.npy.elsewhere.{gone.pid}.part")
+    monkeypatch.setattr(os, "getpid", lambda: gone.pid)
+    left = aside.beside(file)
+    for each in (mine, other, left, file):
+        each.write_bytes(b"half")
+    shelf.begin(2, 1.0)
+    assert sorted(file.parent.iterdir()) == sorted([mine, other, file])
 
 
 def test_a_full_disk_is_told_once_and_the_run_goes_on(

@@ -60,4 +60,4 @@ def test_a_run_that_signals_end_is_the_same_in_the_end(
             other = loop.read(root / name / kept)
             assert whole["best"] == other["best"], (kept, name)
             assert all(torch.equal(value, other["model"][key]) for key, value in whole["model"].items()), (kept, name)
-    assert not list(root.glob("*/*.tmp")), "nothing is left half-written"
+    assert not list(root.glob("*/*.part")), "nothing is left half-written"

@@ -406,6 +406,15 @@ def fitted(work: Path, steps: int = 6, measure: Any = None, sample: Any = None, 
     return Fit(run, task, Accelerator(cpu=True))
 
 
+def test_what_a_killed_run_left_half_written_is_removed_with_the_next(tmp_path: Path) -> None:
+    """Of its own files alone."""
+    names = ["line.pt.part", "line_best.pt.part", "line.jsonl.part", "line.html.part", "other.pt.part", "line.pt.parts"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"half")
+    fitted(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(names[4:])
+
+
 def test_looking_changes_nothing(tmp_path: Path) -> None:
     """Neither the random state, nor which modules are in training."""
     modes = []

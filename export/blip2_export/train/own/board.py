@@ -32,6 +32,7 @@ class Board:
             for file in before:
                 file.unlink()
         except OSError as error:
+            self.file.unlink(missing_ok=True)
             raise DataError(f"{folder}: no event file can be written there ({error})") from error
         for row in rows:
             self.add(row)

@@ -89,7 +89,7 @@ def setup(args: argparse.Namespace, stage: str) -> Setup:
         precision=args.precision,
         seed=args.seed,
         workers=args.workers,
-        measure_every=args.measure_every,
+        measure_every=args.measure_every or 0,
         patience=args.patience,
         better=args.best_by,
         write=args.write,
@@ -413,9 +413,10 @@ def _add_looking(group: argparse._ArgumentGroup, stage: str) -> None:
     group.add_argument(
         "--measure-every",
         type=int,
-        default=1000,
         metavar="N",
-        help="steps between measurements on what is held out (default: %(default)s)",
+        help="steps between measurements on what is held out, which also tell what to keep as the best (default: a tenth of the "
+        "run, or an epoch if that is less, but at least a fiftieth of the run, our choice: a set of any size has enough to choose "
+        "from, and little time goes into it)",
     )
     group.add_argument(
         "--best-by",

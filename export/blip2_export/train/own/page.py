@@ -11,6 +11,7 @@ from typing import Any
 
 from blip2_export.train.own.log import Row
 from blip2_export.train.own.plots import COLOURS, Line, figure, short
+from blip2_export.train.own.run import aside_of
 from blip2_export.train.own.sources import DataError
 
 _ABOUT = (
@@ -32,7 +33,7 @@ _SHOWN = 6  # of the samples of a picture: the first and the last ones
 
 def write(file: Path, name: str, rows: Sequence[Row], thumbnails: dict[str, bytes]) -> None:
     """Whole at any moment. `thumbnails`: JPEG of the pictures that samples name."""
-    aside = file.with_suffix(".html.part")
+    aside = aside_of(file)
     try:
         aside.write_text(document(name, rows, thumbnails), encoding="utf-8")
         os.replace(aside, file)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from blip2_export.train.own import forms, texts
+from blip2_export.train.own.aside import beside, sweep
 from blip2_export.train.own.forms import Said
 from blip2_export.train.own.sources import PICTURES, DataError, Member
 
@@ -162,7 +163,8 @@ def _unpacked(shard: Path, work: Path | None) -> Path:
     if not plain.exists():
         print(f"{shard}: unpacking it into {plain.parent}", file=sys.stderr)
         plain.parent.mkdir(parents=True, exist_ok=True)
-        aside = plain.with_suffix(f".{os.getpid()}.part")
+        sweep(plain.parent.glob(".*.part"))
+        aside = beside(plain)
         try:
             with opener(shard, "rb") as packed, aside.open("wb") as out:
                 _copy(packed, out, max(_BLOCK << 6, _MOST_SHRUNK * known.st_size), shard)

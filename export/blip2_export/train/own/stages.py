@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from blip2_export.read.lavis import Parts
@@ -20,6 +21,7 @@ from blip2_export.train.own import (
     folders,
     hardware,
     language,
+    length,
     loop,
     machine,
     measures,
@@ -37,7 +39,7 @@ from blip2_export.train.own.length import Length
 from blip2_export.train.own.loop import Fit, Run, Schedule, Task
 from blip2_export.train.own.lora import Adapter, Lora, adapt
 from blip2_export.train.own.records import Record
-from blip2_export.train.own.sets import Learnt
+from blip2_export.train.own.sets import Learnt, Usable
 from blip2_export.train.own.sets import learnt as learnt_of
 from blip2_export.train.own.sources import DataError
 from blip2_export.train.own.stage1 import Captions, Stage1
@@ -45,11 +47,14 @@ from blip2_export.train.own.stage2 import Stage2, Written
 from blip2_export.train.stage2 import query_only
 
 _MEASURED_TOGETHER = 128  # pictures at most
+_LONGEST_WAIT = timedelta(days=1)
 
 
 @dataclass(frozen=True)
 class Setup:
     """What a person says of a run. `data`: sets, each with its weight; `held_out`: a share of them, or a set of its own.
+
+    `measure_every`: steps between measurements, 0 for as the run is long.
 
     `better`: the measure that tells the best checkpoint, by default that of the phase; `write`: `best` or `last`, the weights that
     are written. `samples`: pictures whose captions or answers are shown, every `sample_every` steps or else with each measurement.
@@ -76,7 +81,7 @@ class Setup:
     precision: str = "no"
     seed: int = 0
     workers: int = 2
-    measure_every: int = 1000
+    measure_every: int = 0
     patience: int = 0
     better: str = ""
     write: str = "best"
@@ -137,7 +142,8 @@ def train_stage1(setup: Setup, out: Path | None) -> list[Record]:
     Of every stage the records that were held out are given back.
     """
     accelerator = _accelerator(setup)
-    base, learnt = open_base(setup.base, setup.parts), learnt_of(setup, batches.usable)
+    base, learnt = open_base(setup.base, setup.parts), _learnt(setup, batches.usable, accelerator)
+    _check_contrasts(setup, learnt)
     setup = _planned(setup, learnt)
     tokenizer, first = _first(setup, base, learnt, accelerator)
     model = Stage1(first, tokenizer)
@@ -168,7 +174,7 @@ def train_stage2(setup: Setup, out: Path) -> list[Record]:
     if not base.has_language:
         raise DataError(f"{setup.base}: it has no language model, which stage 2 needs")
     hardware.check_language(setup.precision, base.family)
-    learnt = learnt_of(setup, batches.usable)
+    learnt = _learnt(setup, batches.usable, accelerator)
     setup = _planned(setup, learnt)
     speaks = language.of_family(base.family, base.model.language_model, base.tokenizer())
     hardware.held(base.vision, setup.held)
@@ -235,7 +241,7 @@ def train_questions(setup: Setup, out: Path, side: int, n_questions: int = 4) ->
     hardware.check_language(setup.precision, base.family)
     questions.check_side(base, side)
     _check_questions(setup)
-    learnt = learnt_of(setup, questions.usable)
+    learnt = _learnt(setup, questions.usable, accelerator)
     setup = _planned(setup, learnt)
     tokenizer, first = _first(setup, base, learnt, accelerator)
     _take_stage1(first, setup)
@@ -265,6 +271,23 @@ def train_questions(setup: Setup, out: Path, side: int, n_questions: int = 4) ->
     return learnt.held_out
 
 
+def _learnt(setup: Setup, usable: Usable, accelerator: Accelerator) -> Learnt:
+    """The first process unpacks shards and looks for copies; then the others find that done."""
+    with accelerator.main_process_first():
+        return learnt_of(setup, usable)
+
+
+def _check_contrasts(setup: Setup, learnt: Learnt) -> None:
+    if len({str(record.source) for record in learnt.train}) < 2:
+        raise DataError("stage 1 tells pictures from one another, and there is but one to learn from; add more")
+    batch, n = setup.sizes.batch, setup.sizes.accumulate
+    if batch // n < 2:
+        raise DataError(
+            f"stage 1 tells the pictures of a part from one another, and of a batch of {batch} in {n} parts each has one; "
+            "raise --batch-size, or lower --accumulate"
+        )
+
+
 def _check_questions(setup: Setup) -> None:
     if setup.lora is not None:
         raise DataError("--lora goes with stage 2")
@@ -276,7 +299,8 @@ def _accelerator(setup: Setup) -> Accelerator:
     if setup.precision not in hardware.PRECISIONS:
         raise DataError(f"the precision `{setup.precision}` is none of {', '.join(hardware.PRECISIONS)}")
     # 16-bit arithmetic is `hardware`'s: the one of `accelerate` refuses fp16 on a CPU.
-    return Accelerator(mixed_precision="no")
+    # One process converts and evaluates for as long as that takes; the others wait.
+    return Accelerator(mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=_LONGEST_WAIT)])
 
 
 def _save_memory(setup: Setup, *modules: nn.Module) -> None:
@@ -326,11 +350,13 @@ def _bad(setup: Setup, learnt: Learnt, name: str) -> Bad:
 
 
 def _planned(setup: Setup, learnt: Learnt) -> Setup:
-    """With the steps that its length takes on this data."""
+    """With the steps that its length takes on this data, and how often of them it is measured."""
     setup.sizes.check()
-    if setup.length is None:
-        return setup
-    return replace(setup, schedule=setup.length.schedule(setup.schedule, len(learnt.order), setup.sizes.batch))
+    n_records, batch, schedule = len(learnt.order), setup.sizes.batch, setup.schedule
+    if setup.length is not None:
+        schedule = setup.length.schedule(schedule, n_records, batch)
+    every = setup.measure_every or length.measure_every(schedule.steps, n_records, batch)
+    return replace(setup, schedule=schedule, measure_every=every)
 
 
 def _first(setup: Setup, base: Base, learnt: Learnt, accelerator: Accelerator) -> tuple[Any, Any]:
@@ -385,12 +411,15 @@ def _held_out(
     return HeldOut(learnt.held_out, look, size, setup.seed, memory=shelf, note=bad.tell)
 
 
-def _tell(run: Run, model: nn.Module, still: list[nn.Module], out: Path | None, accelerator: Accelerator) -> None:
-    """What training a model beside those that are `still` takes; refuses where the disk is too small."""
-    told = estimate.of(model, *still)
+def _tell(run: Run, stage: _Stage, out: Path | None, accelerator: Accelerator) -> None:
+    """What training takes, and how often it is measured; refuses where the disk is too small."""
+    told = estimate.of(stage.model, *stage.still)
     if accelerator.is_main_process:
         estimate.check_disk(run.work, run.name, told, out)
-        print(f"{run.name}: {told}", file=sys.stderr)
+        often = (
+            f"; it is measured every {run.measure_every} of {run.schedule.steps} steps" if stage.looks.measure else ""
+        )
+        print(f"{run.name}: {told}{often}", file=sys.stderr)
 
 
 def _fit(setup: Setup, stage: _Stage, accelerator: Accelerator, out: Path | None) -> None:
@@ -398,7 +427,7 @@ def _fit(setup: Setup, stage: _Stage, accelerator: Accelerator, out: Path | None
     if setup.write not in ("best", "last"):
         raise DataError(f"--write {setup.write}: it is best or last")
     run = _run(setup, stage.name, accelerator)
-    _tell(run, stage.model, stage.still, out, accelerator)
+    _tell(run, stage, out, accelerator)
     fit = Fit(run, stage.task(setup.better), accelerator)
     fit.go()
     if accelerator.is_main_process:
