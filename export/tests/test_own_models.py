@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
-import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import Tensor, distributed, nn
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -294,8 +296,7 @@ def test_bert_gives_its_norm_and_its_head_and_others_are_refused(folder: Path, t
 # LoRA
 
 
-@pytest.mark.parametrize("name", ["opt-fp16", "t5"])
-@pytest.mark.parametrize("target", ["language", "qformer"])
+@pytest.mark.parametrize(("name", "target"), [("opt-fp16", "language"), ("t5", "language"), ("opt-fp16", "qformer")])
 def test_an_adapter_is_what_peft_loads_and_convert_merges(folder: Path, tmp_path: Path, name: str, target: str) -> None:
     """The base's own weights are as before; logits of the bundle are those of base and adapter in `peft`, within 2e-4.
 
@@ -349,8 +350,28 @@ def test_what_lora_cannot_be_is_told(folder: Path, tmp_path: Path) -> None:
 # Precision and memory
 
 
+def losses(work: Path) -> list[float]:
+    rows = [json.loads(line) for line in (work / "stage2.jsonl").read_text().splitlines()]
+    return [row["held_out"]["loss"] for row in rows if "held_out" in row]
+
+
+@pytest.fixture(scope="module")
+def exact(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], float]:
+    """The last loss of a run in float32 around a base."""
+
+    @functools.cache
+    def of(name: str) -> float:
+        root = tmp_path_factory.mktemp("exact")
+        stages.train_stage2(setup(folder, name, root / "work", qformer=folder / name), root / "out")
+        return losses(root / "work")[-1]
+
+    return of
+
+
 @pytest.mark.parametrize(("name", "precision"), [("opt", "fp16"), ("opt", "bf16"), ("t5", "bf16")])
-def test_16_bits_train_and_leave_the_base_as_it_is(folder: Path, tmp_path: Path, name: str, precision: str) -> None:
+def test_16_bits_train_and_leave_the_base_as_it_is(
+    folder: Path, exact: Callable[[str], float], tmp_path: Path, name: str, precision: str
+) -> None:
     """Frozen weights are held in 16 bits, and yet written as they were."""
     said = setup(folder, name, tmp_path / "work", qformer=folder / name, precision=precision, checkpointing=True)
     stages.train_stage2(said, tmp_path / "out")
@@ -360,12 +381,7 @@ def test_16_bits_train_and_leave_the_base_as_it_is(folder: Path, tmp_path: Path,
     kept = loop.read(tmp_path / "work" / "stage2.pt")
     assert {value.dtype for value in kept["model"].values()} == {torch.float32}
     assert (kept["precision"]["scaler"] != {}) == (precision == "fp16")
-    rows = [json.loads(line) for line in (tmp_path / "work" / "stage2.jsonl").read_text().splitlines()]
-    losses = [row["held_out"]["loss"] for row in rows if "held_out" in row]
-    exact = setup(folder, name, tmp_path / "exact", qformer=folder / name)
-    stages.train_stage2(exact, tmp_path / "other")
-    rows = [json.loads(line) for line in (tmp_path / "exact" / "stage2.jsonl").read_text().splitlines()]
-    assert losses[-1] == pytest.approx([row["held_out"]["loss"] for row in rows if "held_out" in row][-1], rel=0.1)
+    assert losses(tmp_path / "work")[-1] == pytest.approx(exact(name), rel=0.1)
 
 
 def test_held_weights_take_half_and_norms_stay(folder: Path) -> None:
@@ -572,10 +588,7 @@ def _process(rank: int, port: int, folder: Path, work: Path) -> None:
 
 def test_two_processes_learn_what_one_does_with_twice_the_batch(folder: Path, tmp_path: Path) -> None:
     """Every loss around a language model, in two parts a step; and both stages from the data to a folder."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(_process, (port, folder, tmp_path), nprocs=2)
+    processes.two(_process, folder, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for name, (model, parts) in cases(folder).items():
         loss, wanted = learnt(model, [together_(part) for part in parts], tmp_path / "one", name)

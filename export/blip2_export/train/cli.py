@@ -133,7 +133,8 @@ def _run_own(args: argparse.Namespace) -> None:
         held_out = plan.train(args)
         if plan.chain is not None and together.is_first():
             assert plan.out is not None
-            chain.follow(plan.chain, plan.stage, plan.out, held_out, plan.setup.work, plan.setup.prompt)
+            setup = plan.setup
+            chain.follow(plan.chain, chain.Trained(plan.stage, plan.out, held_out, setup.work, setup.prompt))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

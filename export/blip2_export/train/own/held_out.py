@@ -11,7 +11,7 @@ import torch
 
 from blip2_export.train.own import pictures
 from blip2_export.train.own.batches import Part, Say
-from blip2_export.train.own.pictures import Look
+from blip2_export.train.own.pictures import Sight
 from blip2_export.train.own.records import Record
 
 MOST = 1000  # pictures that a measurement takes, as many as Flickr30k's test set has
@@ -25,18 +25,16 @@ class HeldOut:
     def __init__(
         self,
         records: Sequence[Record],
-        look: Look,
+        sight: Sight,
         size: int,
         seed: int = 0,
-        most: int = MOST,
-        memory: pictures.Memory | None = None,
         note: Callable[[Part], object] = lambda _: None,
     ) -> None:
         ordered = sorted(records, key=lambda record: record.key)
         random.Random(f"{seed} held out").shuffle(ordered)
-        self.records, self.size, self.seed = ordered[:most], max(_FEWEST, size), seed
+        self.records, self.size, self.seed = ordered[:MOST], max(_FEWEST, size), seed
         self._note = note
-        self._looker = pictures.Looker(look, lambda chance: chance.choice(self.records), memory=memory)
+        self._looker = pictures.Looker(sight, lambda chance: chance.choice(self.records))
 
     def __len__(self) -> int:
         return len(self.records)
@@ -67,6 +65,8 @@ class HeldOut:
         for record in self.records[: 4 * n]:
             if len(found) == n:
                 break
+            if record.key in thumbnails:  # of another set
+                continue
             try:
                 thumbnails[record.key] = thumbnail(record.source.read())
             except Exception:  # Pillow raises what its decoders raise; it is told of when it is learnt or measured on

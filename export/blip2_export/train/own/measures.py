@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from blip2_export.train.own import language, writing
 from blip2_export.train.own.answers import accuracy
 from blip2_export.train.own.batches import Captioned, Part
+from blip2_export.train.own.captions import clean
 from blip2_export.train.own.records import Question, Record
 from blip2_export.train.own.sources import DataError
 from blip2_export.train.own.stage1 import Captions, Stage1, drawn
@@ -112,7 +113,7 @@ def _match(means: Means, model: Stage1, batch: Captions, similar: Tensor) -> Non
 
 @dataclass
 class Gallery:
-    """Pictures and the distinct texts that are said of them."""
+    """Pictures, by where they are, for sets may share names, and the distinct texts that are said of them, as they are learnt."""
 
     images: list[Tensor] = field(default_factory=list)
     features: list[Tensor] = field(default_factory=list)
@@ -125,16 +126,17 @@ class Gallery:
         """Rows of a batch."""
         new = []
         for row, record in enumerate(records):
-            if record.key not in self.keys:
-                self.keys[record.key] = len(self.keys)
+            key = str(record.source)
+            if key not in self.keys:
+                self.keys[key] = len(self.keys)
                 self.images.append(images[row].float().cpu())
                 if len(self.keys) <= _FEW:
                     self.features.append(batch.features[row].cpu())
-            for caption in record.captions[:CAPTIONS]:
+            for caption in map(clean, record.captions[:CAPTIONS]):
                 if caption not in self.texts:
                     self.texts[caption] = len(self.texts)
                     new.append(caption)
-                self.pairs.add((self.keys[record.key], self.texts[caption]))
+                self.pairs.add((self.keys[key], self.texts[caption]))
         for i in range(0, len(new), 64):
             ids, mask = (t.to(batch.ids.device) for t in model.encode(new[i : i + 64]))
             hidden = model.qformer.text(ids, mask)[:, 0]
@@ -183,9 +185,12 @@ def _recalls(scores: Tensor, true: Tensor, by_text: Tensor | None = None) -> dic
 
 
 def ranks(scores: Tensor, true: Tensor) -> Tensor:
-    """How many false columns of each row are not below its best true one: none if it is found first. Ties count against it."""
+    """How many false columns of each row are not below its best true one: none if it is found first.
+
+    Ties, and what is no number, count against it.
+    """
     best = scores.masked_fill(~true, -math.inf).amax(1, keepdim=True)
-    return ((scores >= best) & ~true).sum(1)
+    return (~(scores < best) & ~true).sum(1)
 
 
 def share(rank: Tensor, k: int) -> float:

@@ -36,6 +36,7 @@ from blip2_export.train.own.held_out import HeldOut
 from blip2_export.train.own.length import Length
 from blip2_export.train.own.loop import Fit, Run, Schedule, Task
 from blip2_export.train.own.lora import Adapter, Lora, adapt
+from blip2_export.train.own.pictures import Sight
 from blip2_export.train.own.records import Record
 from blip2_export.train.own.sets import Learnt
 from blip2_export.train.own.sets import learnt as learnt_of
@@ -361,7 +362,7 @@ def _take_stage1(first: nn.Module, setup: Setup) -> bool:
 
 def _batches(setup: Setup, base: Base, learnt: Learnt, shelf: Shelf | None = None, side: int | None = None) -> Batches:
     look = base.look(side or base.config.vision_config.image_size)
-    return Batches(learnt.order, look, setup.sizes, setup.seed, setup.augment, shelf)
+    return Batches(learnt.order, Sight(look, setup.augment, shelf), setup.sizes, setup.seed)
 
 
 def _shelf(setup: Setup, base: Base, learnt: Learnt) -> Shelf | None:
@@ -382,7 +383,7 @@ def _held_out(
     look = base.look(side or base.config.vision_config.image_size)
     # The same, however many processes there are.
     size = min(setup.sizes.batch // setup.sizes.accumulate, _MEASURED_TOGETHER)
-    return HeldOut(learnt.held_out, look, size, setup.seed, memory=shelf, note=bad.tell)
+    return HeldOut(learnt.held_out, Sight(look, memory=shelf), size, setup.seed, bad.tell)
 
 
 def _tell(run: Run, model: nn.Module, still: list[nn.Module], out: Path | None, accelerator: Accelerator) -> None:
