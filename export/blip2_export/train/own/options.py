@@ -59,6 +59,11 @@ USUAL = {
 }
 SIDE = 490  # appendix, VQA
 
+_WRITTEN = {
+    "stage2": f". For cider (CIDEr-D) and bleu4 (BLEU-4) each measurement writes captions of {measures.FEW_WRITTEN} held-out "
+    "pictures at most, greedily; that takes up to 30 times as long as their losses, for the text so far is read anew for every word"
+}
+
 
 def add(parser: argparse.ArgumentParser, stage: str) -> None:
     """The options of a stage."""
@@ -421,7 +426,7 @@ def _add_looking(group: argparse._ArgumentGroup, stage: str) -> None:
         "--best-by",
         default="",
         metavar="MEASURE",
-        help=f"what tells the best checkpoint: {known} (default: {measures.USUAL[stage]})",
+        help=f"what tells the best checkpoint: {known} (default: {measures.USUAL[stage]})" + _WRITTEN.get(stage, ""),
     )
     group.add_argument(
         "--patience",

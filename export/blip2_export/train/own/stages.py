@@ -187,9 +187,8 @@ def train_stage2(setup: Setup, out: Path) -> list[Record]:
             return Written(eye(part), part.said.to(accelerator.device))
 
         bad = _bad(setup, learnt, "stage2")
-        looks = watch.stage2(
-            _held_out(setup, base, learnt, bad, shelf=shelf), speaks, setup.prompt, splits, write, setup.samples
-        )
+        held_out, looked = _held_out(setup, base, learnt, bad, shelf=shelf), (setup.samples, setup.better)
+        looks = watch.stage2(held_out, speaks, setup.prompt, splits, write, *looked)
         still = [base.vision, base.model.language_model]
         stage = _Stage("stage2", model, lambda step: make.parts(step, say), write, looks, bad, still, _mass)
         _fit(setup, stage, accelerator, out)
