@@ -29,7 +29,7 @@ def command(folder: Path, stage: str, work: Path) -> list[str]:
     """What a person would type."""
     more = ["--workers", "2"] if work.name.endswith("workers") else ["--workers", "0"]
     out = [] if stage == "stage1" else ["--out", str(work / "out")]
-    more += ["--lora", "language:2"] if stage == "lora" else []
+    more += ["--lora", "both:2"] if stage == "lora" else []
     more += ["--qformer", str(folder / "opt")] if stage == "stage2" else []
     sizes = [
         "--steps",

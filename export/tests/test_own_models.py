@@ -31,6 +31,7 @@ from transformers import (
 from blip2_export.bundle import Choices, convert
 from blip2_export.check import random_checkpoint, random_retrieval
 from blip2_export.check.random_retrieval import Lavis, write_lavis
+from blip2_export.read.adapter import open_folder
 from blip2_export.read.lavis import Parts
 from blip2_export.run.generation import Graphs
 from blip2_export.scenes import dataset
@@ -302,8 +303,12 @@ def test_an_adapter_is_what_peft_loads_and_convert_merges(folder: Path, tmp_path
 
     Within 1e-3 around a base in float16, to which what is merged is rounded.
     """
-    said = setup(folder, name, tmp_path / "work", lora=Lora(target, 3, 6.0))
+    by = "cider" if name == "t5" else "loss"
+    said = setup(folder, name, tmp_path / "work", lora=Lora(target, 3, 6.0), better=by)
     stages.train_stage2(said, tmp_path / "out")
+    rows = [json.loads(line) for line in (tmp_path / "work" / "stage2.jsonl").read_text().splitlines()]
+    looked = [row["held_out"] for row in rows if "held_out" in row]
+    assert looked and all(("cider" in row) == ("bleu4" in row) == (by == "cider") for row in looked)
     assert {file.name for file in (tmp_path / "out").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
     place_ = {"language": "language_model.", "qformer": "qformer."}[target]
@@ -337,10 +342,52 @@ def test_an_adapter_is_what_peft_loads_and_convert_merges(folder: Path, tmp_path
     assert abs(logits[0] - logits[1]).max() > 1e-2 * scale, "the adapter does something"
 
 
+def asking(folder: Path) -> Path:
+    """Rows of questions about the pictures."""
+    rows = [
+        {"image": f"{i:06}.png", "question": f"how many at {i}?", "answers": ["two", "2", "a few"]} for i in range(12)
+    ]
+    file = folder / "data" / "asked.json"
+    file.write_text(json.dumps(rows))
+    return file
+
+
+@pytest.mark.parametrize(("shape", "target"), [("vqa-opt", "both"), ("t5", "language")])
+def test_an_adapter_learns_to_answer(folder: Path, tmp_path: Path, shape: str, target: str) -> None:
+    """Behind a Q-Former that reads the question, and behind one that does not; `convert` merges it as `peft` does, within 1e-6."""
+    base = tmp_path / "base"
+    random_checkpoint.write(base, shape, 4)
+    before = stored(base)
+    said = setup(base, "", tmp_path / "work", base=base, data=[(asking(folder), 1.0)], lora=Lora(target, 3, 6.0))
+    with pytest.raises(DataError, match="leave --image-size out"):
+        stages.train_questions(said, tmp_path / "out", 14)
+    stages.train_questions(said, tmp_path / "out")
+    after = stored(base)
+    assert before.keys() == after.keys() and all(torch.equal(value, after[key]) for key, value in before.items())
+    trained = loop.read(tmp_path / "work" / "vqa.pt")["model"]
+    assert trained and all("lora_" in name for name in trained)
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    places = {"both": {"language_model", "qformer"}, "language": {"language_model"}}[target]
+    assert {key.split(".")[2] for key in tensors} == places
+    assert all(value.abs().max() > 0 for value in tensors.values()), "B begins at 0, and is learnt"
+    model = Blip2ForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
+    merged = PeftModel.from_pretrained(model, tmp_path / "out").merge_and_unload().state_dict()
+    found, changed = open_folder(base, [tmp_path / "out"]), set[str]()
+    for name in found.names():
+        if name in merged:
+            mine = torch.from_numpy(found.tensor(name).astype("float32"))
+            torch.testing.assert_close(mine, merged[name], atol=1e-6, rtol=1e-6)
+            changed |= set() if torch.equal(mine, before[name].float()) else {name.split(".")[0]}
+    assert changed == places
+    if shape == "vqa-opt":
+        convert(tmp_path / "out", tmp_path / "bundle", Choices("x", None, questions.PROMPT, golden=False))
+        assert "ask" in json.loads((tmp_path / "bundle" / "bundle.json").read_text())["tasks"]
+
+
 def test_what_lora_cannot_be_is_told(folder: Path, tmp_path: Path) -> None:
     assert Lora.parsed("qformer:4") == Lora("qformer", 4, 8.0) and Lora.parsed("language") == Lora()
     for text in ("vision", "language:0", "language:x", ":8"):
-        with pytest.raises(DataError, match="expected language or qformer"):
+        with pytest.raises(DataError, match="expected language, qformer or both"):
             Lora.parsed(text)
     with pytest.raises(DataError, match="leave --qformer"):
         more = {"lora": Lora(), "qformer": folder / "opt"}
@@ -399,7 +446,7 @@ def test_a_fingerprint_tells_a_bit(folder: Path) -> None:
     """Of any type; the matrices of an adapter, which are trained inside, do not count."""
     model = open_base(folder / "opt").model.language_model
     hardware.held(model, "bf16")
-    adapter = lora.adapt(Lora(rank=2), model, "opt", 0)
+    adapter = lora.adapt(Lora(rank=2), model, nn.Identity(), "opt", 0)
     before = fingerprint(model)
     next(iter(adapter.parameters.values())).data.add_(1)
     assert fingerprint(model) == before

@@ -123,7 +123,7 @@ def _run_own(args: argparse.Namespace) -> None:
     logging.disable_progress_bar()
     is_all = args.what == "all"
     if is_all and args.lora:
-        raise DataError("--lora adapts the base as it is, without stage 1; it goes with stage2")
+        raise DataError("--lora adapts the base as it is, without stage 1; it goes with stage2 or vqa")
     plans = [
         _plan(args, stage, stage if is_all else "") for stage in (("stage1", "stage2") if is_all else (args.what,))
     ]

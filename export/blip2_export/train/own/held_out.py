@@ -39,12 +39,13 @@ class HeldOut:
     def __len__(self) -> int:
         return len(self.records)
 
-    def parts(self, say: Say) -> Iterator[Part]:
-        """All of it, in parts that are as large as one another, give or take one; made as they are asked for."""
-        n = max(1, len(self.records) // self.size)
-        edges = [len(self.records) * i // n for i in range(n + 1)]
+    def parts(self, say: Say, most: int | None = None) -> Iterator[Part]:
+        """All of it, or the first `most`, in parts that are as large as one another, give or take one; made when asked for."""
+        records = self.records[:most]
+        n = max(1, len(records) // self.size)
+        edges = [len(records) * i // n for i in range(n + 1)]
         for first, end in pairwise(edges):
-            yield self.part(self.records[first:end], say)
+            yield self.part(records[first:end], say)
 
     def part(self, wanted: Sequence[Record], say: Say) -> Part:
         """These records, with what is said of them."""

@@ -14,6 +14,7 @@ from blip2_export.train.own.answers import accuracy
 from blip2_export.train.own.batches import Captioned, Part
 from blip2_export.train.own.captions import clean
 from blip2_export.train.own.records import Question, Record
+from blip2_export.train.own.scores import Caption, scores
 from blip2_export.train.own.sources import DataError
 from blip2_export.train.own.stage1 import Captions, Stage1, drawn
 from blip2_export.train.own.stage2 import Stage2, Written
@@ -29,10 +30,12 @@ MORE_IS_BETTER = {
         "itm_hard_accuracy": True,
         "r1": True,
     },
-    "stage2": {"loss": False},
+    "stage2": {"loss": False, "cider": True, "bleu4": True},
     "vqa": {"loss": False, "accuracy": True},
 }
 USUAL = {"stage1": "loss", "stage2": "loss", "vqa": "accuracy"}
+WRITTEN = ("cider", "bleu4")  # what captions have to be written for
+FEW_WRITTEN = 200  # pictures that captions are written of in a measurement
 CAPTIONS = 5  # of a picture, as retrieval on COCO and Flickr30k is measured
 _RERANKED = 8  # candidates of each query
 _FEW = 200  # pictures up to which candidates are ranked anew by matching; their features stay in memory
@@ -201,6 +204,14 @@ def share(rank: Tensor, k: int) -> float:
 # The language model
 
 
+@dataclass
+class Told:
+    """What is said of the rows of a part, a row a picture, and these pictures' records."""
+
+    said: language.Texts
+    records: list[Record]
+
+
 def of_language(model: Stage2, parts: Iterable[Part], write: Callable[[Part], Written]) -> dict[str, float]:
     """The loss of a token, by the weights of texts, over everything that is held out."""
     total, mass = 0.0, 0.0
@@ -210,6 +221,13 @@ def of_language(model: Stage2, parts: Iterable[Part], write: Callable[[Part], Wr
         mass += float(batch.texts.mass)
     lm = total / mass
     return {"loss": lm, "lm": lm, "perplexity": math.exp(lm) if lm < 700 else math.inf}
+
+
+def of_captions(told: Iterable[tuple[Sequence[Record], Sequence[str]]]) -> dict[str, float]:
+    """BLEU-4 and CIDEr-D of what is written of pictures."""
+    return scores(
+        [Caption(text, record.captions) for records, texts in told for record, text in zip(records, texts, strict=True)]
+    )
 
 
 @dataclass(frozen=True)
