@@ -514,7 +514,7 @@ def test_patience_ends_a_run_and_more_of_it_goes_on(tmp_path: Path) -> None:
 
 
 def test_a_measure_that_is_unknown_is_refused() -> None:
-    with pytest.raises(DataError, match=r"--best-by wer: stage2 is measured by loss$"):
+    with pytest.raises(DataError, match=r"--best-by wer: stage2 is measured by loss, cider, bleu4$"):
         measures.better("stage2", "wer")
     assert measures.better("vqa", "accuracy") == ("accuracy", True) and measures.better("stage1") == ("loss", False)
     assert measures.better("stage1", "r1") == ("r1", True)
