@@ -131,7 +131,7 @@ def _run_own(args: argparse.Namespace) -> None:
     logging.disable_progress_bar()
     is_all = args.what == "all"
     if is_all and args.lora:
-        raise DataError("--lora adapts the base as it is, without stage 1; it goes with stage2")
+        raise DataError("--lora adapts the base as it is, without stage 1; it goes with stage2 or vqa")
     plans = [
         _plan(args, stage, stage if is_all else "") for stage in (("stage1", "stage2") if is_all else (args.what,))
     ]
@@ -141,7 +141,8 @@ def _run_own(args: argparse.Namespace) -> None:
         held_out = plan.train(args)
         if plan.chain is not None and together.is_first():
             assert plan.out is not None
-            chain.follow(plan.chain, plan.stage, plan.out, held_out, plan.setup.work, plan.setup.prompt)
+            setup = plan.setup
+            chain.follow(plan.chain, chain.Trained(plan.stage, plan.out, held_out, setup.work, setup.prompt))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -79,7 +79,10 @@ class Shelf:
 
     def put(self, digest: str, row: Tensor) -> Tensor:
         """The row as it will be read from now on. A disk that is full is told once; then nothing more is kept."""
-        kept = row.detach().float().cpu().numpy().astype(self.type)
+        with np.errstate(over="ignore"):
+            kept = row.detach().float().cpu().numpy().astype(self.type)
+        if np.isinf(kept).any():
+            raise DataError(f"features of a picture are beyond what {self.type} holds; take --cache-type float32")
         file = self._file(digest)
         if not self._full and not file.exists():
             aside = beside(file)

@@ -38,6 +38,7 @@ from blip2_export.train.own.held_out import HeldOut
 from blip2_export.train.own.length import Length
 from blip2_export.train.own.loop import Fit, Run, Schedule, Task
 from blip2_export.train.own.lora import Adapter, Lora, adapt
+from blip2_export.train.own.pictures import Sight
 from blip2_export.train.own.records import Record
 from blip2_export.train.own.sets import Learnt, Usable
 from blip2_export.train.own.sets import learnt as learnt_of
@@ -193,9 +194,8 @@ def train_stage2(setup: Setup, out: Path) -> list[Record]:
             return Written(eye(part), part.said.to(accelerator.device))
 
         bad = _bad(setup, learnt, "stage2")
-        looks = watch.stage2(
-            _held_out(setup, base, learnt, bad, shelf=shelf), speaks, setup.prompt, splits, write, setup.samples
-        )
+        held_out, looked = _held_out(setup, base, learnt, bad, shelf=shelf), (setup.samples, setup.better)
+        looks = watch.stage2(held_out, speaks, setup.prompt, splits, write, *looked)
         still = [base.vision, base.model.language_model]
         stage = _Stage("stage2", model, lambda step: make.parts(step, say), write, looks, bad, still, _mass)
         _fit(setup, stage, accelerator, out)
@@ -220,27 +220,35 @@ def _second(
         return model, None
     if base.config.qformer_config.use_qformer_text_input:
         raise DataError(f"{setup.base}: its Q-Former reads questions; --lora of stage 2 goes with one that does not")
+    return _adapted(setup, base, setup.lora, speaks)
+
+
+def _adapted(
+    setup: Setup, base: Base, lora: Lora, speaks: language.Language, embeddings: nn.Module | None = None
+) -> tuple[Stage2, Adapter]:
+    """The base as it is, of which an adapter alone is trained. `embeddings`: of what its Q-Former reads, if it does."""
     if setup.qformer or setup.bert or setup.n_queries:
         raise DataError("--lora adapts the base as it is; leave --qformer, --bert and --queries out")
     model = Stage2(base.model.qformer, base.model.query_tokens, speaks)
     model.language_projection.load_state_dict(base.model.language_projection.state_dict())
-    module = base.model.language_model if setup.lora.target == "language" else model.qformer
-    adapter = adapt(setup.lora, module, base.family, setup.seed)
+    model.embeddings = embeddings
+    adapter = adapt(lora, base.model.language_model, model.qformer, base.family, setup.seed)
     model.adapt(adapter)
     return model, adapter
 
 
-def train_questions(setup: Setup, out: Path, side: int, n_questions: int = 4) -> list[Record]:
-    """Image encoder and Q-Former learn to answer, at `side` × `side`.
+def train_questions(setup: Setup, out: Path, side: int = 0, n_questions: int = 4) -> list[Record]:
+    """Image encoder and Q-Former learn to answer, at `side` × `side`, or the usual size; with LoRA an adapter of the base does.
 
-    What the Q-Former reads texts with is that of stage 1 in the work folder, or of --qformer.
+    What the Q-Former reads texts with is that of stage 1 in the work folder, or of --qformer; with LoRA the base's own.
     """
-    accelerator, base = _accelerator(setup), open_base(setup.base, setup.parts)
-    if not base.has_language:
-        raise DataError(f"{setup.base}: it has no language model, which answers")
-    hardware.check_language(setup.precision, base.family)
+    if setup.lora is not None:
+        return _adapt_questions(setup, setup.lora, out, side, n_questions)
+    accelerator, base, side = _accelerator(setup), open_base(setup.base, setup.parts), side or questions.SIDE
+    _check_answers(setup, base)
     questions.check_side(base, side)
-    _check_questions(setup)
+    if setup.features is not None:
+        raise DataError("--cache-features goes with stages 1 and 2; with questions the image encoder is trained")
     learnt = _learnt(setup, questions.usable, accelerator)
     setup = _planned(setup, learnt)
     tokenizer, first = _first(setup, base, learnt, accelerator)
@@ -259,9 +267,8 @@ def train_questions(setup: Setup, out: Path, side: int, n_questions: int = 4) ->
             return Written(part.pixels.to(accelerator.device), said.texts, said.ids, said.mask)
 
         bad = _bad(setup, learnt, "vqa")
-        looks = watch.vqa(
-            _held_out(setup, base, learnt, bad, side), speaks, tokenizer, n_questions, write, setup.samples
-        )
+        held_out = _held_out(setup, base, learnt, bad, side)
+        looks = watch.vqa(held_out, speaks, tokenizer, n_questions, write, setup.samples)
         still = [base.vision, base.model.language_model]
         stage = _Stage("vqa", model, lambda step: make.parts(step, say), write, looks, bad, still, _mass)
         _fit(setup, stage, accelerator, out)
@@ -288,11 +295,49 @@ def _check_contrasts(setup: Setup, learnt: Learnt) -> None:
         )
 
 
-def _check_questions(setup: Setup) -> None:
-    if setup.lora is not None:
-        raise DataError("--lora goes with stage 2")
-    if setup.features is not None:
-        raise DataError("--cache-features goes with stages 1 and 2; with questions the image encoder is trained")
+def _adapt_questions(setup: Setup, lora: Lora, out: Path, side: int, n_questions: int) -> list[Record]:
+    """An adapter of the base learns to answer; the base stays as it is, and so does the size of its pictures."""
+    accelerator, base = _accelerator(setup), open_base(setup.base, setup.parts)
+    _check_answers(setup, base)
+    own = base.config.vision_config.image_size
+    if side and side != own:
+        raise DataError(f"--lora adapts the base as it is, for pictures of {own} pixels; leave --image-size out")
+    learnt = _learnt(setup, questions.usable, accelerator)
+    setup = _planned(setup, learnt)
+    speaks = language.of_family(base.family, base.model.language_model, base.tokenizer())
+    tokenizer, embeddings = questions.reads(base)
+    hardware.held(base.vision, setup.held)
+    hardware.held(base.model.language_model, setup.held)
+    model, adapter = _adapted(setup, base, lora, speaks, embeddings)
+    _save_memory(setup, model, base.model.language_model)
+    with frozen(base.model, "base"):
+        shelf = _shelf(setup, base, learnt)
+        make = _batches(setup, base, learnt, shelf)
+        say = questions.asked(speaks, tokenizer, n_questions)
+        eye = Eye(base.vision, accelerator.device, shelf)
+        _placed(base.model.language_model, accelerator)
+
+        def write(part: Part) -> Written:
+            said = part.said.to(accelerator.device)
+            return Written(eye(part), said.texts, said.ids, said.mask)
+
+        bad = _bad(setup, learnt, "vqa")
+        held_out = _held_out(setup, base, learnt, bad, shelf=shelf)
+        looks = watch.vqa(held_out, speaks, tokenizer, n_questions, write, setup.samples)
+        still = [base.vision, base.model.language_model]
+        stage = _Stage("vqa", model, lambda step: make.parts(step, say), write, looks, bad, still, _mass)
+        _fit(setup, stage, accelerator, out)
+    if accelerator.is_main_process:
+        folders.write_adapter(out, base, adapter)
+    accelerator.wait_for_everyone()
+    return learnt.held_out
+
+
+def _check_answers(setup: Setup, base: Base) -> None:
+    """Whether anything of the base can answer."""
+    if not base.has_language:
+        raise DataError(f"{setup.base}: it has no language model, which answers")
+    hardware.check_language(setup.precision, base.family)
 
 
 def _accelerator(setup: Setup) -> Accelerator:
@@ -387,7 +432,7 @@ def _take_stage1(first: nn.Module, setup: Setup) -> bool:
 
 def _batches(setup: Setup, base: Base, learnt: Learnt, shelf: Shelf | None = None, side: int | None = None) -> Batches:
     look = base.look(side or base.config.vision_config.image_size)
-    return Batches(learnt.order, look, setup.sizes, setup.seed, setup.augment, shelf)
+    return Batches(learnt.order, Sight(look, setup.augment, shelf), setup.sizes, setup.seed)
 
 
 def _shelf(setup: Setup, base: Base, learnt: Learnt) -> Shelf | None:
@@ -408,7 +453,7 @@ def _held_out(
     look = base.look(side or base.config.vision_config.image_size)
     # The same, however many processes there are.
     size = min(setup.sizes.batch // setup.sizes.accumulate, _MEASURED_TOGETHER)
-    return HeldOut(learnt.held_out, look, size, setup.seed, memory=shelf, note=bad.tell)
+    return HeldOut(learnt.held_out, Sight(look, memory=shelf), size, setup.seed, bad.tell)
 
 
 def _tell(run: Run, stage: _Stage, out: Path | None, accelerator: Accelerator) -> None:
