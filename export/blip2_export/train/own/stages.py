@@ -345,7 +345,10 @@ def _accelerator(setup: Setup) -> Accelerator:
         raise DataError(f"the precision `{setup.precision}` is none of {', '.join(hardware.PRECISIONS)}")
     # 16-bit arithmetic is `hardware`'s: the one of `accelerate` refuses fp16 on a CPU.
     # One process converts and evaluates for as long as that takes; the others wait.
-    return Accelerator(mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=_LONGEST_WAIT)])
+    wait = InitProcessGroupKwargs(timeout=_LONGEST_WAIT)
+    # Unless it is told, `accelerate` lets processes of a CPU that `torchrun` started learn each by itself.
+    cpu = not torch.accelerator.is_available()
+    return Accelerator(mixed_precision="no", cpu=cpu, kwargs_handlers=[wait])
 
 
 def _save_memory(setup: Setup, *modules: nn.Module) -> None:
