@@ -20,13 +20,14 @@ from blip2_export.train.own import loop
 
 HERE = Path(__file__).parent
 LAUNCH = (Path(sys.executable).parent / "torchrun", "--nproc-per-node", "2", "-m", "blip2_export")
-# Of weights, between two processes and one with the whole batch: sums are made in another order, and AdamW divides by small ones.
-CLOSE = 1e-4
+# Between two processes and one with the whole batch: a share of losses, and an absolute difference of weights. Sums are made in another
+# order, which AdamW turns into as much as a step where a weight has next to no gradient. Apart they would differ by 3e-2 and 2e-2.
+LOSSES, WEIGHTS = 2e-3, 1e-3
 
 
 def command(folder: Path, work: Path) -> list[str]:
     places = ["--data", folder / "data", "--base", folder / "opt", "--work", work]
-    sizes = ["--steps", 60, "--batch-size", 8, "--held-out", 0.3, "--measure-every", 10, "--learning-rate", 0.001]
+    sizes = ["--steps", 30, "--batch-size", 8, "--held-out", 0.3, "--measure-every", 5, "--learning-rate", 0.001]
     return ["train", "stage1", *map(str, [*places, *sizes, "--workers", 1])]
 
 
@@ -34,6 +35,19 @@ def alone(typed: list[str]) -> int:
     parser = argparse.ArgumentParser()
     cli.add_arguments(parser)
     return cli.run(parser.parse_args(typed[1:]))
+
+
+def drop_nothing(file: Path) -> None:
+    """What is dropped differs from process to process."""
+    config = json.loads(file.read_text())
+    config["qformer_config"] |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    file.write_text(json.dumps(config))
+
+
+def losses(log: Path) -> torch.Tensor:
+    """[steps, losses]"""
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    return torch.tensor([[row[name] for name in ("itc", "itm", "itg")] for row in rows if "itc" in row])
 
 
 def stopped(typed: list[str], log: Path, work: Path) -> str:
@@ -53,20 +67,23 @@ def stopped(typed: list[str], log: Path, work: Path) -> str:
 def test_two_launched_processes_stop_as_one_and_one_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     """Files are written once, by one of them, who alone tells; the processes that read pictures do not die of the signal."""
     random_checkpoint.write(tmp_path / "opt", "tiny", seed=4)
+    drop_nothing(tmp_path / "opt" / "config.json")
     dataset.write_dataset(tmp_path / "data", 24, 0, 32)
     whole, work = tmp_path / "whole", tmp_path / "work"
     said = stopped(command(tmp_path, work), tmp_path / "log", work)
     assert said.count("stage1: stopped at step") == 1 and "train/own" not in said, said[-4000:]
     assert said.count("steps of about") == said.count("memory at least") == 1
     step = loop.read(work / "stage1.pt")["step"]
-    assert 10 <= step < 60 and not list(work.glob("*.part"))
+    assert 5 <= step < 30 and not list(work.glob("*.part"))
     rows = [json.loads(line) for line in (work / "stage1.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "itc" in row] == list(range(1, step + 1))
     assert alone(command(tmp_path, work)) == alone(command(tmp_path, whole)) == 0
+    one, other = (losses(place / "stage1.jsonl") for place in (whole, work))
+    torch.testing.assert_close(other, one, atol=0, rtol=LOSSES)
     for name in ("stage1.pt", "stage1_best.pt"):
         one, other = loop.read(whole / name), loop.read(work / name)
         assert one["step"] == other["step"]
         for key, value in one["model"].items():
             torch.testing.assert_close(
-                other["model"][key], value, atol=CLOSE, rtol=0, msg=lambda m, key=key: f"{key}: {m}"
+                other["model"][key], value, atol=WEIGHTS, rtol=0, msg=lambda m, key=key: f"{key}: {m}"
             )

@@ -288,7 +288,7 @@ def _check_contrasts(setup: Setup, learnt: Learnt) -> None:
     if len({str(record.source) for record in learnt.train}) < 2:
         raise DataError("stage 1 tells pictures from one another, and there is but one to learn from; add more")
     batch, n = setup.sizes.batch, setup.sizes.accumulate
-    if batch // n < 2:
+    if batch == n:
         raise DataError(
             f"stage 1 tells the pictures of a part from one another, and of a batch of {batch} in {n} parts each has one; "
             "raise --batch-size, or lower --accumulate"
