@@ -125,7 +125,8 @@ test-rust: setup
 # The engine is compared with transformers through the binary that `cargo test` built.
 test-python: setup-export test-rust
 	cd export && .venv/bin/ruff format --check . && .venv/bin/ruff check .
-	cd export && OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
+	cd export && OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= .venv/bin/python -m pytest -q --numprocesses auto --maxprocesses 4 \
+		--dist loadfile --no-loadscope-reorder
 
 test-avx2: setup setup-export setup-qemu build ## every bundle and recipe on an emulated processor with AVX2 and no VNNI (minutes)
 	PYTHONPATH=export $(MODEL_PYTHON) -m blip2_export emulate avx2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,17 +36,35 @@ N_NEW = 8
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory):
     """(checkpoint, bundle) of a shape, made once."""
-    done: dict[tuple[str, str], tuple[Path, Path]] = {}
 
-    def make(shape: str, target: str = "cpu") -> tuple[Path, Path]:
-        if (shape, target) not in done:
-            root = tmp_path_factory.mktemp(shape)
-            random_checkpoint.write(root / "checkpoint", shape, seed=sorted(random_checkpoint.SHAPES).index(shape))
-            convert(root / "checkpoint", root / "bundle", Choices(shape, golden=False, target=target, precisions=EXACT))
-            done[shape, target] = root / "checkpoint", root / "bundle"
-        return done[shape, target]
+    @functools.cache
+    def written(shape: str) -> Path:
+        folder = tmp_path_factory.mktemp(shape) / "checkpoint"
+        random_checkpoint.write(folder, shape, seed=sorted(random_checkpoint.SHAPES).index(shape))
+        return folder
 
-    return make
+    @functools.cache
+    def make(shape: str, target: str) -> tuple[Path, Path]:
+        checkpoint = written(shape)
+        bundle = checkpoint.with_name(target)
+        convert(checkpoint, bundle, Choices(shape, golden=False, target=target, precisions=EXACT))
+        return checkpoint, bundle
+
+    return lambda shape, target="cpu": make(shape, target)
+
+
+@pytest.fixture(scope="session")
+def told(made):
+    """What the reference sees and says of a shape's checkpoint, for every target the same: pictures, and texts behind prompts."""
+
+    @functools.cache
+    def of(shape: str) -> tuple[list[Any], list[Any]]:
+        checkpoint, folder = made(shape)
+        reference = Reference(checkpoint, json.loads((folder / "bundle.json").read_text()))
+        seen = [reference.stages(p) for p in drawing.sample_pictures(8, seed=3, side=120)]
+        return seen, [reference.generate(pixels, prompt, N_NEW) for pixels, _, _ in seen for prompt in PROMPTS]
+
+    return of
 
 
 def assert_close(found: np.ndarray, expected: np.ndarray, stage: str) -> None:
@@ -55,17 +75,14 @@ def assert_close(found: np.ndarray, expected: np.ndarray, stage: str) -> None:
 
 @pytest.mark.parametrize("target", sorted(TARGETS))
 @pytest.mark.parametrize("shape", sorted(random_checkpoint.SHAPES))
-def test_every_stage_and_every_token_equal_the_reference(made, shape: str, target: str) -> None:
-    checkpoint, folder = made(shape, target)
-    graphs, reference = Graphs(folder), Reference(checkpoint, json.loads((folder / "bundle.json").read_text()))
-    seen = [reference.stages(p) for p in drawing.sample_pictures(8, seed=3, side=120)]
+def test_every_stage_and_every_token_equal_the_reference(made, told, shape: str, target: str) -> None:
+    graphs, (seen, wanted) = Graphs(made(shape, target)[1]), told(shape)
     assert np.std([q for _, _, q in seen], axis=0).max() > 1e-2, "the checkpoint does not tell pictures apart"
     pixels = np.stack([s[0] for s in seen])
     features = graphs.features(pixels)
     assert_close(features, np.stack([s[1] for s in seen]), "features")
     queries = graphs.queries(features)
     assert_close(queries, np.stack([s[2] for s in seen]), "queries")
-    wanted = [reference.generate(pixels[i], prompt, N_NEW) for i in range(len(seen)) for prompt in PROMPTS]
     rows = np.repeat(queries, len(PROMPTS), axis=0)
     ids = [w[0] for w in wanted]
     logits, tokens = graphs.greedy(rows, ids, N_NEW)

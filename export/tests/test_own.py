@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
-from torch import distributed, multiprocessing
+from torch import distributed
 from transformers import Blip2ForConditionalGeneration
 
 from blip2_export.bundle import Choices, convert
@@ -38,6 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def setup(folder: Path, family: str, work: str, **more: Any) -> stages.Setup:
     places = {"data": [(folder / "data", 1.0)], "base": folder / family, "work": folder / work}
     usual = {"schedule": Schedule(4, warmup=1), "sizes": Sizes(4), "workers": 0, "measure_every": 2, "held_out": 0.2}
+    usual |= {"samples": 0}
     return stages.Setup(**{**places, **usual, **more})
 
 
@@ -46,21 +47,21 @@ def weights(file: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_both_stages_give_folders_that_convert(folder: Path, family: str) -> None:
-    said = setup(folder, family, f"work-{family}", n_queries=5)
-    stages.train_stage1(said, folder / f"first-{family}")
-    stages.train_stage2(said, folder / f"second-{family}")
+def test_both_stages_give_folders_that_convert(folder: Path) -> None:
+    """Of Flan-T5; those of OPT are converted, verified and evaluated by one command in test_own_command.py."""
+    said = setup(folder, "t5", "work", n_queries=5)
+    stages.train_stage1(said, folder / "first")
+    stages.train_stage2(said, folder / "second")
     rows = [json.loads(line) for line in (said.work / "stage2.jsonl").read_text().splitlines()]
     assert [row["held_out"]["lm"] for row in rows if "held_out" in row][-1] > 0
-    before = Blip2ForConditionalGeneration.from_pretrained(folder / family, dtype=torch.float32)
-    after = Blip2ForConditionalGeneration.from_pretrained(folder / f"second-{family}", dtype=torch.float32)
+    before = Blip2ForConditionalGeneration.from_pretrained(folder / "t5", dtype=torch.float32)
+    after = Blip2ForConditionalGeneration.from_pretrained(folder / "second", dtype=torch.float32)
     for part in ("vision_model", "language_model"):
         old, new = getattr(before, part).state_dict(), getattr(after, part).state_dict()
         assert all(torch.equal(old[name], new[name]) for name in old), part
     assert after.query_tokens.shape[1] == 5 and not torch.equal(before.query_tokens[:, :5], after.query_tokens)
     for stage in ("first", "second"):
-        convert(folder / f"{stage}-{family}", folder / f"bundle-{stage}-{family}", Choices("own", golden=False))
+        convert(folder / stage, folder / f"bundle-{stage}", Choices("own", golden=False))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -92,36 +93,6 @@ def test_the_loss_of_texts_is_that_of_the_reference(folder: Path, family: str) -
             count = int((labels != -100).sum())
             total, n = total + float(found.loss) * count, n + count
     assert mine == pytest.approx(total / n, rel=1e-5)
-
-
-def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = setup(folder, "opt", "whole", sizes=Sizes(4, accumulate=2))
-    stages.train_stage1(whole, None)
-    killed = setup(folder, "opt", "killed", sizes=Sizes(4, accumulate=2))
-    update, saves = loop.Fit._update, loop.Run.__dataclass_fields__["save_seconds"]
-
-    def dies(self: loop.Fit, step: int, parts: list[Any]) -> dict[str, float]:
-        if step == 3:
-            raise KeyboardInterrupt
-        return update(self, step, parts)
-
-    assert saves.default > 0
-    run = stages._run
-    monkeypatch.setattr(stages, "_run", lambda *given: loop.Run(**{**run(*given).__dict__, "save_seconds": 0.0}))
-    monkeypatch.setattr(loop.Fit, "_update", dies)
-    with pytest.raises(KeyboardInterrupt):
-        stages.train_stage1(killed, None)
-    monkeypatch.setattr(loop.Fit, "_update", update)
-    assert loop.read(killed.work / "stage1.pt")["step"] == 3
-    stages.train_stage1(killed, None)
-    one, other = weights(whole.work / "stage1.pt"), weights(killed.work / "stage1.pt")
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
-def test_a_work_folder_of_another_run_is_refused(folder: Path) -> None:
-    stages.train_stage1(setup(folder, "opt", "mine"), None)
-    with pytest.raises(ValueError, match=r"other settings .*seed: 0 then, 7 now"):
-        stages.train_stage1(setup(folder, "opt", "mine", seed=7), None)
 
 
 # Several processes
@@ -171,10 +142,7 @@ def _process(rank: int, port: int, folder: Path, work: Path) -> None:
 def test_two_processes_learn_what_one_does_with_twice_the_batch(folder: Path, tmp_path: Path) -> None:
     made = model(folder, tmp_path)
     loss, wanted = gradients(made, slice(0, 6), made)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(_process, (port, folder, tmp_path), nprocs=2)
+    processes.two(_process, folder, tmp_path)
     (first, one), (second, other) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert (first + second) / 2 == pytest.approx(loss, rel=1e-6)
     scale = max(float(grad.abs().max()) for grad in wanted.values())

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from blip2_export.train.own import (
     evaluation,
     folders,
     language,
+    length,
     loop,
     options,
     pace,
@@ -44,7 +46,7 @@ from blip2_export.train.own.captions import clean
 from blip2_export.train.own.length import Length
 from blip2_export.train.own.loop import Schedule
 
-SHORT = ("--steps", "3", "--batch-size", "4", "--workers", "0", "--held-out", "0.2")
+SHORT = ("--steps", "3", "--batch-size", "4", "--workers", "0", "--held-out", "0.2", "--samples", "1")
 FAMILIES = {"opt": "odd-3", "t5": "t5"}
 
 
@@ -133,6 +135,17 @@ def test_a_length_is_steps_or_epochs_and_warms_up_a_tenth_at_most() -> None:
     assert length() == (782, 78)
     assert length(epochs=1000) == (78_125, 2000)
     assert length(steps=100, warmup=90) == (100, 90)
+
+
+def test_ten_measurements_in_a_run_or_one_an_epoch_but_few_of_a_tiny_set() -> None:
+    cases = {
+        (782, 5000, 64): 79,
+        (300, 320, 32): 10,
+        (250_000, 129_000_000, 1680): 25_000,
+        (1000, 24, 64): 20,
+        (3, 9, 4): 1,
+    }
+    assert {case: length.measure_every(*case) for case in cases} == cases
 
 
 def test_defaults_are_those_that_the_help_tells() -> None:
@@ -276,7 +289,7 @@ def engine() -> Path:
 
 
 def test_one_command_trains_converts_verifies_and_evaluates(
-    folder: Path, tmp_path: Path, engine: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, engine: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     typed = [
         *places(folder, "opt", tmp_path / "work"),
@@ -297,6 +310,8 @@ def test_one_command_trains_converts_verifies_and_evaluates(
     assert kept["caption_words_f1"] == said[1]["caption_words_f1"]
     assert len((tmp_path / "work" / "stage2_written.jsonl").read_text().splitlines()) == kept["pictures"]
     assert "it exists; name another --convert" in refused(capsys, "all", *typed, "--engine", engine)
+    monkeypatch.setenv("BLIP2_ENGINE", str(tmp_path / "gone"))
+    assert "gone: there is no such engine" in refused(capsys, "all", *typed, "--force")
     assert "it goes with stage2" in refused(capsys, "all", *typed, "--lora", "language")
 
 
@@ -318,7 +333,7 @@ def test_without_an_engine_the_bundle_is_made_and_that_is_said(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(chain.Chain, "found_engine", lambda _: None)
-    chain.follow(chain.Chain(tmp_path / "bundle"), "stage2", folder / "opt", [], tmp_path, "")
+    chain.follow(chain.Chain(tmp_path / "bundle"), chain.Trained("stage2", folder / "opt", [], tmp_path))
     assert (tmp_path / "bundle" / "bundle.json").is_file()
     assert "neither verified nor evaluated: no engine here" in capsys.readouterr().err
 
@@ -362,6 +377,15 @@ def test_a_rehearsal_changes_nothing(folder: Path, tmp_path: Path, monkeypatch: 
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_processes_agree_on_how_often_they_rehearse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step waits for all of them."""
+    for first, times in ((0.1, 2), (99.0, 1)):
+        monkeypatch.setattr(together, "agreed", lambda _, first=first: first)
+        seen: list[int] = []
+        estimate.rehearse(lambda: [1], seen.append, 0)
+        assert len(seen) == times
+
+
 def test_what_a_checkpoint_takes_is_told_before_it_is_written(folder: Path, second: dict[str, Path]) -> None:
     base = open_base(folder / "opt")
     made = start.qformer(base, start.Start(), len(start.tokenizer(folder / "work-opt", start.Start(), [])))
@@ -388,6 +412,7 @@ def test_a_disk_that_is_too_small_is_told_before_the_first_step(
         (["--batch-size", "0"], "--batch-size 0: 1 is the least"),
         (["--batch-size", "-4"], "--batch-size -4: 1 is the least"),
         (["--batch-size", "6", "--accumulate", "4"], "--batch-size must be a multiple of 4"),
+        (["--batch-size", "4", "--accumulate", "4"], "of a batch of 4 in 4 parts each has one"),
         (["--steps", "0"], "--steps 0: 1 is the least"),
         (["--epochs", "nan"], "--epochs nan: it must be a number above 0"),
         (["--learning-rate", "0"], "--learning-rate 0.0: it must be a number above 0"),
@@ -407,6 +432,18 @@ def test_what_cannot_be_meant_is_said_in_one_sentence(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], typed: list[str], said: str
 ) -> None:
     assert said in refused(capsys, "stage1", *places(folder, "opt", tmp_path / "work"), *SHORT, *typed)
+
+
+def test_one_picture_is_nothing_to_be_told_apart(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor is it if it comes with two captions. Two pictures are."""
+    for n, outcome in ((1, 1), (2, 0)):
+        Image.new("L", (4, 4), 9 * n).save(tmp_path / f"{n}.png")
+        (tmp_path / f"{n}.txt").write_text("a ring\na star")
+        typed = ["--data", tmp_path, "--base", folder / "opt", "--work", tmp_path / "work", *SHORT, "--held-out", "0"]
+        assert train("stage1", *typed) == outcome
+    assert "stage 1 tells pictures from one another, and there is but one to learn from" in capsys.readouterr().err
 
 
 def test_a_batch_that_processes_cannot_share_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -515,24 +552,45 @@ def test_what_training_did_not_write_is_never_replaced(
     assert train("stage2", *typed, "--out", second["opt"]) == 0, "its own it may write anew"
 
 
-@pytest.mark.parametrize("where", ["torch.save", "os.replace", "save_file", "tokenizer"])
 def test_a_disk_that_fills_up_is_said_and_nothing_is_lost(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], where: str
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Wherever a run is full, the same command goes on once there is room, until it is full elsewhere."""
+
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
 
-    work, typed = tmp_path / "work", [*places(folder, "opt", tmp_path / "work"), *SHORT]
-    if where == "torch.save":
-        monkeypatch.setattr(loop.torch, "save", full)
-    elif where == "os.replace":
-        monkeypatch.setattr(loop.os, "replace", full)
-    elif where == "save_file":
-        monkeypatch.setattr(folders, "save_file", full)
-        typed += ["--out", tmp_path / "out"]
-    else:
-        monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", full)
-    assert "No space left on device" in refused(capsys, "stage1", *typed)
-    assert not list(work.glob("*.tmp")) and not list(tmp_path.glob(".*.part")) and not (tmp_path / "out").exists()
-    monkeypatch.undo()
-    assert train("stage1", *typed) == 0
+    work, out = tmp_path / "work", tmp_path / "out"
+    typed = [*places(folder, "opt", work), *SHORT, "--out", out]
+    for where, name in (
+        (PreTrainedTokenizerFast, "save_pretrained"),
+        (loop.torch, "save"),
+        (loop.os, "replace"),
+        (folders, "save_file"),
+    ):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(where, name, full)
+            assert "No space left on device" in refused(capsys, "stage1", *typed), name
+        assert not list(work.glob("*.part")) and not list(tmp_path.glob(".*.part")) and not out.exists(), name
+    assert train("stage1", *typed) == 0 and (out / "config.json").is_file()
+
+
+def test_a_file_that_cannot_grow_ends_it_and_room_lets_it_go_on_bit_by_bit(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A bound on files stands for a disk that is full: whatever writes meets it, in Python or not."""
+    work, whole = tmp_path / "work", tmp_path / "whole"
+    assert train("stage1", *places(folder, "opt", whole), *SHORT) == 0
+    size = (whole / "stage1.pt").stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for most, met in ((1000, "qformer_tokenizer"), (size - 1000, "stage1.pt")):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+        try:
+            said = refused(capsys, "stage1", *places(folder, "opt", work), *SHORT, "--tensorboard")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert met in said and "it cannot be written" in said, said
+        assert not list(work.rglob("*.part")) and not (work / "stage1.pt").exists()
+    assert train("stage1", *places(folder, "opt", work), *SHORT) == 0
+    one, other = (loop.read(place / "stage1.pt")["model"] for place in (work, whole))
+    assert all(torch.equal(one[name], other[name]) for name in one)

@@ -11,6 +11,7 @@ import os
 import random
 import re
 import struct
+import subprocess
 import tarfile
 import zlib
 from collections import Counter
@@ -26,12 +27,14 @@ from torch.utils.data import DataLoader, Dataset
 from blip2_export.check import random_checkpoint
 from blip2_export.scenes import dataset, drawing
 from blip2_export.train.own import (
+    aside,
     batches,
     features,
     hardware,
     loop,
     order,
     pictures,
+    prints,
     records,
     sets,
     split,
@@ -41,12 +44,13 @@ from blip2_export.train.own import (
 from blip2_export.train.own.bad import Bad
 from blip2_export.train.own.batches import Batches, Part, Sizes
 from blip2_export.train.own.order import Order
-from blip2_export.train.own.pictures import Look
+from blip2_export.train.own.pictures import Look, Sight
 from blip2_export.train.own.records import Record
 from blip2_export.train.own.run import Schedule
 from blip2_export.train.own.sources import DataError, File, Member
 
 LOOK = Look(16, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+SIGHT = Sight(LOOK)
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (24, 20), mode: str = "RGB") -> Image.Image:
@@ -134,6 +138,11 @@ def test_folders_are_read_by_their_list_or_by_texts_beside_pictures(tmp_path: Pa
     write(tmp_path / "beside" / "._a.txt", "\0\0")
     found = records.read(tmp_path / "beside")
     assert said(found) == {"a.png": ["a red ring"], "in/b.PNG": ["a blue star", "one star"]}
+    latin = os.fsencode(tmp_path / "beside") + "/Stück".encode("latin-1")
+    Path(os.fsdecode(latin + b".png")).write_bytes(encoded(picture()))
+    Path(os.fsdecode(latin + b".txt")).write_text("a piece")
+    (found,) = (record for record in records.read(tmp_path / "beside") if record.captions == ["a piece"])
+    assert found.key == r"St\xfcck.png" and found.source.read(), "keys are written down"
 
 
 def test_a_folder_of_parts_says_which_to_name(tmp_path: Path) -> None:
@@ -188,6 +197,9 @@ def test_vqav2_is_read_with_the_annotations_beside_it(tmp_path: Path) -> None:
         assert second.refused == ["a question without an answer"]
     newer = write(tmp_path / "newer.json", {**VQA, "data_subtype": "train2017"})
     assert records.read(newer, None, notes)[0].key == "000000000009.jpg"
+    odd = write(tmp_path / "odd.json", {**VQA, "questions": [{**VQA["questions"][0], "image_id": "nine"}]})  # type: ignore[dict-item,index]
+    with pytest.raises(DataError, match=r"odd\.json: a row is in none of the forms"):
+        records.read(odd, None, notes)
 
 
 def test_rows_of_questions_in_plain_forms(tmp_path: Path) -> None:
@@ -232,6 +244,9 @@ def test_fields_of_a_table_may_hold_line_ends_and_quotation_marks(tmp_path: Path
     assert said(records.read(tmp_path / "rows.csv")) == {"a.png": ['a "red"\nring, round']}
     found = records.read(tmp_path / "results.csv")
     assert said(found) == {"a.png": ['"red", it says'], "b.png": []} and found[1].refused == ["missing"]
+    write(tmp_path / "cut.csv", "image,caption\na.png,a red ring, near a star\nb.png,a box, \n")
+    found = records.read(tmp_path / "cut.csv")
+    assert said(found) == {"a.png": [], "b.png": ["a box"]} and found[0].refused == ["in a row of too many fields"]
 
 
 ODD = {
@@ -251,6 +266,7 @@ ODD = {
         b'{"images": [{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}], "annotations": []}',
         "two pictures have the id 1",
     ),
+    "unnamed.json": (b'{"images": [{"id": 1, "file_name": null}], "annotations": []}', "with the id 1 has no name"),
     "shape.json": (b'{"images": 7, "annotations": 8}', "none of the forms"),
     "line.jsonl": (b'{"image": "a", "caption": "x"}\n{"image"', "line 2: not valid JSON"),
     "bare.csv": (b"", "no picture"),
@@ -333,6 +349,9 @@ def test_shards_by_braces_patterns_and_folders_say_the_same(tmp_path: Path) -> N
     found = [said(records.read(tmp_path / way)) for way in ways]
     assert found[0] == found[1] == found[2] == found[3] and len(found[0]) == 12 and len(found[4]) == 8
     assert found[0]["s-001.tar/12"] == ["it is 12"]
+    for folder in "ab":
+        write_shard(tmp_path / "more" / folder / "s.tar", ["x"])
+    assert list(said(records.read(tmp_path / "more" / "{a,b}" / "s.tar"))) == ["a/s.tar/x", "b/s.tar/x"]
     with pytest.raises(DataError, match=r"s-003.tar: there is no such shard \(2 of 5 are missing\)"):
         records.read(tmp_path / "s-{000..004}.tar")
     with pytest.raises(DataError, match="more than 100000 shards"):
@@ -496,7 +515,7 @@ def test_pictures_that_cannot_be_used_give_way(tmp_path: Path, kind: str) -> Non
     (tmp_path / "bad.png").write_bytes(data)
     write_pictures(tmp_path, "a.png", "b.png")
     found = [Record(name, File(tmp_path / name), ["it"]) for name in ("a.png", "bad.png", "b.png")]
-    made = Batches(Order([order.Part(found)]), LOOK, Sizes(3))
+    made = Batches(Order([order.Part(found)]), SIGHT, Sizes(3))
     parts = [made.parts(step, lambda records, *_: [record.key for record in records])[0] for step in range(4)]
     for part in parts:
         assert part.pixels.shape == (3, 3, 16, 16) and "bad.png" not in part.said and list(part.bad) == ["bad.png"]
@@ -509,7 +528,7 @@ def test_pictures_that_cannot_be_used_give_way(tmp_path: Path, kind: str) -> Non
 
 def test_a_line_of_bad_pictures_ends_it(tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_bytes(b"no")
-    made = Batches(Order([order.Part([Record("bad.png", File(tmp_path / "bad.png"), ["it"])])]), LOOK, Sizes(2))
+    made = Batches(Order([order.Part([Record("bad.png", File(tmp_path / "bad.png"), ["it"])])]), SIGHT, Sizes(2))
     with pytest.raises(DataError, match=r"one after another cannot be read, the first is bad\.png"):
         made.parts(0, lambda *_: None)
 
@@ -615,7 +634,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Batches:
         order.Part(records.read(folder / "s-{0..1}.tar"), 2),
         order.Part(records.read(write(folder / "p" / "rows.json", rows)), 1),
     ]
-    return Batches(Order(parts, 4), LOOK, Sizes(4), 4, augments=True)
+    return Batches(Order(parts, 4), Sight(LOOK, augments=True), Sizes(4), 4)
 
 
 def test_a_run_goes_on_mid_shard_and_with_any_number_of_workers(made: Batches) -> None:
@@ -645,11 +664,11 @@ def test_two_processes_see_halves_of_what_one_sees(made: Batches, monkeypatch: p
         assert torch.equal(torch.cat([half.pixels for half in two]), part.pixels)
     monkeypatch.setattr(together, "size", lambda: 3)
     with pytest.raises(DataError, match="multiple of 3"):
-        Batches(made.order, LOOK, Sizes(4))
+        Batches(made.order, SIGHT, Sizes(4))
 
 
 def test_parts_that_are_computed_one_after_another_are_the_same_step(made: Batches) -> None:
-    cut = Batches(made.order, LOOK, Sizes(4, accumulate=2), 4, augments=True)
+    cut = Batches(made.order, Sight(LOOK, augments=True), Sizes(4, accumulate=2), 4)
     for step in range(4):
         one, two = made.parts(step, seen), cut.parts(step, seen)
         assert [row for part in two for row in part.said] == one[0].said
@@ -660,7 +679,7 @@ def test_a_set_smaller_than_the_batch_and_one_record_alone_make_steps(tmp_path: 
     write_pictures(tmp_path, "a.png", "b.png")
     for names in (["a.png"], ["a.png", "b.png"]):
         found = [Record(name, File(tmp_path / name), ["it"]) for name in names]
-        part = Batches(Order([order.Part(found)]), LOOK, Sizes(5)).parts(0, seen)[0]
+        part = Batches(Order([order.Part(found)]), SIGHT, Sizes(5)).parts(0, seen)[0]
         assert len(part.pixels) == 5 and {row[0] for row in part.said} == set(names)
 
 
@@ -741,6 +760,29 @@ def test_scenes_that_differ_are_no_copies() -> None:
     assert split.copies(found, found[:7]).tolist() == [n < 7 for n in range(120)]
     coarse = of_bytes(*(encoded(Image.fromarray(scene), "JPEG", quality=50) for scene in scenes))
     assert split.copies(coarse, found).mean() > 0.9, "even grounds leave the noise of JPEG alone to be told apart"
+
+
+def test_what_was_made_of_a_picture_is_kept_until_it_is_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for n in range(4):
+        (tmp_path / f"{n}.png").write_bytes(encoded(picture(n // 2, (96, 96))) + b" " * n)
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    found = [Record(name, File(tmp_path / name), ["it"]) for name in ("0.png", "2.png", "bad.png", "1.png")]
+    plain, read = prints._print, list[int]()
+    monkeypatch.setattr(prints, "_print", lambda data: read.append(len(data)) or plain(data))
+    keep = tmp_path / "work" / "prints.npz"
+
+    def copies() -> tuple[list[bool], int]:
+        read.clear()
+        return split.copies(found[:3], found[3:], keep=keep).tolist(), len(read)
+
+    assert copies() == ([True, False, False], 4)
+    assert copies() == ([True, False, False], 1), "what could not be read may be there now"
+    (tmp_path / "2.png").write_bytes(encoded(picture(0, (96, 96))) + b"   ")
+    assert copies() == ([True, True, False], 2)
+    keep.write_bytes(keep.read_bytes()[:-40])
+    assert copies() == ([True, True, False], 4) and not list(keep.parent.glob("*.part"))
 
 
 def test_of_too_many_pictures_bytes_alone_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -866,6 +908,9 @@ def test_an_entry_that_is_not_whole_is_made_again(tmp_path: Path) -> None:
         assert shelf.get("ab" * 32) is None
     np.save(entry, np.zeros((2, 2), np.float32))
     assert shelf.get("ab" * 32) is None
+    half = features.Shelf(tmp_path, Small(), LOOK, "no")
+    with pytest.raises(DataError, match="beyond what float16 holds; take --cache-type float32"):
+        half.put("ab" * 32, 70_000 * torch.ones(half.shape))
 
 
 def test_a_kill_while_an_entry_is_written_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -880,6 +925,23 @@ def test_a_kill_while_an_entry_is_written_leaves_none(tmp_path: Path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         shelf.put("ab" * 32, torch.rand(shelf.shape))
     assert shelf.get("ab" * 32) is None and not list(shelf.folder.glob("??/*.npy"))
+
+
+def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf = features.Shelf(tmp_path, Small(), LOOK, "no")
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    file = shelf.folder / "ab" / "entry.npy"
+    file.parent.mkdir(parents=True)
+    mine, other = aside.beside(file), file.with_name(f".entry.npy.elsewhere.{gone.pid}.part")
+    monkeypatch.setattr(os, "getpid", lambda: gone.pid)
+    left = aside.beside(file)
+    for each in (mine, other, left, file):
+        each.write_bytes(b"half")
+    shelf.begin(2, 1.0)
+    assert sorted(file.parent.iterdir()) == sorted([mine, other, file])
 
 
 def test_a_full_disk_is_told_once_and_the_run_goes_on(
@@ -920,7 +982,7 @@ def test_rows_that_are_known_and_those_that_are_not_come_in_their_places(tmp_pat
     eye, plain = features.Eye(model, torch.device("cpu"), shelf), features.Eye(model, torch.device("cpu"))
 
     def looked(which: list[int], memory: features.Shelf | None) -> Part:
-        looker = pictures.Looker(LOOK, lambda _: found[0], memory=memory)
+        looker = pictures.Looker(Sight(LOOK, memory=memory), lambda _: found[0])
         one = looker.looked([found[i] for i in which], [random.Random(0)] * len(which))
         return Part(one.pixels, None, one.bad, one.kept)
 

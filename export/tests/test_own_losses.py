@@ -172,6 +172,15 @@ def test_no_negative_is_of_the_same_picture() -> None:
         assert all(PICTURES[int(j)] != PICTURES[i] for i, j in enumerate(found)), chance
 
 
+def test_where_there_is_no_other_picture_true_pairs_alone_are_matched() -> None:
+    made, batch = qformer(), captions()
+    batch.picture[:] = 3
+    losses, (ref, _) = Stage1(made, SimpleNamespace(bos_token_id=WORDS - 1))(batch), formulas(made)
+    logits = [ref.match(batch.features[i][None], batch.ids[i][None], batch.mask[i][None])[0][0] for i in range(N)]
+    wanted = torch.stack([torch.logsumexp(one, 0) - one[1] for one in logits]).mean()
+    assert float(losses["itm"].detach()) == pytest.approx(float(wanted.detach()), rel=CLOSE)
+
+
 MASKS = {
     # Of queries (first) and text: who sees whom. Padding is the last place of the text.
     "itm": lambda a, b: True,

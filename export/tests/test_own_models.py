@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
-import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import Tensor, distributed, nn
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -29,6 +31,7 @@ from transformers import (
 from blip2_export.bundle import Choices, convert
 from blip2_export.check import random_checkpoint, random_retrieval
 from blip2_export.check.random_retrieval import Lavis, write_lavis
+from blip2_export.read.adapter import open_folder
 from blip2_export.read.lavis import Parts
 from blip2_export.run.generation import Graphs
 from blip2_export.scenes import dataset
@@ -294,15 +297,18 @@ def test_bert_gives_its_norm_and_its_head_and_others_are_refused(folder: Path, t
 # LoRA
 
 
-@pytest.mark.parametrize("name", ["opt-fp16", "t5"])
-@pytest.mark.parametrize("target", ["language", "qformer"])
+@pytest.mark.parametrize(("name", "target"), [("opt-fp16", "language"), ("t5", "language"), ("opt-fp16", "qformer")])
 def test_an_adapter_is_what_peft_loads_and_convert_merges(folder: Path, tmp_path: Path, name: str, target: str) -> None:
     """The base's own weights are as before; logits of the bundle are those of base and adapter in `peft`, within 2e-4.
 
     Within 1e-3 around a base in float16, to which what is merged is rounded.
     """
-    said = setup(folder, name, tmp_path / "work", lora=Lora(target, 3, 6.0))
+    by = "cider" if name == "t5" else "loss"
+    said = setup(folder, name, tmp_path / "work", lora=Lora(target, 3, 6.0), better=by)
     stages.train_stage2(said, tmp_path / "out")
+    rows = [json.loads(line) for line in (tmp_path / "work" / "stage2.jsonl").read_text().splitlines()]
+    looked = [row["held_out"] for row in rows if "held_out" in row]
+    assert looked and all(("cider" in row) == ("bleu4" in row) == (by == "cider") for row in looked)
     assert {file.name for file in (tmp_path / "out").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
     place_ = {"language": "language_model.", "qformer": "qformer."}[target]
@@ -336,10 +342,52 @@ def test_an_adapter_is_what_peft_loads_and_convert_merges(folder: Path, tmp_path
     assert abs(logits[0] - logits[1]).max() > 1e-2 * scale, "the adapter does something"
 
 
+def asking(folder: Path) -> Path:
+    """Rows of questions about the pictures."""
+    rows = [
+        {"image": f"{i:06}.png", "question": f"how many at {i}?", "answers": ["two", "2", "a few"]} for i in range(12)
+    ]
+    file = folder / "data" / "asked.json"
+    file.write_text(json.dumps(rows))
+    return file
+
+
+@pytest.mark.parametrize(("shape", "target"), [("vqa-opt", "both"), ("t5", "language")])
+def test_an_adapter_learns_to_answer(folder: Path, tmp_path: Path, shape: str, target: str) -> None:
+    """Behind a Q-Former that reads the question, and behind one that does not; `convert` merges it as `peft` does, within 1e-6."""
+    base = tmp_path / "base"
+    random_checkpoint.write(base, shape, 4)
+    before = stored(base)
+    said = setup(base, "", tmp_path / "work", base=base, data=[(asking(folder), 1.0)], lora=Lora(target, 3, 6.0))
+    with pytest.raises(DataError, match="leave --image-size out"):
+        stages.train_questions(said, tmp_path / "out", 14)
+    stages.train_questions(said, tmp_path / "out")
+    after = stored(base)
+    assert before.keys() == after.keys() and all(torch.equal(value, after[key]) for key, value in before.items())
+    trained = loop.read(tmp_path / "work" / "vqa.pt")["model"]
+    assert trained and all("lora_" in name for name in trained)
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    places = {"both": {"language_model", "qformer"}, "language": {"language_model"}}[target]
+    assert {key.split(".")[2] for key in tensors} == places
+    assert all(value.abs().max() > 0 for value in tensors.values()), "B begins at 0, and is learnt"
+    model = Blip2ForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
+    merged = PeftModel.from_pretrained(model, tmp_path / "out").merge_and_unload().state_dict()
+    found, changed = open_folder(base, [tmp_path / "out"]), set[str]()
+    for name in found.names():
+        if name in merged:
+            mine = torch.from_numpy(found.tensor(name).astype("float32"))
+            torch.testing.assert_close(mine, merged[name], atol=1e-6, rtol=1e-6)
+            changed |= set() if torch.equal(mine, before[name].float()) else {name.split(".")[0]}
+    assert changed == places
+    if shape == "vqa-opt":
+        convert(tmp_path / "out", tmp_path / "bundle", Choices("x", None, questions.PROMPT, golden=False))
+        assert "ask" in json.loads((tmp_path / "bundle" / "bundle.json").read_text())["tasks"]
+
+
 def test_what_lora_cannot_be_is_told(folder: Path, tmp_path: Path) -> None:
     assert Lora.parsed("qformer:4") == Lora("qformer", 4, 8.0) and Lora.parsed("language") == Lora()
     for text in ("vision", "language:0", "language:x", ":8"):
-        with pytest.raises(DataError, match="expected language or qformer"):
+        with pytest.raises(DataError, match="expected language, qformer or both"):
             Lora.parsed(text)
     with pytest.raises(DataError, match="leave --qformer"):
         more = {"lora": Lora(), "qformer": folder / "opt"}
@@ -349,8 +397,28 @@ def test_what_lora_cannot_be_is_told(folder: Path, tmp_path: Path) -> None:
 # Precision and memory
 
 
+def losses(work: Path) -> list[float]:
+    rows = [json.loads(line) for line in (work / "stage2.jsonl").read_text().splitlines()]
+    return [row["held_out"]["loss"] for row in rows if "held_out" in row]
+
+
+@pytest.fixture(scope="module")
+def exact(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], float]:
+    """The last loss of a run in float32 around a base."""
+
+    @functools.cache
+    def of(name: str) -> float:
+        root = tmp_path_factory.mktemp("exact")
+        stages.train_stage2(setup(folder, name, root / "work", qformer=folder / name), root / "out")
+        return losses(root / "work")[-1]
+
+    return of
+
+
 @pytest.mark.parametrize(("name", "precision"), [("opt", "fp16"), ("opt", "bf16"), ("t5", "bf16")])
-def test_16_bits_train_and_leave_the_base_as_it_is(folder: Path, tmp_path: Path, name: str, precision: str) -> None:
+def test_16_bits_train_and_leave_the_base_as_it_is(
+    folder: Path, exact: Callable[[str], float], tmp_path: Path, name: str, precision: str
+) -> None:
     """Frozen weights are held in 16 bits, and yet written as they were."""
     said = setup(folder, name, tmp_path / "work", qformer=folder / name, precision=precision, checkpointing=True)
     stages.train_stage2(said, tmp_path / "out")
@@ -360,12 +428,7 @@ def test_16_bits_train_and_leave_the_base_as_it_is(folder: Path, tmp_path: Path,
     kept = loop.read(tmp_path / "work" / "stage2.pt")
     assert {value.dtype for value in kept["model"].values()} == {torch.float32}
     assert (kept["precision"]["scaler"] != {}) == (precision == "fp16")
-    rows = [json.loads(line) for line in (tmp_path / "work" / "stage2.jsonl").read_text().splitlines()]
-    losses = [row["held_out"]["loss"] for row in rows if "held_out" in row]
-    exact = setup(folder, name, tmp_path / "exact", qformer=folder / name)
-    stages.train_stage2(exact, tmp_path / "other")
-    rows = [json.loads(line) for line in (tmp_path / "exact" / "stage2.jsonl").read_text().splitlines()]
-    assert losses[-1] == pytest.approx([row["held_out"]["loss"] for row in rows if "held_out" in row][-1], rel=0.1)
+    assert losses(tmp_path / "work")[-1] == pytest.approx(exact(name), rel=0.1)
 
 
 def test_held_weights_take_half_and_norms_stay(folder: Path) -> None:
@@ -383,7 +446,7 @@ def test_a_fingerprint_tells_a_bit(folder: Path) -> None:
     """Of any type; the matrices of an adapter, which are trained inside, do not count."""
     model = open_base(folder / "opt").model.language_model
     hardware.held(model, "bf16")
-    adapter = lora.adapt(Lora(rank=2), model, "opt", 0)
+    adapter = lora.adapt(Lora(rank=2), model, nn.Identity(), "opt", 0)
     before = fingerprint(model)
     next(iter(adapter.parameters.values())).data.add_(1)
     assert fingerprint(model) == before
@@ -572,10 +635,7 @@ def _process(rank: int, port: int, folder: Path, work: Path) -> None:
 
 def test_two_processes_learn_what_one_does_with_twice_the_batch(folder: Path, tmp_path: Path) -> None:
     """Every loss around a language model, in two parts a step; and both stages from the data to a folder."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(_process, (port, folder, tmp_path), nprocs=2)
+    processes.two(_process, folder, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for name, (model, parts) in cases(folder).items():
         loss, wanted = learnt(model, [together_(part) for part in parts], tmp_path / "one", name)

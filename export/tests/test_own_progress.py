@@ -8,18 +8,18 @@ import json
 import math
 import os
 import random
-import socket
 import struct
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from test_page import Browser, browser  # noqa: F401, a fixture
-from torch import distributed, multiprocessing, nn
+from torch import distributed, nn
 
 from blip2_export.check import random_checkpoint
 from blip2_export.scenes import dataset
@@ -27,11 +27,13 @@ from blip2_export.train.own import board, language, log, loop, measures, page, p
 from blip2_export.train.own.answers import accuracy, plain
 from blip2_export.train.own.base import Base, open_base
 from blip2_export.train.own.batches import Part, Sizes, captioned
+from blip2_export.train.own.captions import clean
 from blip2_export.train.own.held_out import HeldOut
 from blip2_export.train.own.loop import Fit, Run, Schedule, Task
 from blip2_export.train.own.pace import Pace
-from blip2_export.train.own.progress import Progress
-from blip2_export.train.own.sources import DataError
+from blip2_export.train.own.pictures import Sight
+from blip2_export.train.own.progress import Progress, Screen
+from blip2_export.train.own.sources import DataError, File
 from blip2_export.train.own.stage1 import Captions, Stage1
 from blip2_export.train.own.stage2 import Stage2, Written
 from blip2_export.train.own.start import Start, qformer, tokenizer
@@ -76,7 +78,7 @@ class Pixels:
 
     side = 4
 
-    def pixels(self, data: bytes) -> Any:
+    def pixels(self, data: bytes, _: Any) -> Any:
         return torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(data[0])).numpy()
 
 
@@ -98,13 +100,13 @@ SAID = [
     ["a green disc"],
     ["a small disc", "a disc"],
     ["a star near a box"],
-    ["a blue star"],
+    ["A blue star!"],
 ]
 
 
 def known(size: int = 3) -> HeldOut:
     found = [records.Record(f"{n}.png", Bytes(n), said) for n, said in enumerate(SAID)]
-    return HeldOut(found, Pixels(), size)  # type: ignore[arg-type]
+    return HeldOut(found, Sight(Pixels()), size)  # type: ignore[arg-type]
 
 
 def seen(model: Stage1, part: Part) -> Captions:
@@ -142,7 +144,7 @@ def features_of(model: Stage1, held_out: HeldOut) -> dict[str, torch.Tensor]:
 
 def recall(scores: dict[tuple[str, str], float], side: int, k: int) -> float:
     """R@k of the other side for each of one, from pairs of a picture's key and a text, one query after another."""
-    true = {(f"{n}.png", text) for n, said in enumerate(SAID) for text in said}
+    true = {(f"{n}.png", clean(text)) for n, said in enumerate(SAID) for text in said}
     right = []
     for query in {pair[side] for pair in scores}:
         mine = {pair: score for pair, score in scores.items() if pair[side] == query}
@@ -155,7 +157,7 @@ def recall(scores: dict[tuple[str, str], float], side: int, k: int) -> float:
 def test_retrieval_is_that_of_pairs_one_by_one(bases: dict[str, Base], tmp_path: Path) -> None:
     model, held_out = stage1(bases["opt"], tmp_path), known()
     found = measures.of_stage1(model, held_out.parts(said_of(model)), lambda part: seen(model, part))
-    features, texts = features_of(model, held_out), {text for said in SAID for text in said}
+    features, texts = features_of(model, held_out), {clean(text) for said in SAID for text in said}
     scores = {(key, text): similarity(model, features[key], text) for key in features for text in texts}
     for side, name in enumerate(("text", "image")):
         for k in (1, 5):
@@ -174,6 +176,11 @@ def test_retrieval_is_that_of_pairs_one_by_one(bases: dict[str, Base], tmp_path:
             for pair in mine[:-8]:
                 again[pair] = scores[pair] - 1e4
         assert found[f"reranked_{name}_r1"] == pytest.approx(recall(again, side, 1)), name
+    alike = HeldOut([replace(record, key="a.png") for record in held_out.records], Sight(Pixels()), 3)  # type: ignore[arg-type]
+    of_sets = measures.of_stage1(model, alike.parts(said_of(model)), lambda part: seen(model, part))
+    assert all(of_sets[name] == pytest.approx(found[name]) for name in found if name.endswith(("r1", "r5"))), (
+        "pictures of one name in several sets are several"
+    )
 
 
 @torch.no_grad()
@@ -230,6 +237,8 @@ def test_ranks_count_ties_against_the_model() -> None:
     assert measures.share(measures.ranks(torch.ones(3, 3), true), 1) == 0.0, (
         "a model that says the same of all is not right"
     )
+    for broken in (torch.full((3, 3), math.nan), torch.where(true, math.nan, 0.5), torch.where(true, 0.5, math.nan)):
+        assert measures.share(measures.ranks(broken, true), 1) == 0.0, "nor is one that says nothing"
 
 
 def test_what_is_held_out_may_be_smaller_than_a_part() -> None:
@@ -239,6 +248,14 @@ def test_what_is_held_out_may_be_smaller_than_a_part() -> None:
         assert [len(keys) for keys in parts] == wanted, size
         assert sorted(itertools.chain(*parts)) == [f"{n}.png" for n in range(7)]
     assert [part.said for part in known().parts(say)] == [part.said for part in known().parts(say)]
+
+
+def test_a_card_of_the_page_is_of_one_picture(folder: Path) -> None:
+    """Though several sets have pictures of its name."""
+    files = sorted((folder / "data").glob("*.png"))[:2]
+    alike = HeldOut([records.Record("a.png", File(file), ["it"]) for file in files], Sight(Pixels()), 2)  # type: ignore[arg-type]
+    found, thumbnails = alike.shown(2)
+    assert len(alike) == 2 and len(found) == 1 == len(thumbnails)
 
 
 def speaking(base: Base) -> Stage2:
@@ -406,6 +423,15 @@ def fitted(work: Path, steps: int = 6, measure: Any = None, sample: Any = None, 
     return Fit(run, task, Accelerator(cpu=True))
 
 
+def test_what_a_killed_run_left_half_written_is_removed_with_the_next(tmp_path: Path) -> None:
+    """Of its own files alone."""
+    names = ["line.pt.part", "line_best.pt.part", "line.jsonl.part", "line.html.part", "other.pt.part", "line.pt.parts"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"half")
+    fitted(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(names[4:])
+
+
 def test_looking_changes_nothing(tmp_path: Path) -> None:
     """Neither the random state, nor which modules are in training."""
     modes = []
@@ -497,7 +523,7 @@ def test_patience_ends_a_run_and_more_of_it_goes_on(tmp_path: Path) -> None:
 
 
 def test_a_measure_that_is_unknown_is_refused() -> None:
-    with pytest.raises(DataError, match=r"--best-by wer: stage2 is measured by loss$"):
+    with pytest.raises(DataError, match=r"--best-by wer: stage2 is measured by loss, cider, bleu4$"):
         measures.better("stage2", "wer")
     assert measures.better("vqa", "accuracy") == ("accuracy", True) and measures.better("stage1") == ("loss", False)
     assert measures.better("stage1", "r1") == ("r1", True)
@@ -623,10 +649,7 @@ def test_every_process_measures_the_same(folder: Path, bases: dict[str, Base], t
     model, held_out = stage1(bases["opt"], tmp_path), known(64)
     with torch.no_grad():
         wanted = measures.of_stage1(model, held_out.parts(said_of(model)), lambda part: seen(model, part))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(_measures, (port, folder, tmp_path), nprocs=2)
+    processes.two(_measures, folder, tmp_path)
     for rank in range(2):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == pytest.approx(wanted, rel=1e-9)
 
@@ -736,7 +759,7 @@ def test_an_event_file_says_what_the_log_does(tmp_path: Path) -> None:
     logged: list[log.Row] = [
         {"step": 0, "settings": {"steps": 9}},
         {"step": 300, "steps": 50, "itc": 1.5, "rate": 1e-5, "bad": None, "at": 1700000000.5},
-        {"step": 300, "held_out": {"loss": 2.25, "r1": None}, "better": True, "at": 1700000001.0},
+        {"step": 300, "held_out": {"loss": 2.25, "r1": None, "perplexity": 1e300}, "better": True, "at": 1700000001.0},
     ]
     (tmp_path / "events.out.tfevents.1.1").write_bytes(b"of a run that was killed")
     kept = board.Board(tmp_path, logged)
@@ -744,7 +767,8 @@ def test_an_event_file_says_what_the_log_does(tmp_path: Path) -> None:
     first, *others = events(tmp_path)
     assert first.file_version == "brain.Event:2"
     said = [(e.step, v.tag, v.simple_value) for e in others[:2] for v in e.summary.value]
-    assert said == [(300, "train/itc", 1.5), (300, "train/rate", pytest.approx(1e-5)), (300, "held_out/loss", 2.25)]
+    assert said[:3] == [(300, "train/itc", 1.5), (300, "train/rate", pytest.approx(1e-5)), (300, "held_out/loss", 2.25)]
+    assert said[3:] == [(300, "held_out/perplexity", math.inf)], "more than its 32 bits hold"
     assert others[0].wall_time == 1700000000.5
     text = others[2].summary.value[0]
     assert (others[2].step, text.tag, text.metadata.plugin_data.plugin_name) == (70_000, "samples/0", "text")
@@ -809,7 +833,7 @@ def test_a_terminal_has_one_line_and_a_file_whole_ones(tmp_path: Path, monkeypat
     for stream in (Terminal(), io.StringIO()):
         clock = Clock()
         run = Run("line", tmp_path, Schedule(10), log_every=5, pictures=8)
-        progress = Progress(run, 0, True, clock, stream)
+        progress = Progress(run, 0, True, screen=Screen(stream, clock))
         for step in range(10):
             clock.now += 2
             progress.add({"square": 1 / (step + 1), "_rate": 1e-5}, [{"b\x1b[2Jd.png": "why"}] if step == 2 else [])
@@ -825,7 +849,8 @@ def test_a_terminal_has_one_line_and_a_file_whole_ones(tmp_path: Path, monkeypat
 
 def test_means_are_over_the_steps_since_the_last_line(tmp_path: Path) -> None:
     clock = Clock()
-    progress = Progress(Run("line", tmp_path, Schedule(4), log_every=2, pictures=6), 0, True, clock, io.StringIO())
+    run = Run("line", tmp_path, Schedule(4), log_every=2, pictures=6)
+    progress = Progress(run, 0, True, screen=Screen(io.StringIO(), clock))
     for loss in (1.0, 3.0, 5.0, 6.0):
         clock.now += 3
         progress.add({"square": loss, **({"_gradient_norm": 1.0} if loss > 1 else {})}, [])
@@ -870,6 +895,9 @@ def test_texts_on_the_page_are_only_texts() -> None:
 def test_a_page_of_nothing_is_a_page() -> None:
     assert "no step is logged yet" in page.document("stage1", [], {})
     assert "under way" in page.document("stage1", [{"step": 1, "rate": 1e-4, "itc": None, "left_s": None}], {})
+    overflowed = [{"step": 1, "rate": 1e-4, "itc": 2.5}, {"step": 2, "rate": 1e-4}]
+    assert "itc: loss" in page.document("stage1", overflowed, {}), "though its last step has none"
+    assert plots.short(1e300) == "1e+300" and plots.short(123456) == "123456"
 
 
 def test_long_lines_are_thinned_to_means() -> None:

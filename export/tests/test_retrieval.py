@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -38,17 +40,40 @@ N_NEW = 12
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory):
     """(checkpoint, graphs) of a shape, made once."""
-    done: dict[tuple[str, str], tuple[Path, Stage1Graphs]] = {}
 
-    def make(shape: str, target: str = "cpu") -> tuple[Path, Stage1Graphs]:
-        if (shape, target) not in done:
-            root = tmp_path_factory.mktemp(shape)
-            random_retrieval.write(root / "c", shape, seed=10 + SHAPES.index(shape))
-            convert(root / "c", root / "b", Choices(shape, golden=False, target=target, precisions=EXACT))
-            done[shape, target] = root / "c", Stage1Graphs(root / "b")
-        return done[shape, target]
+    @functools.cache
+    def written(shape: str) -> Path:
+        folder = tmp_path_factory.mktemp(shape) / "c"
+        random_retrieval.write(folder, shape, seed=10 + SHAPES.index(shape))
+        return folder
 
-    return make
+    @functools.cache
+    def make(shape: str, target: str) -> tuple[Path, Stage1Graphs]:
+        checkpoint = written(shape)
+        bundle = checkpoint.with_name(target)
+        convert(checkpoint, bundle, Choices(shape, golden=False, target=target, precisions=EXACT))
+        return checkpoint, Stage1Graphs(bundle)
+
+    return lambda shape, target="cpu": make(shape, target)
+
+
+@pytest.fixture(scope="session")
+def told(made):
+    """What `transformers` says of pictures and texts, for every target the same, and how many queries a shape has."""
+
+    @functools.cache
+    def of(shape: str) -> tuple[Any, Any, int]:
+        checkpoint, graphs = made(shape)
+        model = Blip2ForImageTextRetrieval.from_pretrained(checkpoint, dtype=torch.float32).eval()
+        model.config.image_token_index = None  # texts come without image tokens in front
+        ids, mask = texts(graphs)
+        inputs = {"pixel_values": pictures(graphs, len(ids)), "input_ids": ids, "attention_mask": mask}
+        with torch.inference_mode():
+            given = {name: torch.from_numpy(value) for name, value in inputs.items()}
+            itm = model(**given, use_image_text_matching_head=True)
+            return model(**given), itm, model.query_tokens.shape[1]
+
+    return of
 
 
 def assert_close(found: np.ndarray, expected: torch.Tensor | np.ndarray, stage: str) -> None:
@@ -85,18 +110,13 @@ def formulas(checkpoint: Path) -> Stage1:
 
 @pytest.mark.parametrize("target", sorted(TARGETS))
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s != "itg-clip"])
-def test_embeddings_and_matching_equal_transformers_alone_and_in_ragged_batches(made, shape: str, target: str) -> None:
-    checkpoint, graphs = made(shape, target)
-    model = Blip2ForImageTextRetrieval.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    model.config.image_token_index = None  # texts come without image tokens in front
+def test_embeddings_and_matching_equal_transformers_alone_and_in_ragged_batches(
+    made, told, shape: str, target: str
+) -> None:
+    _, graphs = made(shape, target)
+    itc, itm, n_queries = told(shape)
     ids, mask = texts(graphs)
-    pixels = pictures(graphs, len(ids))
-    features = graphs.features(pixels)
-    with torch.inference_mode():
-        inputs = {name: torch.from_numpy(v) for name, v in (("pixel_values", pixels), ("input_ids", ids))}
-        inputs["attention_mask"] = torch.from_numpy(mask)
-        itc = model(**inputs)
-        itm = model(**inputs, use_image_text_matching_head=True)
+    features = graphs.features(pictures(graphs, len(ids)))
     assert_close(features, itc.vision_model_output.last_hidden_state, "features")
     image, text = (
         graphs.run("qformer", image_features=features),
@@ -110,7 +130,7 @@ def test_embeddings_and_matching_equal_transformers_alone_and_in_ragged_batches(
     assert_close(cosines, itc.logits_per_image, "itc")
     match = graphs.run("qformer_itm", image_features=features, input_ids=ids, attention_mask=mask)
     assert_close(match["itm_logits"], itm.logits_per_image, "itm_logits")
-    states = itm.text_model_output.last_hidden_state[:, : model.query_tokens.shape[1]]
+    states = itm.text_model_output.last_hidden_state[:, :n_queries]
     assert_close(match["multimodal_states"], states, "multimodal_states")
     assert np.std(match["itm_logits"], axis=0).max() > 1e-2, "the checkpoint does not tell pairs apart"
     for row in range(len(ids)):

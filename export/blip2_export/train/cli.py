@@ -19,7 +19,10 @@ from blip2_export.train.own.sources import DataError
 from blip2_export.train.own.stop import Stopped
 
 _RESUMES = "A killed run goes on from its last checkpoint in --work; what is measured goes to WORK/<phase>.jsonl."
-_MANY = "Several processes: start it with `accelerate launch -m blip2_export train …` or `torchrun -m`."
+_MANY = (
+    "Several processes: `torchrun --nproc-per-node N -m blip2_export train …`, or on GPUs `accelerate launch --num_processes N -m "
+    "blip2_export train …`."
+)
 _STAGES = {
     "stage1": (
         "pictures with captions: ITC, ITM and ITG, image encoder frozen",
@@ -95,13 +98,18 @@ def run(args: argparse.Namespace) -> int:
             torch.set_num_threads(args.threads)
         (_run_demo if args.what == "demo" else _run_own)(args)
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
+        if together.is_first():
+            print(stopped, file=sys.stderr)
         return stopped.status
     except KeyboardInterrupt:
         print("stopped at once; the same command goes on from what was saved before", file=sys.stderr)
         return 130
     except (CheckpointError, ValueError, FloatingPointError) as error:
         return _refuse(error)
+    except RuntimeError as error:
+        if os.environ.get("BLIP2_TRACEBACK") or not together.is_lost(error):
+            raise
+        return _refuse("another process of this run has ended; the same command goes on from what was saved before")
     except OSError as error:
         if os.environ.get("BLIP2_TRACEBACK") or not error.strerror:
             raise
@@ -123,7 +131,7 @@ def _run_own(args: argparse.Namespace) -> None:
     logging.disable_progress_bar()
     is_all = args.what == "all"
     if is_all and args.lora:
-        raise DataError("--lora adapts the base as it is, without stage 1; it goes with stage2")
+        raise DataError("--lora adapts the base as it is, without stage 1; it goes with stage2 or vqa")
     plans = [
         _plan(args, stage, stage if is_all else "") for stage in (("stage1", "stage2") if is_all else (args.what,))
     ]
@@ -133,7 +141,8 @@ def _run_own(args: argparse.Namespace) -> None:
         held_out = plan.train(args)
         if plan.chain is not None and together.is_first():
             assert plan.out is not None
-            chain.follow(plan.chain, plan.stage, plan.out, held_out, plan.setup.work, plan.setup.prompt)
+            setup = plan.setup
+            chain.follow(plan.chain, chain.Trained(plan.stage, plan.out, held_out, setup.work, setup.prompt))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

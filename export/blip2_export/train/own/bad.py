@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from blip2_export.train.own import together
 from blip2_export.train.own.sources import DataError
 
 FEW = 10  # so many are never too many
@@ -36,11 +37,14 @@ class Bad:
 
     def tell(self, part: Any) -> None:
         """Notes those of a part, for whoever has no place to show them."""
-        for key, why in self.note(part).items():
-            print(f"warning: {key} cannot be read ({why}); another takes its place", file=sys.stderr)
+        new = self.note(part)
+        if together.tells():
+            for key, why in new.items():
+                print(f"warning: {key} cannot be read ({why}); another takes its place", file=sys.stderr)
 
     def end(self) -> None:
-        """What there was to say, once more."""
+        """What there was to say, once more, whichever process met it."""
+        self.known = {**self._read(), **self.known}
         if self.known:
             print(f"warning: {self}; others took their places", file=sys.stderr)
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip2_export.train.own import language, pictures, together
+from blip2_export.train.own import language, together
 from blip2_export.train.own.captions import clean
 from blip2_export.train.own.order import Order
-from blip2_export.train.own.pictures import Kept, Look
+from blip2_export.train.own.pictures import Kept, Looker, Sight
 from blip2_export.train.own.records import Record, passed_over
 from blip2_export.train.own.sources import DataError
 
@@ -70,18 +70,10 @@ class Captioned:
 class Batches:
     """Makes the parts of a step."""
 
-    def __init__(
-        self,
-        order: Order,
-        look: Look,
-        sizes: Sizes,
-        seed: int = 0,
-        augments: bool = False,
-        memory: pictures.Memory | None = None,
-    ) -> None:
+    def __init__(self, order: Order, sight: Sight, sizes: Sizes, seed: int = 0) -> None:
         sizes.check()
         self.order, self.sizes, self.seed = order, sizes, seed
-        self._looker = pictures.Looker(look, self._another, augments, memory)
+        self._looker = Looker(sight, self._another)
 
     def parts(self, step: int, say: Say) -> list[Part]:
         """Those of this process. Chance belongs to a row's place in the batch, however that is cut."""

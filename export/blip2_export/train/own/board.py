@@ -6,6 +6,7 @@ Written here, for the package that has a writer brings a server with it. Field n
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 import time
@@ -18,6 +19,7 @@ from blip2_export.train.own.sources import DataError
 _CASTAGNOLI = 0x82F63B78
 _VARINT, _DOUBLE, _BYTES, _FLOAT = 0, 1, 2, 5
 _STRINGS = 7  # DT_STRING
+_LARGEST = 3.4028234e38  # of float32
 
 
 class Board:
@@ -32,6 +34,7 @@ class Board:
             for file in before:
                 file.unlink()
         except OSError as error:
+            self.file.unlink(missing_ok=True)
             raise DataError(f"{folder}: no event file can be written there ({error})") from error
         for row in rows:
             self.add(row)
@@ -68,6 +71,7 @@ def _event(step: int, at: float, what: bytes) -> bytes:
 
 
 def _scalar(name: str, value: float) -> bytes:
+    value = value if abs(value) <= _LARGEST else math.copysign(math.inf, value)
     return _field(1, name.encode()) + _tag(2, _FLOAT) + struct.pack("<f", value)
 
 

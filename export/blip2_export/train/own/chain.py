@@ -40,8 +40,9 @@ class Chain:
             raise DataError(
                 f"{self.bundle}: it exists and is no bundle, so that it is not replaced; name another --convert"
             )
-        if self.engine is not None and not self.engine.is_file():
-            raise DataError(f"{self.engine}: there is no such engine; `make build` builds it")
+        named = self.engine or os.environ.get("BLIP2_ENGINE")
+        if named and not Path(named).is_file():
+            raise DataError(f"{named}: there is no such engine; `make build` builds it")
 
     def found_engine(self) -> Path | None:
         """The one that is named, that of `BLIP2_ENGINE`, the one that is built here, or the one on the path."""
@@ -49,13 +50,26 @@ class Chain:
         return next((Path(path) for path in known if path and Path(path).is_file()), None)
 
 
-def follow(chain: Chain, stage: str, folder: Path, held_out: Sequence[Record], work: Path, prompt: str) -> None:
+@dataclass(frozen=True)
+class Trained:
+    """What a stage left in `folder`, what it did not learn, and the `prompt` that captions stand behind."""
+
+    stage: str
+    folder: Path
+    held_out: Sequence[Record]
+    work: Path
+    prompt: str = ""
+
+
+def follow(chain: Chain, trained: Trained) -> None:
     """Converts the folder of a stage, verifies the bundle and evaluates it; figures go to `WORK/<stage>_evaluation.json`."""
+    stage, work = trained.stage, trained.work
     try:
         asks = questions.PROMPT if stage == "vqa" else None
-        convert(folder, chain.bundle, Choices(chain.bundle.name, prompt or None, asks, force=chain.force))
+        choices = Choices(chain.bundle.name, trained.prompt or None, asks, force=chain.force)
+        convert(trained.folder, chain.bundle, choices)
     except (CheckpointError, UnsupportedError) as error:
-        raise DataError(f"{folder} is trained, but cannot be converted: {error}") from error
+        raise DataError(f"{trained.folder} is trained, but cannot be converted: {error}") from error
     engine = chain.found_engine()
     if engine is None:
         print(
@@ -66,10 +80,10 @@ def follow(chain: Chain, stage: str, folder: Path, held_out: Sequence[Record], w
     try:
         run_engine(engine, "verify", str(chain.bundle))
         print(f"{stage}: {chain.bundle} is verified", file=sys.stderr)
-        if not held_out:
+        if not trained.held_out:
             print(f"warning: {chain.bundle} is not evaluated, for nothing is held out", file=sys.stderr)
             return
-        found = evaluate(Engine(engine, chain.bundle), held_out, chain.most, work / f"{stage}_written.jsonl")
+        found = evaluate(Engine(engine, chain.bundle), trained.held_out, chain.most, work / f"{stage}_written.jsonl")
     except SystemExit as error:
         raise DataError(str(error)) from error
     figures = {name: round(value, 4) for name, value in found.items()}

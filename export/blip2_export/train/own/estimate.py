@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from blip2_export.train.own import together
 from blip2_export.train.own.sources import DataError
 
 _ADAM = 2  # moments of each parameter that is trained
@@ -85,7 +86,8 @@ def rehearse(make: Callable[[], list[Any]], compute: Callable[[Any], None], work
     try:
         making, parts = _timed(make)
         took, _ = _timed(lambda: compute(parts[0]))
-        if took < _ENOUGH:
+        # Whoever computes once more, and alone, would wait for the others.
+        if together.agreed(took) < _ENOUGH:
             took, _ = _timed(lambda: compute(parts[0]))
     except torch.OutOfMemoryError as error:
         raise DataError(

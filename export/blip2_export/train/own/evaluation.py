@@ -18,6 +18,7 @@ from blip2_export.scenes.held_out import Engine
 from blip2_export.train.own.answers import accuracy
 from blip2_export.train.own.captions import clean
 from blip2_export.train.own.records import Question, Record
+from blip2_export.train.own.scores import Caption, scores
 from blip2_export.train.own.sources import File
 
 _BLOCK = 8  # pictures that are matched with the texts of all of them
@@ -79,13 +80,14 @@ def _matches(engine: Engine, shown: Sequence[Shown]) -> dict[str, float]:
 
 
 def _written(engine: Engine, shown: Sequence[Shown], rows: list[dict[str, Any]]) -> dict[str, float]:
-    """How much the captions share with the nearest of those that people gave: F1 of their words."""
+    """BLEU-4, CIDEr-D, and how much captions share with the nearest of those that people gave: F1 of their words."""
     found = engine.rows("caption", *(one.path for one in shown))
-    scores = []
+    shares = []
     for one, row in zip(shown, found, strict=True):
-        scores.append(max(overlap(clean(row["text"]), caption) for caption in one.captions))
+        shares.append(max(overlap(clean(row["text"]), caption) for caption in one.captions))
         rows.append({"picture": one.path, "written": row["text"], "captions": one.captions})
-    return {"caption_words_f1": float(np.mean(scores))}
+    told = scores([Caption(row["text"], one.captions) for one, row in zip(shown, found, strict=True)])
+    return {**told, "caption_words_f1": float(np.mean(shares))}
 
 
 def _answered(engine: Engine, shown: Sequence[Shown], rows: list[dict[str, Any]]) -> dict[str, float]:

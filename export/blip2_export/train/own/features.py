@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from blip2_export.train.own import together
+from blip2_export.train.own.aside import beside, sweep
 from blip2_export.train.own.batches import Part
 from blip2_export.train.own.pictures import Look
 from blip2_export.train.own.sources import DataError
@@ -50,6 +51,7 @@ class Shelf:
         needed, there = n_pictures * self.entry_bytes, self._n_entries() * self.entry_bytes
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            sweep(self.folder.glob("??/.*.part"))
             free = shutil.disk_usage(self.folder).free
         except OSError as error:
             raise DataError(f"{self.folder}: it cannot be written ({error})") from error
@@ -77,10 +79,13 @@ class Shelf:
 
     def put(self, digest: str, row: Tensor) -> Tensor:
         """The row as it will be read from now on. A disk that is full is told once; then nothing more is kept."""
-        kept = row.detach().float().cpu().numpy().astype(self.type)
+        with np.errstate(over="ignore"):
+            kept = row.detach().float().cpu().numpy().astype(self.type)
+        if np.isinf(kept).any():
+            raise DataError(f"features of a picture are beyond what {self.type} holds; take --cache-type float32")
         file = self._file(digest)
         if not self._full and not file.exists():
-            aside = file.with_name(f".{file.name}.{os.getpid()}")
+            aside = beside(file)
             try:
                 file.parent.mkdir(exist_ok=True)
                 with aside.open("wb") as out:

@@ -131,8 +131,11 @@ def _aside(folder: Path) -> Iterator[Path]:
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(aside, folder)
-    except (OSError, SafetensorError) as error:
+    except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
+        # tokenizers has no exception of its own.
+        if not isinstance(error, OSError | SafetensorError) and type(error) is not Exception:
+            raise
         raise DataError(
             f"{folder}: it cannot be written ({error}); the checkpoints in --work are as they were"
         ) from error

@@ -7,7 +7,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +57,11 @@ def rows(file: Path, answers: Path | None = None) -> Iterator[Said]:
             yield from _vqa(_json(file), _json(answers))
         else:
             yield from reader(file)
+    except DataError:
+        raise
     except csv.Error as error:
         raise DataError(f"{file}: not valid CSV ({error})") from error
-    except (KeyError, TypeError, AttributeError, OverflowError) as error:
+    except (KeyError, TypeError, AttributeError, OverflowError, ValueError) as error:
         raise DataError(f"{file}: a row is in none of the forms that are known ({error!r})") from error
 
 
@@ -130,6 +132,8 @@ def _of_json(file: Path) -> Iterator[Said]:
 def _coco(file: Path, data: dict[str, Any]) -> Iterator[Said]:
     names: dict[Any, str] = {}
     for image in data["images"]:
+        if not isinstance(image["file_name"], str):
+            raise DataError(f"{file}: the picture with the id {image['id']} has no name")
         if names.setdefault(image["id"], image["file_name"]) != image["file_name"]:
             raise DataError(f"{file}: two pictures have the id {image['id']}")
     for note in data["annotations"]:
@@ -163,7 +167,10 @@ def _of_csv(file: Path) -> Iterator[Said]:
     table = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, quoting=quoting)
     for found in table:
         named = {(key or "").strip(): value for key, value in found.items()}
-        yield row(f"{file}: line {table.line_num}", named)
+        made = row(f"{file}: line {table.line_num}", named)
+        # A separator within a text that is not quoted: what is left of it would be learnt as if it were all.
+        is_cut = any(field.strip() for field in found.get(None) or ())  # type: ignore[call-overload]
+        yield replace(made, captions=(), question=None, refused="in a row of too many fields") if is_cut else made
 
 
 def _of_text(file: Path) -> Iterator[Said]:

@@ -11,7 +11,7 @@ import torch
 
 from blip2_export.train.own import pictures
 from blip2_export.train.own.batches import Part, Say
-from blip2_export.train.own.pictures import Look
+from blip2_export.train.own.pictures import Sight
 from blip2_export.train.own.records import Record
 
 MOST = 1000  # pictures that a measurement takes, as many as Flickr30k's test set has
@@ -25,28 +25,27 @@ class HeldOut:
     def __init__(
         self,
         records: Sequence[Record],
-        look: Look,
+        sight: Sight,
         size: int,
         seed: int = 0,
-        most: int = MOST,
-        memory: pictures.Memory | None = None,
         note: Callable[[Part], object] = lambda _: None,
     ) -> None:
         ordered = sorted(records, key=lambda record: record.key)
         random.Random(f"{seed} held out").shuffle(ordered)
-        self.records, self.size, self.seed = ordered[:most], max(_FEWEST, size), seed
+        self.records, self.size, self.seed = ordered[:MOST], max(_FEWEST, size), seed
         self._note = note
-        self._looker = pictures.Looker(look, lambda chance: chance.choice(self.records), memory=memory)
+        self._looker = pictures.Looker(sight, lambda chance: chance.choice(self.records))
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def parts(self, say: Say) -> Iterator[Part]:
-        """All of it, in parts that are as large as one another, give or take one; made as they are asked for."""
-        n = max(1, len(self.records) // self.size)
-        edges = [len(self.records) * i // n for i in range(n + 1)]
+    def parts(self, say: Say, most: int | None = None) -> Iterator[Part]:
+        """All of it, or the first `most`, in parts that are as large as one another, give or take one; made when asked for."""
+        records = self.records[:most]
+        n = max(1, len(records) // self.size)
+        edges = [len(records) * i // n for i in range(n + 1)]
         for first, end in pairwise(edges):
-            yield self.part(self.records[first:end], say)
+            yield self.part(records[first:end], say)
 
     def part(self, wanted: Sequence[Record], say: Say) -> Part:
         """These records, with what is said of them."""
@@ -67,6 +66,8 @@ class HeldOut:
         for record in self.records[: 4 * n]:
             if len(found) == n:
                 break
+            if record.key in thumbnails:  # of another set
+                continue
             try:
                 thumbnails[record.key] = thumbnail(record.source.read())
             except Exception:  # Pillow raises what its decoders raise; it is told of when it is learnt or measured on

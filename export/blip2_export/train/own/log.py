@@ -20,6 +20,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from blip2_export.train.own.run import aside_of
 from blip2_export.train.own.sources import DataError
 
 Row = dict[str, Any]
@@ -35,7 +36,7 @@ class Log:
         last = step if looked is None else looked
         self.file = file
         self.rows = [row for row in read(file) if row["step"] <= (last if _looks(row) else step)] if step else []
-        aside = file.with_suffix(".jsonl.part")
+        aside = aside_of(file)
         try:
             aside.write_bytes(b"".join(_line(row) for row in self.rows))
             os.replace(aside, file)

@@ -22,7 +22,7 @@ from blip2_export.train.own import together
 from blip2_export.train.own.estimate import rehearse
 from blip2_export.train.own.hardware import Precision, lifted
 from blip2_export.train.own.progress import Progress
-from blip2_export.train.own.run import Run, Schedule
+from blip2_export.train.own.run import Run, Schedule, aside_of
 from blip2_export.train.own.sources import DataError
 from blip2_export.train.own.stop import Interrupted, Stop, Stopped
 
@@ -82,6 +82,9 @@ class Fit:
     def __init__(self, run: Run, task: Task, accelerator: Accelerator) -> None:
         self.run, self.task, self.accelerator = run, task, accelerator
         run.work.mkdir(parents=True, exist_ok=True)
+        if accelerator.is_main_process:
+            for file in run.leftovers:
+                file.unlink(missing_ok=True)
         self.trained = {name: p for name, p in task.model.named_parameters() if p.requires_grad}
         self.model = accelerator.prepare_model(task.model)
         self.optimiser = _adam(self.trained, run.schedule)
@@ -128,6 +131,8 @@ class Fit:
             self._go_on(progress, stop)
         if not self._is_over:
             self._save()
+            # A launcher ends the others as soon as one has ended.
+            self.accelerator.wait_for_everyone()
             raise Stopped(self.run.name, self.step, self.run.schedule.steps, stop.signal)
         is_whole = self.step >= self.run.schedule.steps
         why = "all steps are done" if is_whole else f"not better for {self.run.patience} measurements"
@@ -285,7 +290,7 @@ class Fit:
             return
         weights = {name: p.detach().cpu() for name, p in self.trained.items()}
         state = {"step": self.step, "model": weights, "facts": json.dumps(self.run.facts, sort_keys=True), **more}
-        aside = file.with_suffix(".tmp")
+        aside = aside_of(file)
         try:
             with aside.open("wb") as opened:
                 torch.save(state, opened)
@@ -356,9 +361,12 @@ def _difference(kept: str, now: dict[str, Any] | None) -> str:
 
 
 def _leave_signals(_: int) -> None:
-    """Ctrl-C is heard by all processes; those that make batches end when the one that asks for them does."""
+    """Signals reach all processes at once; those that make batches end when the one that asks for them does, or tells them to.
+
+    That is by SIGTERM too, if they do not end by themselves: it is the second that ends them.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 __all__ = ["Best", "Fit", "Run", "Schedule", "Task", "fill", "read"]

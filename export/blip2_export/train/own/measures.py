@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from blip2_export.train.own import language, writing
 from blip2_export.train.own.answers import accuracy
 from blip2_export.train.own.batches import Captioned, Part
+from blip2_export.train.own.captions import clean
 from blip2_export.train.own.records import Question, Record
+from blip2_export.train.own.scores import Caption, scores
 from blip2_export.train.own.sources import DataError
 from blip2_export.train.own.stage1 import Captions, Stage1, drawn
 from blip2_export.train.own.stage2 import Stage2, Written
@@ -28,10 +30,12 @@ MORE_IS_BETTER = {
         "itm_hard_accuracy": True,
         "r1": True,
     },
-    "stage2": {"loss": False},
+    "stage2": {"loss": False, "cider": True, "bleu4": True},
     "vqa": {"loss": False, "accuracy": True},
 }
 USUAL = {"stage1": "loss", "stage2": "loss", "vqa": "accuracy"}
+WRITTEN = ("cider", "bleu4")  # what captions have to be written for
+FEW_WRITTEN = 200  # pictures that captions are written of in a measurement
 CAPTIONS = 5  # of a picture, as retrieval on COCO and Flickr30k is measured
 _RERANKED = 8  # candidates of each query
 _FEW = 200  # pictures up to which candidates are ranked anew by matching; their features stay in memory
@@ -112,7 +116,7 @@ def _match(means: Means, model: Stage1, batch: Captions, similar: Tensor) -> Non
 
 @dataclass
 class Gallery:
-    """Pictures and the distinct texts that are said of them."""
+    """Pictures, by where they are, for sets may share names, and the distinct texts that are said of them, as they are learnt."""
 
     images: list[Tensor] = field(default_factory=list)
     features: list[Tensor] = field(default_factory=list)
@@ -125,16 +129,17 @@ class Gallery:
         """Rows of a batch."""
         new = []
         for row, record in enumerate(records):
-            if record.key not in self.keys:
-                self.keys[record.key] = len(self.keys)
+            key = str(record.source)
+            if key not in self.keys:
+                self.keys[key] = len(self.keys)
                 self.images.append(images[row].float().cpu())
                 if len(self.keys) <= _FEW:
                     self.features.append(batch.features[row].cpu())
-            for caption in record.captions[:CAPTIONS]:
+            for caption in map(clean, record.captions[:CAPTIONS]):
                 if caption not in self.texts:
                     self.texts[caption] = len(self.texts)
                     new.append(caption)
-                self.pairs.add((self.keys[record.key], self.texts[caption]))
+                self.pairs.add((self.keys[key], self.texts[caption]))
         for i in range(0, len(new), 64):
             ids, mask = (t.to(batch.ids.device) for t in model.encode(new[i : i + 64]))
             hidden = model.qformer.text(ids, mask)[:, 0]
@@ -183,9 +188,12 @@ def _recalls(scores: Tensor, true: Tensor, by_text: Tensor | None = None) -> dic
 
 
 def ranks(scores: Tensor, true: Tensor) -> Tensor:
-    """How many false columns of each row are not below its best true one: none if it is found first. Ties count against it."""
+    """How many false columns of each row are not below its best true one: none if it is found first.
+
+    Ties, and what is no number, count against it.
+    """
     best = scores.masked_fill(~true, -math.inf).amax(1, keepdim=True)
-    return ((scores >= best) & ~true).sum(1)
+    return (~(scores < best) & ~true).sum(1)
 
 
 def share(rank: Tensor, k: int) -> float:
@@ -194,6 +202,14 @@ def share(rank: Tensor, k: int) -> float:
 
 
 # The language model
+
+
+@dataclass
+class Told:
+    """What is said of the rows of a part, a row a picture, and these pictures' records."""
+
+    said: language.Texts
+    records: list[Record]
 
 
 def of_language(model: Stage2, parts: Iterable[Part], write: Callable[[Part], Written]) -> dict[str, float]:
@@ -205,6 +221,13 @@ def of_language(model: Stage2, parts: Iterable[Part], write: Callable[[Part], Wr
         mass += float(batch.texts.mass)
     lm = total / mass
     return {"loss": lm, "lm": lm, "perplexity": math.exp(lm) if lm < 700 else math.inf}
+
+
+def of_captions(told: Iterable[tuple[Sequence[Record], Sequence[str]]]) -> dict[str, float]:
+    """BLEU-4 and CIDEr-D of what is written of pictures."""
+    return scores(
+        [Caption(text, record.captions) for records, texts in told for record, text in zip(records, texts, strict=True)]
+    )
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from blip2_export.train.own.chain import Chain
 from blip2_export.train.own.length import Length
 from blip2_export.train.own.loop import Schedule
 from blip2_export.train.own.lora import Lora
+from blip2_export.train.own.questions import SIDE
 from blip2_export.train.own.sources import DataError
 from blip2_export.train.own.stages import Setup
 
@@ -57,7 +58,11 @@ USUAL = {
         *(1000, (0.9, 0.999)),
     ),
 }
-SIDE = 490  # appendix, VQA
+
+_WRITTEN = {
+    "stage2": f". For cider (CIDEr-D) and bleu4 (BLEU-4) each measurement writes captions of {measures.FEW_WRITTEN} held-out "
+    "pictures at most, greedily; that takes up to 30 times as long as their losses, for the text so far is read anew for every word"
+}
 
 
 def add(parser: argparse.ArgumentParser, stage: str) -> None:
@@ -89,7 +94,7 @@ def setup(args: argparse.Namespace, stage: str) -> Setup:
         precision=args.precision,
         seed=args.seed,
         workers=args.workers,
-        measure_every=args.measure_every,
+        measure_every=args.measure_every or 0,
         patience=args.patience,
         better=args.best_by,
         write=args.write,
@@ -268,19 +273,24 @@ def _add_models(group: argparse._ArgumentGroup, stage: str) -> None:
         "or a LAVIS file of stage 1 (with --bert for its tokenizer)",
     )
     group.add_argument("--queries", type=int, metavar="N", help="query tokens (default: the base's, 32 in the paper)")
+    if stage != "stage1":
+        _add_lora(group)
     if stage == "stage2":
         _add_written(group)
     if stage == "vqa":
         _add_asked(group)
 
 
-def _add_written(group: argparse._ArgumentGroup) -> None:
+def _add_lora(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--lora",
-        metavar="language|qformer[:RANK]",
-        help="train an adapter of --base alone, in its language model or its Q-Former, and write that to --out; `convert` and "
-        "`peft` put it on the base (rank 16, alpha twice the rank, dropout 0.05, as in peft's example for BLIP-2)",
+        metavar="language|qformer|both[:RANK]",
+        help="train an adapter of --base alone, in its language model, its Q-Former or both, and write that to --out; `convert` "
+        "and `peft` put it on the base (rank 16, alpha twice the rank, dropout 0.05, as in peft's example for BLIP-2)",
     )
+
+
+def _add_written(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--prompt",
         default="",
@@ -293,9 +303,9 @@ def _add_asked(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--image-size",
         type=int,
-        default=SIDE,
+        default=0,
         metavar="N",
-        help="side of the pictures (default: %(default)s, paper's appendix)",
+        help=f"side of the pictures (default: {SIDE}, paper's appendix; the base's with --lora)",
     )
     group.add_argument(
         "--questions",
@@ -413,15 +423,16 @@ def _add_looking(group: argparse._ArgumentGroup, stage: str) -> None:
     group.add_argument(
         "--measure-every",
         type=int,
-        default=1000,
         metavar="N",
-        help="steps between measurements on what is held out (default: %(default)s)",
+        help="steps between measurements on what is held out, which also tell what to keep as the best (default: a tenth of the "
+        "run, or an epoch if that is less, but at least a fiftieth of the run, our choice: a set of any size has enough to choose "
+        "from, and little time goes into it)",
     )
     group.add_argument(
         "--best-by",
         default="",
         metavar="MEASURE",
-        help=f"what tells the best checkpoint: {known} (default: {measures.USUAL[stage]})",
+        help=f"what tells the best checkpoint: {known} (default: {measures.USUAL[stage]})" + _WRITTEN.get(stage, ""),
     )
     group.add_argument(
         "--patience",

@@ -11,6 +11,7 @@ from typing import Any
 
 from blip2_export.train.own.log import Row
 from blip2_export.train.own.plots import COLOURS, Line, figure, short
+from blip2_export.train.own.run import aside_of
 from blip2_export.train.own.sources import DataError
 
 _ABOUT = (
@@ -32,7 +33,7 @@ _SHOWN = 6  # of the samples of a picture: the first and the last ones
 
 def write(file: Path, name: str, rows: Sequence[Row], thumbnails: dict[str, bytes]) -> None:
     """Whole at any moment. `thumbnails`: JPEG of the pictures that samples name."""
-    aside = file.with_suffix(".html.part")
+    aside = aside_of(file)
     try:
         aside.write_text(document(name, rows, thumbnails), encoding="utf-8")
         os.replace(aside, file)
@@ -90,7 +91,9 @@ def _header(name: str, rows: Sequence[Row], steps: Sequence[Row]) -> str:
 def _plots(steps: Sequence[Row], measured: Sequence[Row], best: float | None) -> list[str]:
     """Losses in one plot each, learnt and held out; other numbers beside those that they are compared with."""
     held = {key: _points(measured, key, "held_out") for row in measured for key in row["held_out"]}
-    losses = [key for row in steps[-1:] for key in row if key not in _ABOUT and not _is_share(key)]
+    # A number that was not finite is not in its row.
+    keys = dict.fromkeys(key for row in steps for key in row)
+    losses = [key for key in keys if key not in _ABOUT and not _is_share(key)]
     found = [
         figure(f"{key}: loss", [Line("learnt", _points(steps, key)), Line("held out", held.pop(key, []), True)], best)
         for key in losses
@@ -100,7 +103,7 @@ def _plots(steps: Sequence[Row], measured: Sequence[Row], best: float | None) ->
     for title, belongs in _SHARES.items():
         mine = [key for key in held if _is_share(key) and belongs(key)]
         found.append(figure(f"{title}, held out", [Line(key, held.pop(key), True) for key in mine], best))
-    learnt = [Line(key, _points(steps, key)) for row in steps[-1:] for key in row if _is_share(key)]
+    learnt = [Line(key, _points(steps, key)) for key in keys if _is_share(key)]
     found.append(figure("Right in the batch", learnt))
     found += [figure(f"{key}, held out", [Line(key, points, True)], best) for key, points in held.items()]
     single = {

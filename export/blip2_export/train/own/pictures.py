@@ -112,27 +112,34 @@ class Looked:
 
 
 @dataclass(frozen=True)
+class Sight:
+    """How pictures are seen: in parts that chance cuts out of them where it `augments`, and from `memory` what is known."""
+
+    look: Look
+    augments: bool = False
+    memory: Memory | None = None
+
+
+@dataclass(frozen=True)
 class Looker:
     """Makes pixels. `another`: what comes in the place of a picture that cannot be read.
 
     It is drawn by the place's own chance: the same whenever, and in whichever process, the step is made.
     """
 
-    look: Look
+    sight: Sight
     another: Callable[[random.Random], Record]
-    augments: bool = False
-    memory: Memory | None = None
 
     def looked(self, wanted: Sequence[Record], chances: Sequence[random.Random]) -> Looked:
         """Of these records, or of others in their places."""
         bad = dict[str, str]()
         found = [self._one(record, chance, bad) for record, chance in zip(wanted, chances, strict=True)]
         pixels = [one.pixels for one in found if one.pixels is not None]
-        side = self.look.side
+        side, memory = self.sight.look.side, self.sight.memory
         stacked = torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0, 3, side, side)
         kept = None
-        if self.memory is not None:
-            rows = self.memory.stacked([one.known for one in found if one.known is not None])
+        if memory is not None:
+            rows = memory.stacked([one.known for one in found if one.known is not None])
             kept = Kept([one.digest for one in found], [i for i, one in enumerate(found) if one.known is None], rows)
         return Looked(stacked, [one.record for one in found], bad, kept)
 
@@ -148,12 +155,12 @@ class Looker:
 
     def _seen(self, record: Record, chance: random.Random) -> _One:
         data = record.source.read()
-        digest = hashlib.sha256(data).hexdigest() if self.memory is not None else ""
-        known = self.memory.get(digest) if self.memory is not None else None
+        sight = self.sight
+        digest = hashlib.sha256(data).hexdigest() if sight.memory is not None else ""
+        known = sight.memory.get(digest) if sight.memory is not None else None
         if known is not None:
             return _One(record, None, digest, known)
-        pixels = self.look.pixels(data, chance) if self.augments else self.look.pixels(data)
-        return _One(record, pixels, digest)
+        return _One(record, sight.look.pixels(data, chance if sight.augments else None), digest)
 
 
 @dataclass

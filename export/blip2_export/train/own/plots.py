@@ -37,7 +37,7 @@ def figure(title: str, lines: Sequence[Line], best: float | None = None) -> str:
 
 def short(value: float) -> str:
     """Four digits, as far as they say something."""
-    return f"{value:.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+    return f"{value:.0f}" if 10_000 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
 def _svg(title: str, lines: Sequence[Line], best: float | None) -> str:

@@ -34,18 +34,17 @@ class Progress:
         run: Run,
         start: int,
         tells: bool,
-        clock: Callable[[], float] = time.monotonic,
-        stream: TextIO | None = None,
         looked: int | None = None,
+        screen: Screen | None = None,
     ) -> None:
         self.run, self.step, self.tells = run, start, tells
-        self.screen = Screen(stream or sys.stderr, clock)
+        self.screen = screen or Screen(sys.stderr)
         every = {
             "measure": run.measure_every,
             "keep": run.measure_every,
             "sample": run.sample_every or run.measure_every,
         }
-        self.pace = Pace(every, {"save": run.save_seconds}, clock)
+        self.pace = Pace(every, {"save": run.save_seconds}, self.screen.clock)
         self.sums, self.counts, self.count, self.took = dict[str, float](), dict[str, int](), 0, 0.0
         self.bad: set[str] = set()
         self.log = Log(run.log, start, looked) if tells else None
@@ -157,7 +156,7 @@ class Progress:
 class Screen:
     """Lines that last, and on a terminal one that is drawn over and over below them."""
 
-    def __init__(self, stream: TextIO, clock: Callable[[], float]) -> None:
+    def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self.stream, self.clock, self.drawn = stream, clock, -_OFTEN_S
         self.is_terminal, self.is_open = stream.isatty(), False
 

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Blip2QFormerModel
+from transformers.models.blip_2.modeling_blip_2 import Blip2TextEmbeddings
 
+from blip2_export.read import tokenizers
+from blip2_export.read.checkpoint import CheckpointError
 from blip2_export.train.own import language
 from blip2_export.train.own.base import Base
 from blip2_export.train.own.records import Question, Record, passed_over
@@ -20,6 +23,7 @@ from blip2_export.train.own.stage2 import Stage2
 from blip2_export.train.qformer import QFormer
 
 PROMPT = "Question: {} Answer:"
+SIDE = 490  # appendix, VQA
 TOKENS = 32  # of a question, that the Q-Former reads
 
 
@@ -88,7 +92,9 @@ def put(
 
 
 def _read(tokenizer: Any, texts: list[str]) -> tuple[Tensor, Tensor]:
-    """What the Q-Former reads."""
+    """What the Q-Former reads: nothing without a tokenizer."""
+    if tokenizer is None:
+        return torch.zeros(2, len(texts), 0, dtype=torch.long).unbind()
     read = tokenizer(texts, padding=True, truncation=True, max_length=TOKENS, return_tensors="pt")
     return read.input_ids, read.attention_mask
 
@@ -110,6 +116,20 @@ def _reader(base: Base, first: QFormer) -> Blip2QFormerModel:
         raise DataError(f"{base.checkpoint.folder}: its Q-Former has another shape than that of stage 1")
     made.load_state_dict({**texts, **own})
     return made
+
+
+def reads(base: Base) -> tuple[Any, nn.Module | None]:
+    """The tokenizer and the embeddings of the base's own Q-Former, if it reads questions."""
+    cfg, checkpoint = base.config.qformer_config, base.checkpoint
+    if not cfg.use_qformer_text_input:
+        return None, None
+    made = Blip2TextEmbeddings(cfg)
+    names = [name for name, _ in made.named_parameters()]
+    made.load_state_dict({name: base.tensor(f"embeddings.{name}").float() for name in names}, strict=False)
+    try:
+        return tokenizers.load(checkpoint.tokenizer_folder / "qformer_tokenizer"), made
+    except CheckpointError as error:
+        raise DataError(str(error)) from error
 
 
 def check_side(base: Base, side: int) -> None:

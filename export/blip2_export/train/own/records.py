@@ -98,7 +98,9 @@ def _beside(folder: Path) -> list[Record]:
         n_pictures += 1
         beside = next((path.with_suffix(end) for end in _BESIDE if path.with_suffix(end).is_file()), None)
         if beside is not None:
-            found.append(Record(path.relative_to(folder).as_posix(), File(path)))
+            # A name need not be Unicode; a key is written down.
+            key = os.fsencode(path.relative_to(folder).as_posix()).decode(errors="backslashreplace")
+            found.append(Record(key, File(path)))
             found[-1].take(_captions(found[-1].key, beside))
     if not found:
         raise DataError(f"{folder}: {_nothing_in(folder, n_pictures)}")

@@ -68,3 +68,13 @@ class Run:
     @property
     def best(self) -> Path:
         return self.work / f"{self.name}_best.pt"
+
+    @property
+    def leftovers(self) -> list[Path]:
+        """What a run that was killed may have left of a file that it wrote anew."""
+        return [aside_of(file) for file in (self.checkpoint, self.best, self.log, self.page)]
+
+
+def aside_of(file: Path) -> Path:
+    """Where a file is until it is whole."""
+    return file.with_name(f"{file.name}.part")

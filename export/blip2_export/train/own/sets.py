@@ -106,7 +106,7 @@ def _without_copies(setup: Setup, sides: list[list[Record]], held_out: list[Reco
         _warn(
             f"more than {split.MOST} pictures: those that are held out as well are found only where they are the same files"
         )
-    same = iter(split.copies(every, held_out, max(1, setup.workers)))
+    same = iter(split.copies(every, held_out, max(1, setup.workers), setup.work / "prints.npz"))
     kept = []
     for (path, _), side in zip(setup.data, sides, strict=True):
         doubled = [next(same) for _ in side]

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from blip2_export.train.own import forms, texts
+from blip2_export.train.own.aside import beside, sweep
 from blip2_export.train.own.forms import Said
 from blip2_export.train.own.sources import PICTURES, DataError, Member
 
@@ -43,9 +44,11 @@ def are_meant(data: Path) -> bool:
 def read(data: Path, work: Path | None = None) -> Iterator[tuple[Member, Said]]:
     """Pictures with what is said of each, from all shards; compressed ones are unpacked into `work` first."""
     empty = True
-    for shard in _shards(data):
+    shards = _shards(data)
+    top = os.path.commonpath([shard.parent for shard in shards]) if shards else ""
+    for shard in shards:
         plain = shard if shard.suffix == ".tar" else _unpacked(shard, work)
-        for found in _of_shard(shard, plain):
+        for found in _of_shard(shard, plain, shard.relative_to(top).as_posix()):
             empty = False
             yield found
     if empty:
@@ -88,14 +91,15 @@ def _opened(name: str) -> list[str]:
     return [name[: found.start()] + one + name[found.end() :] for one in each]
 
 
-def _of_shard(shard: Path, plain: Path) -> Iterator[tuple[Member, Said]]:
+def _of_shard(shard: Path, plain: Path, name: str) -> Iterator[tuple[Member, Said]]:
+    """`name`: the shard's, by which those of several folders are told from each other."""
     try:
         with tarfile.open(plain, "r:") as opened:
             for key, members in _samples(opened, shard):
                 picture = next((members[ending] for ending in PICTURES if ending in members), None)
                 if picture is not None:
                     source = Member(plain, picture.offset_data, picture.size)
-                    yield source, _said(opened, f"{shard.name}/{key}", picture, members)
+                    yield source, _said(opened, f"{name}/{key}", picture, members)
         _check_end(plain, shard)
     except (OSError, EOFError, tarfile.TarError, RecursionError) as error:
         raise DataError(f"{shard}: it is no tar archive, or is cut off ({error}); fetch it again") from error
@@ -162,7 +166,8 @@ def _unpacked(shard: Path, work: Path | None) -> Path:
     if not plain.exists():
         print(f"{shard}: unpacking it into {plain.parent}", file=sys.stderr)
         plain.parent.mkdir(parents=True, exist_ok=True)
-        aside = plain.with_suffix(f".{os.getpid()}.part")
+        sweep(plain.parent.glob(".*.part"))
+        aside = beside(plain)
         try:
             with opener(shard, "rb") as packed, aside.open("wb") as out:
                 _copy(packed, out, max(_BLOCK << 6, _MOST_SHRUNK * known.st_size), shard)

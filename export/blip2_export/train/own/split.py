@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -27,11 +28,17 @@ def by_share(records: Sequence[Record], share: float) -> tuple[list[Record], lis
     return train, [record for record in known if _place(record.key) < share]
 
 
-def copies(train: Sequence[Record], held_out: Sequence[Record], threads: int = 2) -> np.ndarray:
-    """[train], whether a picture is held out as well: under any name byte by byte, or, unless there are too many, saved anew."""
+def copies(
+    train: Sequence[Record], held_out: Sequence[Record], threads: int = 2, keep: Path | None = None
+) -> np.ndarray:
+    """[train], whether a picture is held out as well: under any name byte by byte, or, unless there are too many, saved anew.
+
+    `keep`: where the next to ask finds what was made of each picture.
+    """
     same = _same_bytes(train, held_out)
     if train and held_out and are_compared(train, held_out):
-        same |= prints.of(train, threads).like(prints.of(held_out, threads))
+        found = prints.of([*train, *held_out], threads, keep)
+        same |= found[: len(train)].like(found[len(train) :])
     return same
 
 

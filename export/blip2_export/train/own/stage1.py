@@ -99,7 +99,12 @@ class Stage1(nn.Module):
         )
         n = len(batch.ids)
         labels = torch.cat([torch.ones(n), torch.zeros(2 * n)]).long().to(logits.device)
-        return F.cross_entropy(logits, labels), (logits.argmax(1) == labels).float().mean()
+        # Where all rows are of one picture, what was drawn is a true pair.
+        others = (~same).any(1).to(logits.dtype)
+        counts = torch.cat([torch.ones_like(others), others, others])
+        share = counts / together.mean(counts.sum())
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        return (losses * share).sum(), ((logits.argmax(1) == labels) * share).sum()
 
     def _generate(self, batch: Captions) -> tuple[Tensor, Tensor]:
         started = batch.ids.clone()

@@ -50,8 +50,9 @@ class Stage2(nn.Module):
         self.requires_grad_(False)
         for p in adapter.parameters.values():
             p.requires_grad_(True)
-        if adapter.lora.target == "language":
-            self.adapter = nn.ParameterDict({name.replace(".", "/"): p for name, p in adapter.parameters.items()})
+        own = {name: p for name, p in adapter.parameters.items() if name.startswith("language_model.")}
+        if own:
+            self.adapter = nn.ParameterDict({name.replace(".", "/"): p for name, p in own.items()})
         # As parts of this they are in training and in evaluation as this is; the language model is always in evaluation.
         self.random = nn.ModuleList(adapter.dropouts)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from blip2_export.read.lavis import Parts
@@ -20,6 +21,7 @@ from blip2_export.train.own import (
     folders,
     hardware,
     language,
+    length,
     loop,
     machine,
     measures,
@@ -36,8 +38,9 @@ from blip2_export.train.own.held_out import HeldOut
 from blip2_export.train.own.length import Length
 from blip2_export.train.own.loop import Fit, Run, Schedule, Task
 from blip2_export.train.own.lora import Adapter, Lora, adapt
+from blip2_export.train.own.pictures import Sight
 from blip2_export.train.own.records import Record
-from blip2_export.train.own.sets import Learnt
+from blip2_export.train.own.sets import Learnt, Usable
 from blip2_export.train.own.sets import learnt as learnt_of
 from blip2_export.train.own.sources import DataError
 from blip2_export.train.own.stage1 import Captions, Stage1
@@ -45,11 +48,14 @@ from blip2_export.train.own.stage2 import Stage2, Written
 from blip2_export.train.stage2 import query_only
 
 _MEASURED_TOGETHER = 128  # pictures at most
+_LONGEST_WAIT = timedelta(days=1)
 
 
 @dataclass(frozen=True)
 class Setup:
     """What a person says of a run. `data`: sets, each with its weight; `held_out`: a share of them, or a set of its own.
+
+    `measure_every`: steps between measurements, 0 for as the run is long.
 
     `better`: the measure that tells the best checkpoint, by default that of the phase; `write`: `best` or `last`, the weights that
     are written. `samples`: pictures whose captions or answers are shown, every `sample_every` steps or else with each measurement.
@@ -76,7 +82,7 @@ class Setup:
     precision: str = "no"
     seed: int = 0
     workers: int = 2
-    measure_every: int = 1000
+    measure_every: int = 0
     patience: int = 0
     better: str = ""
     write: str = "best"
@@ -137,7 +143,8 @@ def train_stage1(setup: Setup, out: Path | None) -> list[Record]:
     Of every stage the records that were held out are given back.
     """
     accelerator = _accelerator(setup)
-    base, learnt = open_base(setup.base, setup.parts), learnt_of(setup, batches.usable)
+    base, learnt = open_base(setup.base, setup.parts), _learnt(setup, batches.usable, accelerator)
+    _check_contrasts(setup, learnt)
     setup = _planned(setup, learnt)
     tokenizer, first = _first(setup, base, learnt, accelerator)
     model = Stage1(first, tokenizer)
@@ -168,7 +175,7 @@ def train_stage2(setup: Setup, out: Path) -> list[Record]:
     if not base.has_language:
         raise DataError(f"{setup.base}: it has no language model, which stage 2 needs")
     hardware.check_language(setup.precision, base.family)
-    learnt = learnt_of(setup, batches.usable)
+    learnt = _learnt(setup, batches.usable, accelerator)
     setup = _planned(setup, learnt)
     speaks = language.of_family(base.family, base.model.language_model, base.tokenizer())
     hardware.held(base.vision, setup.held)
@@ -187,9 +194,8 @@ def train_stage2(setup: Setup, out: Path) -> list[Record]:
             return Written(eye(part), part.said.to(accelerator.device))
 
         bad = _bad(setup, learnt, "stage2")
-        looks = watch.stage2(
-            _held_out(setup, base, learnt, bad, shelf=shelf), speaks, setup.prompt, splits, write, setup.samples
-        )
+        held_out, looked = _held_out(setup, base, learnt, bad, shelf=shelf), (setup.samples, setup.better)
+        looks = watch.stage2(held_out, speaks, setup.prompt, splits, write, *looked)
         still = [base.vision, base.model.language_model]
         stage = _Stage("stage2", model, lambda step: make.parts(step, say), write, looks, bad, still, _mass)
         _fit(setup, stage, accelerator, out)
@@ -214,28 +220,36 @@ def _second(
         return model, None
     if base.config.qformer_config.use_qformer_text_input:
         raise DataError(f"{setup.base}: its Q-Former reads questions; --lora of stage 2 goes with one that does not")
+    return _adapted(setup, base, setup.lora, speaks)
+
+
+def _adapted(
+    setup: Setup, base: Base, lora: Lora, speaks: language.Language, embeddings: nn.Module | None = None
+) -> tuple[Stage2, Adapter]:
+    """The base as it is, of which an adapter alone is trained. `embeddings`: of what its Q-Former reads, if it does."""
     if setup.qformer or setup.bert or setup.n_queries:
         raise DataError("--lora adapts the base as it is; leave --qformer, --bert and --queries out")
     model = Stage2(base.model.qformer, base.model.query_tokens, speaks)
     model.language_projection.load_state_dict(base.model.language_projection.state_dict())
-    module = base.model.language_model if setup.lora.target == "language" else model.qformer
-    adapter = adapt(setup.lora, module, base.family, setup.seed)
+    model.embeddings = embeddings
+    adapter = adapt(lora, base.model.language_model, model.qformer, base.family, setup.seed)
     model.adapt(adapter)
     return model, adapter
 
 
-def train_questions(setup: Setup, out: Path, side: int, n_questions: int = 4) -> list[Record]:
-    """Image encoder and Q-Former learn to answer, at `side` × `side`.
+def train_questions(setup: Setup, out: Path, side: int = 0, n_questions: int = 4) -> list[Record]:
+    """Image encoder and Q-Former learn to answer, at `side` × `side`, or the usual size; with LoRA an adapter of the base does.
 
-    What the Q-Former reads texts with is that of stage 1 in the work folder, or of --qformer.
+    What the Q-Former reads texts with is that of stage 1 in the work folder, or of --qformer; with LoRA the base's own.
     """
-    accelerator, base = _accelerator(setup), open_base(setup.base, setup.parts)
-    if not base.has_language:
-        raise DataError(f"{setup.base}: it has no language model, which answers")
-    hardware.check_language(setup.precision, base.family)
+    if setup.lora is not None:
+        return _adapt_questions(setup, setup.lora, out, side, n_questions)
+    accelerator, base, side = _accelerator(setup), open_base(setup.base, setup.parts), side or questions.SIDE
+    _check_answers(setup, base)
     questions.check_side(base, side)
-    _check_questions(setup)
-    learnt = learnt_of(setup, questions.usable)
+    if setup.features is not None:
+        raise DataError("--cache-features goes with stages 1 and 2; with questions the image encoder is trained")
+    learnt = _learnt(setup, questions.usable, accelerator)
     setup = _planned(setup, learnt)
     tokenizer, first = _first(setup, base, learnt, accelerator)
     _take_stage1(first, setup)
@@ -253,9 +267,8 @@ def train_questions(setup: Setup, out: Path, side: int, n_questions: int = 4) ->
             return Written(part.pixels.to(accelerator.device), said.texts, said.ids, said.mask)
 
         bad = _bad(setup, learnt, "vqa")
-        looks = watch.vqa(
-            _held_out(setup, base, learnt, bad, side), speaks, tokenizer, n_questions, write, setup.samples
-        )
+        held_out = _held_out(setup, base, learnt, bad, side)
+        looks = watch.vqa(held_out, speaks, tokenizer, n_questions, write, setup.samples)
         still = [base.vision, base.model.language_model]
         stage = _Stage("vqa", model, lambda step: make.parts(step, say), write, looks, bad, still, _mass)
         _fit(setup, stage, accelerator, out)
@@ -265,18 +278,77 @@ def train_questions(setup: Setup, out: Path, side: int, n_questions: int = 4) ->
     return learnt.held_out
 
 
-def _check_questions(setup: Setup) -> None:
-    if setup.lora is not None:
-        raise DataError("--lora goes with stage 2")
-    if setup.features is not None:
-        raise DataError("--cache-features goes with stages 1 and 2; with questions the image encoder is trained")
+def _learnt(setup: Setup, usable: Usable, accelerator: Accelerator) -> Learnt:
+    """The first process unpacks shards and looks for copies; then the others find that done."""
+    with accelerator.main_process_first():
+        return learnt_of(setup, usable)
+
+
+def _check_contrasts(setup: Setup, learnt: Learnt) -> None:
+    if len({str(record.source) for record in learnt.train}) < 2:
+        raise DataError("stage 1 tells pictures from one another, and there is but one to learn from; add more")
+    batch, n = setup.sizes.batch, setup.sizes.accumulate
+    if batch == n:
+        raise DataError(
+            f"stage 1 tells the pictures of a part from one another, and of a batch of {batch} in {n} parts each has one; "
+            "raise --batch-size, or lower --accumulate"
+        )
+
+
+def _adapt_questions(setup: Setup, lora: Lora, out: Path, side: int, n_questions: int) -> list[Record]:
+    """An adapter of the base learns to answer; the base stays as it is, and so does the size of its pictures."""
+    accelerator, base = _accelerator(setup), open_base(setup.base, setup.parts)
+    _check_answers(setup, base)
+    own = base.config.vision_config.image_size
+    if side and side != own:
+        raise DataError(f"--lora adapts the base as it is, for pictures of {own} pixels; leave --image-size out")
+    learnt = _learnt(setup, questions.usable, accelerator)
+    setup = _planned(setup, learnt)
+    speaks = language.of_family(base.family, base.model.language_model, base.tokenizer())
+    tokenizer, embeddings = questions.reads(base)
+    hardware.held(base.vision, setup.held)
+    hardware.held(base.model.language_model, setup.held)
+    model, adapter = _adapted(setup, base, lora, speaks, embeddings)
+    _save_memory(setup, model, base.model.language_model)
+    with frozen(base.model, "base"):
+        shelf = _shelf(setup, base, learnt)
+        make = _batches(setup, base, learnt, shelf)
+        say = questions.asked(speaks, tokenizer, n_questions)
+        eye = Eye(base.vision, accelerator.device, shelf)
+        _placed(base.model.language_model, accelerator)
+
+        def write(part: Part) -> Written:
+            said = part.said.to(accelerator.device)
+            return Written(eye(part), said.texts, said.ids, said.mask)
+
+        bad = _bad(setup, learnt, "vqa")
+        held_out = _held_out(setup, base, learnt, bad, shelf=shelf)
+        looks = watch.vqa(held_out, speaks, tokenizer, n_questions, write, setup.samples)
+        still = [base.vision, base.model.language_model]
+        stage = _Stage("vqa", model, lambda step: make.parts(step, say), write, looks, bad, still, _mass)
+        _fit(setup, stage, accelerator, out)
+    if accelerator.is_main_process:
+        folders.write_adapter(out, base, adapter)
+    accelerator.wait_for_everyone()
+    return learnt.held_out
+
+
+def _check_answers(setup: Setup, base: Base) -> None:
+    """Whether anything of the base can answer."""
+    if not base.has_language:
+        raise DataError(f"{setup.base}: it has no language model, which answers")
+    hardware.check_language(setup.precision, base.family)
 
 
 def _accelerator(setup: Setup) -> Accelerator:
     if setup.precision not in hardware.PRECISIONS:
         raise DataError(f"the precision `{setup.precision}` is none of {', '.join(hardware.PRECISIONS)}")
     # 16-bit arithmetic is `hardware`'s: the one of `accelerate` refuses fp16 on a CPU.
-    return Accelerator(mixed_precision="no")
+    # One process converts and evaluates for as long as that takes; the others wait.
+    wait = InitProcessGroupKwargs(timeout=_LONGEST_WAIT)
+    # Unless it is told, `accelerate` lets processes of a CPU that `torchrun` started learn each by itself.
+    cpu = not torch.accelerator.is_available()
+    return Accelerator(mixed_precision="no", cpu=cpu, kwargs_handlers=[wait])
 
 
 def _save_memory(setup: Setup, *modules: nn.Module) -> None:
@@ -326,11 +398,13 @@ def _bad(setup: Setup, learnt: Learnt, name: str) -> Bad:
 
 
 def _planned(setup: Setup, learnt: Learnt) -> Setup:
-    """With the steps that its length takes on this data."""
+    """With the steps that its length takes on this data, and how often of them it is measured."""
     setup.sizes.check()
-    if setup.length is None:
-        return setup
-    return replace(setup, schedule=setup.length.schedule(setup.schedule, len(learnt.order), setup.sizes.batch))
+    n_records, batch, schedule = len(learnt.order), setup.sizes.batch, setup.schedule
+    if setup.length is not None:
+        schedule = setup.length.schedule(schedule, n_records, batch)
+    every = setup.measure_every or length.measure_every(schedule.steps, n_records, batch)
+    return replace(setup, schedule=schedule, measure_every=every)
 
 
 def _first(setup: Setup, base: Base, learnt: Learnt, accelerator: Accelerator) -> tuple[Any, Any]:
@@ -361,7 +435,7 @@ def _take_stage1(first: nn.Module, setup: Setup) -> bool:
 
 def _batches(setup: Setup, base: Base, learnt: Learnt, shelf: Shelf | None = None, side: int | None = None) -> Batches:
     look = base.look(side or base.config.vision_config.image_size)
-    return Batches(learnt.order, look, setup.sizes, setup.seed, setup.augment, shelf)
+    return Batches(learnt.order, Sight(look, setup.augment, shelf), setup.sizes, setup.seed)
 
 
 def _shelf(setup: Setup, base: Base, learnt: Learnt) -> Shelf | None:
@@ -382,15 +456,18 @@ def _held_out(
     look = base.look(side or base.config.vision_config.image_size)
     # The same, however many processes there are.
     size = min(setup.sizes.batch // setup.sizes.accumulate, _MEASURED_TOGETHER)
-    return HeldOut(learnt.held_out, look, size, setup.seed, memory=shelf, note=bad.tell)
+    return HeldOut(learnt.held_out, Sight(look, memory=shelf), size, setup.seed, bad.tell)
 
 
-def _tell(run: Run, model: nn.Module, still: list[nn.Module], out: Path | None, accelerator: Accelerator) -> None:
-    """What training a model beside those that are `still` takes; refuses where the disk is too small."""
-    told = estimate.of(model, *still)
+def _tell(run: Run, stage: _Stage, out: Path | None, accelerator: Accelerator) -> None:
+    """What training takes, and how often it is measured; refuses where the disk is too small."""
+    told = estimate.of(stage.model, *stage.still)
     if accelerator.is_main_process:
         estimate.check_disk(run.work, run.name, told, out)
-        print(f"{run.name}: {told}", file=sys.stderr)
+        often = (
+            f"; it is measured every {run.measure_every} of {run.schedule.steps} steps" if stage.looks.measure else ""
+        )
+        print(f"{run.name}: {told}{often}", file=sys.stderr)
 
 
 def _fit(setup: Setup, stage: _Stage, accelerator: Accelerator, out: Path | None) -> None:
@@ -398,7 +475,7 @@ def _fit(setup: Setup, stage: _Stage, accelerator: Accelerator, out: Path | None
     if setup.write not in ("best", "last"):
         raise DataError(f"--write {setup.write}: it is best or last")
     run = _run(setup, stage.name, accelerator)
-    _tell(run, stage.model, stage.still, out, accelerator)
+    _tell(run, stage, out, accelerator)
     fit = Fit(run, stage.task(setup.better), accelerator)
     fit.go()
     if accelerator.is_main_process:

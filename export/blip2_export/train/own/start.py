@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import shutil
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from blip2_export.read.lavis.qformer import qformer_source
 from blip2_export.read.lavis.state import read_state
 from blip2_export.train.own import together
 from blip2_export.train.own.base import Base
+from blip2_export.train.own.run import aside_of
 from blip2_export.train.own.sources import DataError
 from blip2_export.train.qformer import QFormer
 from blip2_export.train.text import train_qformer_tokenizer
@@ -55,8 +58,21 @@ def tokenizer(work: Path, start: Start, captions: Iterable[str]) -> PreTrainedTo
     """The Q-Former's, kept in the work folder: of where its weights come from, or one trained on the captions."""
     folder = work / "qformer_tokenizer"
     if not (folder / "tokenizer.json").exists():
-        _new_tokenizer(start, captions).save_pretrained(folder)
+        _keep(_new_tokenizer(start, captions), folder)
     return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def _keep(made: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Whole or not at all."""
+    aside = aside_of(folder)
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        made.save_pretrained(aside)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(aside, folder)
+    except Exception as error:  # tokenizers has no exception of its own
+        shutil.rmtree(aside, ignore_errors=True)
+        raise DataError(f"{folder}: it cannot be written ({error})") from error
 
 
 def open_qformer(path: Path, bert: Path | None = None) -> Checkpoint:

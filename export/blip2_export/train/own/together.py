@@ -49,6 +49,16 @@ def is_first() -> bool:
     return rank() == 0
 
 
+def tells() -> bool:
+    """The same, asked within `alone`, too."""
+    return not distributed.is_available() or not distributed.is_initialized() or distributed.get_rank() == 0
+
+
+def is_lost(error: RuntimeError) -> bool:
+    """Whether another process is gone, which each backend says in its own words."""
+    return size() > 1 and any(word in str(error) for word in ("gloo", "NCCL", "Connection", "connection"))
+
+
 def gathered(rows: Tensor) -> Tensor:
     """The rows of all processes, in their order; gradients flow back to whoever made a row."""
     return _Gathered.apply(rows) if size() > 1 else rows

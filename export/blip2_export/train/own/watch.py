@@ -13,6 +13,7 @@ from blip2_export.train.own import batches, language, measures, questions, writi
 from blip2_export.train.own.batches import Part
 from blip2_export.train.own.held_out import HeldOut
 from blip2_export.train.own.records import Record
+from blip2_export.train.own.sources import DataError
 from blip2_export.train.own.stage1 import Captions, Stage1
 from blip2_export.train.own.stage2 import Written
 
@@ -50,19 +51,37 @@ def stage2(
     splits: bool,
     write: Callable[[Part], Written],
     n_samples: int,
+    better: str = "",
 ) -> Watch:
-    """`write`: features and texts of a part. Captions are written from the start, behind `prompt`."""
+    """`write`: features and texts of a part. Captions are written from the start, behind `prompt`; where `better` is a measure of
+    them, of what is held out as well."""
     if not len(held_out):
         return Watch()
+    if better in measures.WRITTEN and len(held_out) < 2:
+        raise DataError(
+            f"--best-by {better} compares held-out pictures, and there is one; hold out more, or choose loss"
+        )
     say, whole = batches.written(speaks, prompt, splits), batches.written(speaks, prompt, False)
 
-    def sample(now: nn.Module, records: list[Record]) -> list[str]:
-        prefix = now.prefix(write(held_out.part(records, whole)))
-        return writing.texts(speaks, prefix, [prompt] * len(records))
+    def known(records: list[Record], rngs: Sequence[random.Random], chances: Tensor) -> measures.Told:
+        return measures.Told(whole(records, rngs, chances), records)
 
-    return Watch(
-        lambda now: measures.of_language(now, held_out.parts(say), write), *_samples(held_out, sample, n_samples)
-    )
+    def texts(now: nn.Module, part: Part) -> list[str]:
+        prefix = now.prefix(write(part))
+        return writing.texts(speaks, prefix, [prompt] * len(prefix))
+
+    def measure(now: nn.Module) -> dict[str, float]:
+        found = measures.of_language(now, held_out.parts(say), write)
+        if better not in measures.WRITTEN:
+            return found
+        parts = held_out.parts(known, measures.FEW_WRITTEN)
+        told = ((part.said.records, texts(now, replace(part, said=part.said.said))) for part in parts)
+        return {**found, **measures.of_captions(told)}
+
+    def sample(now: nn.Module, records: list[Record]) -> list[str]:
+        return texts(now, held_out.part(records, whole))
+
+    return Watch(measure, *_samples(held_out, sample, n_samples))
 
 
 def vqa(
