@@ -20,8 +20,9 @@ from blip2_export.train.own import loop
 
 HERE = Path(__file__).parent
 LAUNCH = (Path(sys.executable).parent / "torchrun", "--nproc-per-node", "2", "-m", "blip2_export")
-# Between two processes and one with the whole batch: a share of losses, and an absolute difference of weights. Sums are made in another
-# order, which AdamW turns into as much as a step where a weight has next to no gradient. Apart they would differ by 3e-2 and 2e-2.
+# Between two processes and one with the whole batch: a share of losses, and an absolute difference of weights. Sums are made in
+# another order, which AdamW turns into as much as a step where a weight has next to no gradient. Apart they would differ by 3e-2
+# and 2e-2.
 LOSSES, WEIGHTS = 2e-3, 1e-3
 
 
