@@ -21,6 +21,7 @@ def two(run: Callable[[int, int, Path, Path], None], folder: Path, work: Path) -
 
 
 def _alone(rank: int, run: Callable[[int, int, Path, Path], None], port: int, folder: Path, work: Path) -> None:
-    """Without what a fork knows of the process that it comes from: that it is by itself."""
+    """Without what a fork knows of the process that it comes from: that it is by itself, and has threads, which are not here."""
+    torch.set_num_threads(1)
     AcceleratorState._reset_state(reset_partial_state=True)
     run(rank, port, folder, work)
