@@ -10,22 +10,8 @@ import blip2_export  # noqa: F401, for what it sets before ONNX Runtime is loade
 # Models in tests are tiny: threads cost more than they give, and the engine needs cores too.
 torch.set_num_threads(1)
 
-# A worker takes whole files; one of these at the end would run alone. The longest comes first; of others, many tests are much work.
-LONG = (
-    "test_engine.py",
-    "test_hub.py",
-    "test_loss.py",
-    "test_train.py",
-    "test_webgpu.py",
-    "test_clients.py",
-    "test_own_command.py",
-    "test_own_models.py",
-    "test_own_kills.py",
-    "test_own_launch.py",
-    "test_bench_serve.py",
-    "test_old_revisions.py",
-    "test_emulation.py",
-)
+# A worker takes whole files; one of these at the end would run alone. Elsewhere many tests are much work.
+LONG = ("test_own_kills.py", "test_webgpu.py", "test_own_models.py", "test_own_command.py", "test_emulation.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
