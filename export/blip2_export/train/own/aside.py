@@ -11,8 +11,13 @@ from pathlib import Path
 _END = ".part"
 
 
+def aside_of(file: Path) -> Path:
+    """Where a file that one process alone writes is until it is whole."""
+    return file.with_name(f"{file.name}{_END}")
+
+
 def beside(file: Path) -> Path:
-    """Where this process writes `file` until it is whole."""
+    """Where this process, of several that may, writes `file` until it is whole."""
     return file.with_name(f".{file.name}.{_host()}.{os.getpid()}{_END}")
 
 

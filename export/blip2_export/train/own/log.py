@@ -20,7 +20,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from blip2_export.train.own.run import aside_of
+from blip2_export.train.own.aside import aside_of
 from blip2_export.train.own.sources import DataError
 
 Row = dict[str, Any]

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from blip2_export.train.own import together
+from blip2_export.train.own.aside import aside_of
 from blip2_export.train.own.estimate import rehearse
 from blip2_export.train.own.hardware import Precision, lifted
 from blip2_export.train.own.progress import Progress
-from blip2_export.train.own.run import Run, Schedule, aside_of
+from blip2_export.train.own.run import Run, Schedule
 from blip2_export.train.own.sources import DataError
 from blip2_export.train.own.stop import Interrupted, Stop, Stopped
 

@@ -9,9 +9,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from blip2_export.train.own.aside import aside_of
 from blip2_export.train.own.log import Row
 from blip2_export.train.own.plots import COLOURS, Line, figure, short
-from blip2_export.train.own.run import aside_of
 from blip2_export.train.own.sources import DataError
 
 _ABOUT = (

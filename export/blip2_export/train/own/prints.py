@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from blip2_export.train.own import pictures
+from blip2_export.train.own.aside import aside_of
 from blip2_export.train.own.records import Record
-from blip2_export.train.own.run import aside_of
 from blip2_export.train.own.sources import Source
 
 # Of 64 bits of a difference hash (is a cell brighter than the one to its left), and of 255 levels of any cell of 16 × 16.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from blip2_export.train import rate
+from blip2_export.train.own.aside import aside_of
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,3 @@ class Run:
     def leftovers(self) -> list[Path]:
         """What a run that was killed may have left of a file that it wrote anew."""
         return [aside_of(file) for file in (self.checkpoint, self.best, self.log, self.page)]
-
-
-def aside_of(file: Path) -> Path:
-    """Where a file is until it is whole."""
-    return file.with_name(f"{file.name}.part")

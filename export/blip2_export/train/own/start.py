@@ -21,8 +21,8 @@ from blip2_export.read.checkpoint import RETRIEVAL, Checkpoint, CheckpointError
 from blip2_export.read.lavis.qformer import qformer_source
 from blip2_export.read.lavis.state import read_state
 from blip2_export.train.own import together
+from blip2_export.train.own.aside import aside_of
 from blip2_export.train.own.base import Base
-from blip2_export.train.own.run import aside_of
 from blip2_export.train.own.sources import DataError
 from blip2_export.train.qformer import QFormer
 from blip2_export.train.text import train_qformer_tokenizer
