@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -28,6 +29,7 @@ from blip2_export.train.own import (
     pictures,
     questions,
     start,
+    together,
     watch,
 )
 from blip2_export.train.own.bad import Bad
@@ -60,7 +62,8 @@ class Setup:
     `better`: the measure that tells the best checkpoint, by default that of the phase; `write`: `best` or `last`, the weights that
     are written. `samples`: pictures whose captions or answers are shown, every `sample_every` steps or else with each measurement.
 
-    `answers`, `held_out_answers`: the annotations of VQAv2's questions, for each set. `length`: gives `schedule` its steps once the
+    `images`: folder of the pictures of all sets, or one for each. `answers`, `held_out_answers`: the annotations of VQAv2's
+    questions, for each set. `length`: gives `schedule` its steps once the
     data is known. `parts`: what a LAVIS file leaves out. `frozen_float32`: frozen weights stay float32 whatever the precision is;
     otherwise they are held in what they are computed in. `checkpointing`: activations are computed twice instead of kept.
 
@@ -71,8 +74,9 @@ class Setup:
     data: list[tuple[Path, float]]
     base: Path
     work: Path
-    images: Path | None = None
+    images: tuple[Path, ...] = ()
     held_out: float | Path = 0.02
+    held_out_images: Path | None = None
     bert: Path | None = None
     qformer: Path | None = None
     n_queries: int | None = None
@@ -147,6 +151,7 @@ def train_stage1(setup: Setup, out: Path | None) -> list[Record]:
     _check_contrasts(setup, learnt)
     setup = _planned(setup, learnt)
     tokenizer, first = _first(setup, base, learnt, accelerator)
+    start.tell_unread(setup.qformer, setup.bert)
     model = Stage1(first, tokenizer)
     hardware.held(base.vision, setup.held)
     _save_memory(setup, model)
@@ -248,11 +253,12 @@ def train_questions(setup: Setup, out: Path, side: int = 0, n_questions: int = 4
     _check_answers(setup, base)
     questions.check_side(base, side)
     if setup.features is not None:
-        raise DataError("--cache-features goes with stages 1 and 2; with questions the image encoder is trained")
+        raise DataError("--cache-features with questions goes with --lora; without that the image encoder is trained")
     learnt = _learnt(setup, questions.usable, accelerator)
     setup = _planned(setup, learnt)
     tokenizer, first = _first(setup, base, learnt, accelerator)
-    _take_stage1(first, setup)
+    if not _take_stage1(first, setup):
+        start.tell_unread(setup.qformer, setup.bert)
     speaks = language.of_family(base.family, base.model.language_model, base.tokenizer())
     model = questions.model(base, first, side, speaks)
     hardware.held(base.model.language_model, setup.held)
@@ -412,10 +418,16 @@ def _first(setup: Setup, base: Base, learnt: Learnt, accelerator: Accelerator) -
     setup.work.mkdir(parents=True, exist_ok=True)
     given = start.open_qformer(setup.qformer, setup.bert) if setup.qformer else None
     begins = start.Start(setup.bert, given, setup.n_queries)
-    captions = (caption for record in learnt.train for caption in record.captions)
     with accelerator.main_process_first():
-        tokenizer = start.tokenizer(setup.work, begins, captions)
+        tokenizer = start.tokenizer(setup.work, begins, _texts(learnt))
     return tokenizer, start.qformer(base, begins, len(tokenizer))
+
+
+def _texts(learnt: Learnt) -> Iterator[str]:
+    """What the Q-Former will read."""
+    for record in learnt.train:
+        yield from record.captions
+        yield from (question.text for question in record.questions)
 
 
 def _take_stage1(first: nn.Module, setup: Setup) -> bool:
@@ -428,8 +440,14 @@ def _take_stage1(first: nn.Module, setup: Setup) -> bool:
         if setup.qformer is None:
             raise DataError(f"{file} is missing; run `train stage1` with the same --work first, or name --qformer")
         return False
-    kept = {name.removeprefix("qformer."): value for name, value in loop.read(file)["model"].items()}
+    found = loop.read(file)
+    kept = {name.removeprefix("qformer."): value for name, value in found["model"].items()}
     loop.fill(dict(first.named_parameters()), kept, file)
+    if together.is_first():
+        print(
+            f"the Q-Former is that of {file}, step {found['step']} of {json.loads(found['facts'])['steps']}",
+            file=sys.stderr,
+        )
     return True
 
 
