@@ -36,6 +36,9 @@ pub enum Error {
     /// Whoever asked has gone away.
     #[error("whoever asked has gone away")]
     Gone,
+    /// What measures an engine or compares it needs it for itself: step until it is idle, or let the requests leave.
+    #[error("requests are in hand, and this needs the engine for itself")]
+    Busy,
     /// Something is wanted of a picture, and there is none.
     #[error("there is no picture to do this with")]
     NoPicture,

@@ -60,7 +60,7 @@ fn exit_code(failure: &Failure) -> ExitCode {
 fn of_engine(error: &Error) -> u8 {
     match error {
         Error::Runtime(error) if error.blames_the_bundle() => 4,
-        Error::Runtime(_) | Error::Lost | Error::Overloaded | Error::Late | Error::Gone => 1,
+        Error::Runtime(_) | Error::Busy | Error::Lost | Error::Overloaded | Error::Late | Error::Gone => 1,
         Error::Unavailable(UnavailableError::Provider(error)) if error.blames_the_options() => 2,
         Error::Strategy(_) | Error::Prompt(PromptError::Template(_)) | Error::Unavailable(UnavailableError::Threads(_)) => 2,
         Error::Picture(_) | Error::NoPicture | Error::Prompt(_) | Error::NoSuchRequest(_) => 3,

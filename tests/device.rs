@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use blip2::bundle::Family;
 use blip2::decode::{EarlyStopping, Processors, Strategy, TokenId, Warpers};
@@ -35,26 +35,45 @@ fn device(fallback: Fallback) -> Runtime {
     Runtime::load(&options(fallback)).unwrap()
 }
 
-/// Vulkan is told of its device by variables that must be set before the process starts, so the tests run in another.
-#[test]
-fn everything_works_on_a_device() {
+/// This program, with Vulkan told of its device: by variables that must be set before the process starts.
+fn with_device(args: &[&str]) -> String {
     let software = root().join("target/swiftshader");
-    if !software.join(".stamp").exists() {
-        return eprintln!("skipped: there is no device in software; `make setup-webgpu` installs it");
-    }
-    if let Err(UnavailableError::Provider(error @ ProviderError::NoPlugin { .. })) = Runtime::load(&options(Fallback::Operators)) {
-        return eprintln!("skipped: {error}");
-    }
-    let tests = std::process::Command::new(std::env::current_exe().unwrap())
-        // The plugin bears one thread at a time.
-        .args(["--ignored", "--nocapture", "--test-threads=1"])
+    let output = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(args)
         .env("VK_ICD_FILENAMES", software.join("vk_swiftshader_icd.json"))
         .env("LD_LIBRARY_PATH", &software)
         .env("ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER", "1")
         .output()
         .unwrap();
-    let said = [tests.stdout, tests.stderr].map(|said| String::from_utf8_lossy(&said).into_owned()).concat();
-    assert!(tests.status.success() && said.contains("5 passed"), "{}: {said}", tests.status);
+    let said = [output.stdout, output.stderr].map(|said| String::from_utf8_lossy(&said).into_owned()).concat();
+    assert!(output.status.success(), "{args:?}: {}: {said}", output.status);
+    said
+}
+
+/// The plugin bears one thread at a time, so every test runs in a process of its own, two of them at once.
+#[test]
+fn everything_works_on_a_device() {
+    if !root().join("target/swiftshader/.stamp").exists() {
+        return eprintln!("skipped: there is no device in software; `make setup-webgpu` installs it");
+    }
+    if let Err(UnavailableError::Provider(error @ ProviderError::NoPlugin { .. })) = Runtime::load(&options(Fallback::Operators)) {
+        return eprintln!("skipped: {error}");
+    }
+    let listed = with_device(&["--ignored", "--list"]);
+    let tests: Vec<&str> = listed.lines().filter_map(|line| line.strip_suffix(": test")).collect();
+    assert_eq!(tests.len(), 8, "{listed}");
+    let pending = Mutex::new(tests.into_iter());
+    let next = || pending.lock().unwrap().next();
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                while let Some(test) = next() {
+                    let said = with_device(&["--ignored", "--exact", test]);
+                    assert!(said.contains("1 passed"), "{said}");
+                }
+            });
+        }
+    });
 }
 
 fn numbered(shape: [usize; 4]) -> Array4<f32> {
@@ -224,17 +243,17 @@ fn texts(engine: &mut Engine) -> Vec<Vec<TokenId>> {
     engine.ask(&requests, |_, _| Flow::Continue(())).into_iter().map(|answer| answer.unwrap().tokens).collect()
 }
 
-/// Every stage of the bundle's own records, and the same texts as on the processor.
+/// Every stage of the bundle's own records, and the same texts as on the processor, with few copies.
 fn writes(bundle: &str) {
     let mut on_device = engine(bundle, &options(Fallback::Nothing));
+    copies_little(&mut on_device);
     verify::run(&mut on_device, |check| assert!(check.holds, "{bundle}: {} {}", check.what, check.found)).unwrap();
     let mut on_processor = engine(bundle, &RuntimeOptions { provider: ProviderChoice::Only(Provider::Cpu), ..Default::default() });
     assert_eq!(texts(&mut on_device), texts(&mut on_processor), "{bundle}");
 }
 
 /// Per step, tokens and where they stand go up, and logits come down.
-fn copies_little(bundle: &str) {
-    let mut engine = engine(bundle, &options(Fallback::Nothing));
+fn copies_little(engine: &mut Engine) {
     let picture = Picture::open(&root().join("models/samples/0.png"), &Limits::default()).unwrap();
     let sight = engine.see(&[&picture]).unwrap().remove(0);
     let (vocabulary, behind_encoder) = {
@@ -244,27 +263,41 @@ fn copies_little(bundle: &str) {
     let processors = Processors { min_new_tokens: 8, ..Processors::default() };
     let generation = Generation { max_new_tokens: Some(8), processors, ..Generation::default() };
     let request = Request { sight: &sight, task: Task::Caption, generation };
-    for _ in 0..2 {
-        engine.join(&request).unwrap();
-    }
+    let ids = [engine.join(&request).unwrap(), engine.join(&request).unwrap()];
     (0..3).for_each(|_| drop(engine.step()));
     let before = engine.runtime().copies();
     let events = engine.step();
     assert_eq!(events.len(), 2);
     let found = engine.runtime().copies() - before;
-    assert_eq!((found.n_down, found.bytes_down), (1, 2 * vocabulary * 4), "{bundle}: {found:?}");
+    assert_eq!((found.n_down, found.bytes_down), (1, 2 * vocabulary * 4), "{found:?}");
     // Of each of two rows a token, a position, its slot and where its logits are wanted; of each slot a row and a length or two.
     let bytes = 2 * 4 * 8 + 2 * (8 + 4) + if behind_encoder { 2 * 4 } else { 0 };
-    assert_eq!(found.bytes_up, bytes, "{bundle}: {found:?}");
+    assert_eq!(found.bytes_up, bytes, "{found:?}");
+    ids.map(|id| engine.leave(id).unwrap());
 }
 
 #[test]
 #[ignore = "everything_works_on_a_device runs it where there is one"]
-fn texts_are_written_on_the_device() {
-    for bundle in ["webgpu-t5", "webgpu-instruct-llama", "webgpu-vqa-opt", "webgpu-stage1"] {
-        writes(bundle);
-        copies_little(bundle);
-    }
+fn t5_writes_on_the_device() {
+    writes("webgpu-t5");
+}
+
+#[test]
+#[ignore = "everything_works_on_a_device runs it where there is one"]
+fn llama_writes_on_the_device() {
+    writes("webgpu-instruct-llama");
+}
+
+#[test]
+#[ignore = "everything_works_on_a_device runs it where there is one"]
+fn opt_writes_on_the_device() {
+    writes("webgpu-vqa-opt");
+}
+
+#[test]
+#[ignore = "everything_works_on_a_device runs it where there is one"]
+fn a_qformer_writes_on_the_device() {
+    writes("webgpu-stage1");
 }
 
 /// Of a plugin that is not known nothing tells where its tensors lie: they pass through the processor's memory at every run.

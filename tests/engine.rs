@@ -392,6 +392,28 @@ fn every_request_has_its_own_times() {
 }
 
 #[test]
+fn requests_in_hand_are_left_alone() {
+    let mut engine = random_bundle("t5");
+    let sight = engine.see(&[&sample(0)]).unwrap().remove(0);
+    let request = Request { sight: &sight, task: Task::Caption, generation: Generation::default() };
+    let alone = engine.ask(std::slice::from_ref(&request), go_on).remove(0).unwrap().tokens;
+    let ids = [engine.join(&request).unwrap(), engine.join(&request).unwrap()];
+    engine.step();
+    says(blip2::verify::run(&mut engine, |_| ()), "requests are in hand");
+    // What has rows keeps them.
+    engine.writer().unwrap().reserve(Room { rows: 1, positions: 1, read: 1 }).unwrap();
+    let mut written = Vec::new();
+    while !engine.is_idle() {
+        written.extend(engine.step().into_iter().filter_map(|event| Some((event.id, event.end?.unwrap().tokens))));
+    }
+    assert_eq!(written, ids.map(|id| (id, alone.clone())));
+    let id = engine.join(&request).unwrap();
+    engine.step();
+    engine.leave(id).unwrap();
+    blip2::verify::run(&mut engine, |check| assert!(check.holds, "{} {}", check.what, check.found)).unwrap();
+}
+
+#[test]
 fn what_an_engine_cannot_know_is_one_clear_answer() {
     let mut engine = Engine::open(&demo(), &RuntimeOptions::default()).unwrap();
     let sight = engine.see(&[&sample(0)]).unwrap().remove(0);

@@ -123,7 +123,7 @@ impl Stages {
         let features = times.run(Stage::Vision.name(), || vision.encode(pixels))?;
         let (seen, mut output) = self.read(&features, &mut times)?;
         if let (Some(writing), Some(seen)) = (&mut self.writing, seen) {
-            let first = writing.round(self.engine.language(), seen, &mut times)?;
+            let first = writing.round(self.engine.language()?, seen, &mut times)?;
             let context = self.engine.context();
             times.run("text", || context.decode(&writing.tokens));
             output.push_str(&context.decode(&[first]));
@@ -163,7 +163,7 @@ impl Writing {
         let sight = engine.see(&[&picture])?.remove(0);
         let seen = engine.seer().seen(&[(&sight, &prompt)])?.remove(0);
         let prefix = Prefix { seen, prompt: prompt.ids.clone(), max_new_tokens: 1 };
-        let (model, mut found) = (engine.language(), Vec::new());
+        let (model, mut found) = (engine.language()?, Vec::new());
         let token = tokens.first().copied().unwrap_or_default();
         for (past, rows) in steps.past.iter().flat_map(|past| steps.rows.iter().map(move |rows| (*past, *rows))) {
             let mut step = Step { rows, past, blank: model.blank(&prefix, rows, past)? };
@@ -287,7 +287,7 @@ mod tests {
         let sight = engine.see(&[&picture]).expect("a sight").remove(0);
         let prompt = engine.context().prompt(&Task::Caption).expect("a prompt");
         let prefix = Prefix { seen: sight.seen().expect("queries"), prompt: prompt.ids, max_new_tokens: 6 };
-        let model = engine.language();
+        let model = engine.language().expect("nothing is in hand");
         model.reserve(model.room(&prefix)).expect("room");
         model.prefill(&[prefix]).expect("a prefill");
         let mut found = vec![model.scores(0..1).expect("scores").row(0).to_vec()];

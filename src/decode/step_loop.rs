@@ -97,6 +97,7 @@ impl<M: Model> StepLoop<M> {
         let before = self.waiting.len() + self.live.len();
         self.waiting.retain(|(_, request)| request.id != id);
         self.live.retain(|request| request.id != id);
+        self.free_if_idle();
         self.waiting.len() + self.live.len() < before
     }
 
@@ -143,6 +144,7 @@ impl<M: Model> StepLoop<M> {
         self.n_rows = self.picks.len();
         let Err(error) = self.model.step(&self.picks) else { return true };
         events.extend(self.live.drain(..).map(|request| failed(request.id, error.clone())));
+        self.free_if_idle();
         false
     }
 
@@ -230,6 +232,11 @@ impl<M: Model> StepLoop<M> {
         }
         let is_over = |id| events.iter().any(|event| event.id == id && event.end.is_some());
         self.live.retain(|request| !is_over(request.id));
+        self.free_if_idle();
+    }
+
+    /// Behind the last request no step comes that would free its rows.
+    fn free_if_idle(&mut self) {
         if self.live.is_empty() {
             self.forget_the_gone();
         }
@@ -441,6 +448,11 @@ mod tests {
         assert_eq!(found.of(dropped), Some((&[7][..], None)));
         assert_eq!(found.of(never), None);
         assert!(!all.leave(first), "it has ended");
+
+        let alone = all.join(vec![1, 2], greedy(9), 1);
+        all.step();
+        assert!(!all.model().rows.is_empty() && all.leave(alone));
+        assert!(all.is_idle() && all.model().rows.is_empty(), "no step comes that would free its row");
     }
 
     #[test]
@@ -491,6 +503,7 @@ mod tests {
         found.step(&mut all);
         assert_eq!(found.of(done), Some((&[0][..], STOP)), "its end was handed out before the run that failed");
         assert_eq!(found.of(live), Some((&[3][..], Some(Err("broken")))));
+        assert!(all.model().rows.is_empty());
         all.model().broken = false;
         found.drain(&mut all);
         assert_eq!(found.of(waiting), Some((&[4, 0][..], STOP)));

@@ -199,10 +199,12 @@ impl Engine {
         found.into_iter().flatten().collect()
     }
 
-    /// # Panics
-    /// If the bundle does not write; [`Bundle::require`] comes first.
-    pub(crate) fn language(&mut self) -> &mut LanguageModel {
-        self.writer.as_mut().expect("a bundle that writes has a language model").model()
+    /// The language model by itself, whose rows are those of no request; an error in a bundle that does not write.
+    pub(crate) fn language(&mut self) -> Result<&mut LanguageModel, Error> {
+        if !self.is_idle() {
+            return Err(Error::Busy);
+        }
+        Ok(self.writer()?.model())
     }
 }
 

@@ -101,9 +101,14 @@ impl Decoder {
         self.graph.records()
     }
 
-    /// Whether any row is live.
+    /// Rows that are live.
+    pub fn n_live(&self) -> usize {
+        self.rows.live().len()
+    }
+
+    /// Whether no row is live.
     pub fn is_idle(&self) -> bool {
-        self.rows.live().is_empty()
+        self.n_live() == 0
     }
 
     /// Moves all live rows to lanes that give this room.

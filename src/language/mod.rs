@@ -277,7 +277,8 @@ impl Model for LanguageModel {
         if has && !is_wasteful {
             return Ok(true);
         }
-        let both = Room { positions: now.positions.max(wanted.positions), read: now.read.max(wanted.read), ..wanted };
+        let rows = wanted.rows.max(self.decoder.n_live());
+        let both = Room { rows, positions: now.positions.max(wanted.positions), read: now.read.max(wanted.read) };
         let doubled = Room { rows: wanted.rows.max(now.rows * 2), ..both };
         let candidates = if is_idle { [least, wanted] } else { [doubled, both] };
         let allowed = self.allowed_bytes();

@@ -176,7 +176,7 @@ impl From<Error> for ApiError {
             Error::Runtime(RuntimeError::NoRoom { .. }) => {
                 Self::unavailable("there is not enough memory for this beside what runs")
             }
-            Error::Gone | Error::Lost | Error::Runtime(_) | Error::Bundle(_) | Error::Unavailable(_) => {
+            Error::Busy | Error::Gone | Error::Lost | Error::Runtime(_) | Error::Bundle(_) | Error::Unavailable(_) => {
                 tracing::error!(error = %chain(&error), "a request failed");
                 Self::internal()
             }

@@ -38,8 +38,11 @@ pub fn has_golden(engine: &Engine) -> bool {
     engine.bundle().facts().files.contains_key(golden::FILE)
 }
 
-/// Runs every recorded case; `each` hears of every comparison. Gives the reference's name.
+/// Runs every recorded case; `each` hears of every comparison. Gives the reference's name. An error while requests are in hand.
 pub fn run(engine: &mut Engine, mut each: impl FnMut(Check)) -> Result<String, Error> {
+    if !engine.is_idle() {
+        return Err(Error::Busy);
+    }
     let golden = golden::read(engine.bundle())?;
     let (mut seen, mut chosen) = (Vec::new(), Chosen::default());
     for case in &golden.cases {
@@ -135,7 +138,7 @@ impl Checker<'_> {
             let logits: Array1<f32> = self.recorded(&written.first_logits)?;
             let prefix = Prefix { seen, prompt: written.prompt_ids.clone(), max_new_tokens: 1 };
             let mut found = Vec::new();
-            read_behind(self.engine.language(), prefix, &written.tokens[..1], |scores| found = scores.to_vec())?;
+            read_behind(self.engine.language()?, prefix, &written.tokens[..1], |scores| found = scores.to_vec())?;
             self.check_relative("first_logits", found.iter(), logits.view());
         }
         let picture = self.picture()?;
@@ -156,7 +159,7 @@ impl Checker<'_> {
     fn choose(&mut self, seen: Seen, written: &Written) -> Result<(), Error> {
         let prefix = Prefix { seen, prompt: written.prompt_ids.clone(), max_new_tokens: written.tokens.len() };
         let (mut tokens, mut same) = (written.tokens.iter(), 0);
-        read_behind(self.engine.language(), prefix, &written.tokens, |scores| {
+        read_behind(self.engine.language()?, prefix, &written.tokens, |scores| {
             same += usize::from(tokens.next() == Some(&(argmax(scores) as TokenId)))
         })?;
         self.chosen.compared += written.tokens.len();
