@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -76,10 +77,15 @@ class Ground:
         setup.work.mkdir(parents=True, exist_ok=True)
         given = start.open_qformer(setup.qformer, setup.bert) if setup.qformer else None
         begins = start.Start(setup.bert, given, setup.n_queries)
-        captions = (caption for record in self.learnt.train for caption in record.captions)
         with self.accelerator.main_process_first():
-            tokenizer = start.tokenizer(setup.work, begins, captions)
+            tokenizer = start.tokenizer(setup.work, begins, self._texts())
         return tokenizer, start.qformer(self.base, begins, len(tokenizer))
+
+    def _texts(self) -> Iterator[str]:
+        """What the Q-Former will read."""
+        for record in self.learnt.train:
+            yield from record.captions
+            yield from (question.text for question in record.questions)
 
     def take_stage1(self, first: nn.Module) -> bool:
         """Whether there was one in the work folder."""
@@ -90,8 +96,12 @@ class Ground:
             if self.setup.qformer is None:
                 raise DataError(f"{file} is missing; run `train stage1` with the same --work first, or name --qformer")
             return False
-        kept = {name.removeprefix("qformer."): value for name, value in loop.read(file)["model"].items()}
+        found = loop.read(file)
+        kept = {name.removeprefix("qformer."): value for name, value in found["model"].items()}
         loop.fill(dict(first.named_parameters()), kept, file)
+        if self.accelerator.is_main_process:
+            steps = json.loads(found["facts"])["steps"]
+            print(f"the Q-Former is that of {file}, step {found['step']} of {steps}", file=sys.stderr)
         return True
 
     def save_memory(self, *modules: nn.Module) -> None:

@@ -21,9 +21,10 @@ class Setup:
     `better`: the measure that tells the best checkpoint, by default that of the phase; `write`: `best` or `last`, the weights that
     are written. `samples`: pictures whose captions or answers are shown, every `sample_every` steps or else with each measurement.
 
-    `answers`, `held_out_answers`: the annotations of VQAv2's questions, for each set. `length`: gives `schedule` its steps once the
-    data is known. `parts`: what a LAVIS file leaves out. `frozen_float32`: frozen weights stay float32 whatever the precision is;
-    otherwise they are held in what they are computed in. `checkpointing`: activations are computed twice instead of kept.
+    `images`: folder of the pictures of all sets, or one for each. `answers`, `held_out_answers`: the annotations of VQAv2's
+    questions, for each set. `length`: gives `schedule` its steps once the data is known. `parts`: what a LAVIS file leaves out.
+    `frozen_float32`: frozen weights stay float32 whatever the precision is; otherwise they are held in what they are computed in.
+    `checkpointing`: activations are computed twice instead of kept.
 
     `features`: folder that features of the frozen encoder are kept in, as `features_type`, of at most `features_most` GiB.
     `augment`: pictures are cropped and mirrored. `bad_share`: of the pictures, how many may be such that cannot be read.
@@ -32,8 +33,9 @@ class Setup:
     data: list[tuple[Path, float]]
     base: Path
     work: Path
-    images: Path | None = None
+    images: tuple[Path, ...] = ()
     held_out: float | Path = 0.02
+    held_out_images: Path | None = None
     bert: Path | None = None
     qformer: Path | None = None
     n_queries: int | None = None

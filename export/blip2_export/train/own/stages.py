@@ -35,6 +35,7 @@ def train_stage1(setup: Setup, out: Path | None) -> list[Record]:
     here = ground.laid(setup, base, accelerator, batches.usable)
     _check_contrasts(here)
     tokenizer, first = here.first()
+    start.tell_unread(setup.qformer, setup.bert)
     model = Stage1(first, tokenizer)
     hardware.held(base.vision, setup.held)
     here.save_memory(model)
@@ -165,7 +166,8 @@ class _Learns:
 def _whole(here: Ground, speaks: Language, side: int) -> _Learns:
     """Image encoder and Q-Former."""
     tokenizer, first = here.first()
-    here.take_stage1(first)
+    if not here.take_stage1(first):
+        start.tell_unread(here.setup.qformer, here.setup.bert)
     model = questions.model(here.base, first, side, speaks)
     return _Learns(model, tokenizer, lambda: (here.sight(side=side), lambda part: part.pixels.to(here.device)))
 
@@ -193,7 +195,7 @@ def _side(setup: Setup, base: Base, side: int) -> int:
     side = side or questions.SIDE
     questions.check_side(base, side)
     if setup.features is not None:
-        raise DataError("--cache-features goes with stages 1 and 2; with questions the image encoder is trained")
+        raise DataError("--cache-features with questions goes with --lora; without that the image encoder is trained")
     return side
 
 
