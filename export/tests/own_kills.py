@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from blip2_export.train import cli
-from blip2_export.train.own import loop, stages
+from blip2_export.train.own import ground, loop
 
 STEPS = 6
 ADAPTERS = {"lora": "stage2", "asks": "vqa"}  # the stages that train one, by what they are called here
@@ -66,8 +66,8 @@ def forked(typed: list[str], log: Path, before: Callable[[], Any] = lambda: None
         with log.open("a") as opened:
             os.dup2(opened.fileno(), 1)
             os.dup2(opened.fileno(), 2)
-            plain = stages._run
-            stages._run = lambda *said: replace(plain(*said), save_seconds=0.0)
+            plain = ground.Ground.run
+            ground.Ground.run = lambda *said: replace(plain(*said), save_seconds=0.0)  # type: ignore[method-assign]
             before()
             status = run(typed)
     finally:

@@ -271,7 +271,7 @@ def test_an_answer_counts_by_its_weight_in_the_loss(folder: Path, family: str) -
     words = text.train_qformer_tokenizer(text.corpus(50, "questions"), 300)
     answers = (("2", 0.6), ("two rings and one star", 0.3), ("a few", 0.1))
     record = records.Record("a", sources.File(Path("a")), questions=[records.Question("how many?", answers)])
-    asked = questions.asked(speaks, words, 4)([record], [random.Random(0)], torch.zeros(1, 2))
+    asked = questions.asked(questions.Asking(speaks, words, 4))([record], [random.Random(0)], torch.zeros(1, 2))
     assert asked.texts.weights.tolist() == pytest.approx([0.6, 0.3, 0.1]) and asked.texts.picture.tolist() == [0, 0, 0]
     torch.manual_seed(1)
     prefix = torch.randn(1, 3, speaks.width).expand(3, -1, -1)

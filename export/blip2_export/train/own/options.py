@@ -17,8 +17,8 @@ from blip2_export.train.own.length import Length
 from blip2_export.train.own.loop import Schedule
 from blip2_export.train.own.lora import Lora
 from blip2_export.train.own.questions import SIDE
+from blip2_export.train.own.setup import Setup
 from blip2_export.train.own.sources import DataError
-from blip2_export.train.own.stages import Setup
 
 
 @dataclass(frozen=True)
