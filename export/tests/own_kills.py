@@ -20,16 +20,17 @@ from typing import Any
 import torch
 
 from blip2_export.train import cli
-from blip2_export.train.own import loop, stages
+from blip2_export.train.own import ground, loop
 
 STEPS = 6
+ADAPTERS = {"lora": "stage2", "asks": "vqa"}  # the stages that train one, by what they are called here
 
 
 def command(folder: Path, stage: str, work: Path) -> list[str]:
     """What a person would type."""
     more = ["--workers", "2"] if work.name.endswith("workers") else ["--workers", "0"]
     out = [] if stage == "stage1" else ["--out", str(work / "out")]
-    more += ["--lora", "both:2"] if stage == "lora" else []
+    more += ["--lora", "both:2"] if stage in ADAPTERS else []
     more += ["--qformer", str(folder / "opt")] if stage == "stage2" else []
     sizes = [
         "--steps",
@@ -44,8 +45,9 @@ def command(folder: Path, stage: str, work: Path) -> list[str]:
         "1",
     ]
     looks = ["--held-out", "0.4", "--measure-every", "2", "--patience", "9", "--samples", "1"]
-    places = ["--data", str(folder / "data"), "--base", str(folder / "opt"), "--work", str(work)]
-    return ["stage2" if stage == "lora" else stage, *places, *sizes, *looks, *more, *out]
+    data = folder / "data" / ("asked.json" if stage == "asks" else "")
+    places = ["--data", str(data), "--base", str(folder / "opt"), "--work", str(work)]
+    return [ADAPTERS.get(stage, stage), *places, *sizes, *looks, *more, *out]
 
 
 def run(typed: list[str]) -> int:
@@ -64,8 +66,8 @@ def forked(typed: list[str], log: Path, before: Callable[[], Any] = lambda: None
         with log.open("a") as opened:
             os.dup2(opened.fileno(), 1)
             os.dup2(opened.fileno(), 2)
-            plain = stages._run
-            stages._run = lambda *said: replace(plain(*said), save_seconds=0.0)
+            plain = ground.Ground.run
+            ground.Ground.run = lambda *said: replace(plain(*said), save_seconds=0.0)  # type: ignore[method-assign]
             before()
             status = run(typed)
     finally:
@@ -142,6 +144,7 @@ HURT: dict[str, dict[str, Callable[[], None]]] = {
     "stage1": {"saving": dies_while_it_saves(3), "interrupt": asks_itself_to_end_while_it_measures},
     "stage2": {"measuring": dies_while_it_measures, "term": asks_itself_to_end(signal.SIGTERM, 3)},
     "lora": {"last": asks_itself_to_end(signal.SIGTERM, STEPS - 1)},
+    "asks": {"saving": dies_while_it_saves(3)},
 }
 
 

@@ -160,6 +160,20 @@ def test_defaults_are_those_that_the_help_tells() -> None:
     assert [setup.schedule.betas[1] for setup in (first, second, third)] == [0.98, 0.98, 0.999]
     assert first.held_out == 0.02 and third.schedule.learning_rate == 1e-5
     assert first.length is not None and first.length.epochs == 10
+    kept = parser.parse_args(["vqa", *must, "--lora", "both", "--cache-features", "c"])
+    assert options.setup(kept, "vqa").features == Path("c")
+
+
+def test_what_one_stage_alone_is_measured_by_is_for_that_one() -> None:
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+
+    def better(name: str) -> list[str]:
+        args = parser.parse_args(["all", "--data", "d", "--base", "b", "--work", "w", "--out", "o", "--best-by", name])
+        return [cli._plan(args, stage, stage).setup.better for stage in ("stage1", "stage2")]
+
+    assert [better(name) for name in ("cider", "r1", "loss")] == [["", "cider"], ["r1", ""], ["loss", "loss"]]
+    assert better("beauty") == ["beauty", "beauty"], "which is refused"
 
 
 def test_a_set_has_a_weight_unless_its_name_does(tmp_path: Path) -> None:
@@ -187,11 +201,13 @@ def second(folder: Path) -> dict[str, Path]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_questions_train_what_sees_and_reads_and_leave_what_writes(
-    folder: Path, second: dict[str, Path], family: str
+    folder: Path, second: dict[str, Path], family: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     work, out = folder / f"work-{family}", folder / f"answers-{family}"
     typed = ["--data", folder / "data" / "plain.json", "--base", second[family], "--work", work]
     assert train("vqa", *typed, *SHORT, "--learning-rate", "1e-3", "--image-size", "42", "--out", out) == 0
+    told = capsys.readouterr().err
+    assert f"the Q-Former is that of {work / 'stage1_best.pt'}, step 3 of 3" in told and "reads no texts" not in told
     before = Blip2ForConditionalGeneration.from_pretrained(second[family])
     after = Blip2ForConditionalGeneration.from_pretrained(out)
     assert after.config.vision_config.image_size == 42
@@ -205,12 +221,17 @@ def test_questions_train_what_sees_and_reads_and_leave_what_writes(
         "qformer.encoder.layer.0.attention.attention.key.weight",
     ):
         assert not torch.equal(before.state_dict()[name], after.state_dict()[name]), name
+    words = json.loads((out / "qformer_tokenizer" / "tokenizer.json").read_text())
+    assert words["truncation"] is None and words["padding"] is None, "lengths are of training alone"
     convert(out, folder / f"bundle-{family}", Choices("answers", golden=True))
     facts = json.loads((folder / f"bundle-{family}" / "bundle.json").read_text())
     assert facts["image"]["size"] == 42 and "ask" in facts["tasks"]
 
 
-def test_vqav2_comes_in_two_files_and_its_answers_count_by_their_shares(folder: Path, tmp_path: Path) -> None:
+def test_vqav2_comes_in_two_files_and_its_answers_count_by_their_shares(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Behind a Q-Former that read no texts so far, which is told: questions are what its words come from."""
     data = tmp_path / "vqa"
     data.mkdir()
     asked, notes = [], []
@@ -237,7 +258,9 @@ def test_vqav2_comes_in_two_files_and_its_answers_count_by_their_shares(folder: 
     ]
     more = ["--qformer", folder / "opt", "--image-size", "28", "--out", tmp_path / "out"]
     assert train("vqa", *typed, *SHORT, *more) == 0
-    assert (tmp_path / "out" / "qformer_tokenizer").is_dir()
+    words = json.loads((tmp_path / "out" / "qformer_tokenizer" / "tokenizer.json").read_text())["model"]["vocab"]
+    assert {"how", "many", "rings"} <= set(words)
+    assert "its Q-Former reads no texts, as stage 2 leaves it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -248,7 +271,7 @@ def test_an_answer_counts_by_its_weight_in_the_loss(folder: Path, family: str) -
     words = text.train_qformer_tokenizer(text.corpus(50, "questions"), 300)
     answers = (("2", 0.6), ("two rings and one star", 0.3), ("a few", 0.1))
     record = records.Record("a", sources.File(Path("a")), questions=[records.Question("how many?", answers)])
-    asked = questions.asked(speaks, words, 4)([record], [random.Random(0)], torch.zeros(1, 2))
+    asked = questions.asked(questions.Asking(speaks, words, 4))([record], [random.Random(0)], torch.zeros(1, 2))
     assert asked.texts.weights.tolist() == pytest.approx([0.6, 0.3, 0.1]) and asked.texts.picture.tolist() == [0, 0, 0]
     torch.manual_seed(1)
     prefix = torch.randn(1, 3, speaks.width).expand(3, -1, -1)
@@ -312,7 +335,7 @@ def test_one_command_trains_converts_verifies_and_evaluates(
     assert "it exists; name another --convert" in refused(capsys, "all", *typed, "--engine", engine)
     monkeypatch.setenv("BLIP2_ENGINE", str(tmp_path / "gone"))
     assert "gone: there is no such engine" in refused(capsys, "all", *typed, "--force")
-    assert "it goes with stage2" in refused(capsys, "all", *typed, "--lora", "language")
+    assert "it goes with stage2 or vqa" in refused(capsys, "all", *typed, "--lora", "language")
 
 
 def test_questions_are_answered_through_the_engine_as_they_were_trained(
@@ -425,6 +448,7 @@ def test_a_disk_that_is_too_small_is_told_before_the_first_step(
         (["--qformer", "nowhere"], "nowhere"),
         (["--base", "nowhere"], "nowhere"),
         (["--data", "nowhere=2"], "nowhere: there is no such file or folder"),
+        (["--lora", "qformer"], "stage 1 trains the whole Q-Former"),
         (["--convert", "bundle"], "--convert makes a bundle of the folder that --out names"),
     ],
 )
@@ -527,7 +551,8 @@ def test_a_work_folder_of_another_run_is_said_and_left(
     work = shutil.copytree(folder / "work-opt", tmp_path / "work")
     before = (work / "stage1.pt").read_bytes()
     typed = [*places(folder, "opt", work), *SHORT]
-    assert "seed: 0 then, 5 now" in refused(capsys, "stage1", *typed, "--seed", "5")
+    assert "--seed: 0 then, 5 now" in refused(capsys, "stage1", *typed, "--seed", "5")
+    assert "--best-by: loss then, r1 now" in refused(capsys, "stage1", *typed, "--best-by", "r1")
     (tmp_path / "b").symlink_to(folder / "t5")
     assert "other settings" in refused(capsys, "stage1", *typed, "--base", tmp_path / "b")
     assert (work / "stage1.pt").read_bytes() == before

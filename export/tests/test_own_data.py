@@ -15,6 +15,7 @@ import subprocess
 import tarfile
 import zlib
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from blip2_export.train.own import (
     order,
     pictures,
     prints,
+    questions,
     records,
     sets,
     split,
@@ -819,6 +821,43 @@ def test_a_file_that_is_mostly_refused_is_another_file(tmp_path: Path) -> None:
     setup = stages.Setup([(write(tmp_path / "rows.json", rows), 1.0)], tmp_path, tmp_path)
     with pytest.raises(DataError, match=r"3 texts are passed over .*1 are left, fewer than half"):
         sets.learnt(setup, batches.usable)
+
+
+def test_every_set_has_pictures_in_a_folder_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As COCO's parts have; what is held out as well. One folder is that of all."""
+    sets_ = []
+    for number, part in enumerate(("train", "mine", "val")):
+        (tmp_path / part).mkdir()
+        for i in range(2):
+            (tmp_path / part / f"{part}{i}.png").write_bytes(encoded(picture(10 * number + i)))
+        rows = [{"image": f"{part}{i}.png", "caption": "a ring"} for i in range(2)]
+        sets_.append((write(tmp_path / "lists" / f"{part}.json", rows), 1.0))
+    folders = tuple(tmp_path / part for part in ("train", "mine"))
+    said = stages.Setup(sets_[:2], tmp_path, tmp_path / "work", images=folders, held_out=sets_[2][0])
+    with pytest.raises(DataError, match="2 of 2 pictures are not there"):
+        sets.learnt(said, batches.usable)
+    found = sets.learnt(replace(said, held_out_images=tmp_path / "val"), batches.usable)
+    assert [record.key for record in found.train] == ["train0.png", "train1.png", "mine0.png", "mine1.png"]
+    assert [record.key for record in found.held_out] == ["val0.png", "val1.png"]
+    with pytest.raises(
+        DataError, match="--images names 3 folders for 2 sets; name one for all, or one for each --data"
+    ):
+        sets.learnt(replace(said, images=(*folders, tmp_path)), batches.usable)
+    capsys.readouterr()
+    alone = replace(said, data=sets_[:1], images=folders[:1], held_out=0.001)
+    assert not sets.learnt(alone, batches.usable).held_out
+    assert "0 of 2 pictures held out, for which ones follows from their names" in capsys.readouterr().err
+
+
+def test_rows_for_another_command_are_told_which(tmp_path: Path) -> None:
+    write_pictures(tmp_path, "a.png")
+    said = {"caption": "a ring"}, {"question": "what is it?", "answer": "a ring"}
+    for row, usable, wanted in zip(
+        said, (questions.usable, batches.usable), ("stage1` and `stage2", "vqa"), strict=True
+    ):
+        setup = stages.Setup([(write(tmp_path / "rows.json", [{"image": "a.png", **row}]), 1.0)], tmp_path, tmp_path)
+        with pytest.raises(DataError, match=f"{wanted}` learn"):
+            sets.learnt(setup, usable)
 
 
 # Features that are kept

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from own_kills import ADAPTERS
 
 from blip2_export.check import random_checkpoint
 from blip2_export.scenes import dataset
@@ -28,6 +29,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict
     folder = tmp_path_factory.mktemp("kills")
     random_checkpoint.write(folder / "opt", "tiny", seed=4)
     dataset.write_dataset(folder / "data", 12, 0, 32)
+    asked = [{"image": f"{i:06}.png", "question": "how many?", "answers": ["two", "2", "two"]} for i in range(12)]
+    (folder / "data" / "asked.json").write_text(json.dumps(asked))
     done = subprocess.run(
         [sys.executable, HERE / "own_kills.py", str(folder)],
         capture_output=True,
@@ -39,7 +42,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict
     return folder, json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("stage", ["stage1", "stage2", "lora"])
+@pytest.mark.parametrize("stage", ["stage1", "stage2", *ADAPTERS])
 def test_a_run_that_signals_end_is_the_same_in_the_end(
     runs: tuple[Path, dict[str, dict[str, list[int]]]], stage: str
 ) -> None:
@@ -54,7 +57,7 @@ def test_a_run_that_signals_end_is_the_same_in_the_end(
         assert found == [STATUSES[name], 0], logs[name][-3000:]
         if STATUSES[name] > 0:
             assert "and saved; the same command goes on from there" in logs[name] and "Traceback" not in logs[name]
-    phase = "stage1" if stage == "stage1" else "stage2"
+    phase = ADAPTERS.get(stage, stage)
     for kept in (f"{phase}.pt", f"{phase}_best.pt"):
         whole = loop.read(root / "whole" / kept)
         for name in (*statuses, *random):

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -380,6 +381,12 @@ def test_an_adapter_learns_to_answer(folder: Path, tmp_path: Path, shape: str, t
             changed |= set() if torch.equal(mine, before[name].float()) else {name.split(".")[0]}
     assert changed == places
     if shape == "vqa-opt":
+        kept = replace(said, work=tmp_path / "kept", features=tmp_path / "cache", features_type="float32")
+        stages.train_questions(kept, tmp_path / "again")
+        assert len(list((tmp_path / "cache").glob("*/??/*.npy"))) == 12, "its image encoder is frozen"
+        again = loop.read(tmp_path / "kept" / "vqa.pt")["model"]
+        assert all(torch.equal(value, again[name]) for name, value in trained.items())
+        assert losses(tmp_path / "kept", "vqa") == losses(tmp_path / "work", "vqa")
         convert(tmp_path / "out", tmp_path / "bundle", Choices("x", None, questions.PROMPT, golden=False))
         assert "ask" in json.loads((tmp_path / "bundle" / "bundle.json").read_text())["tasks"]
 
@@ -397,8 +404,8 @@ def test_what_lora_cannot_be_is_told(folder: Path, tmp_path: Path) -> None:
 # Precision and memory
 
 
-def losses(work: Path) -> list[float]:
-    rows = [json.loads(line) for line in (work / "stage2.jsonl").read_text().splitlines()]
+def losses(work: Path, phase: str = "stage2") -> list[float]:
+    rows = [json.loads(line) for line in (work / f"{phase}.jsonl").read_text().splitlines()]
     return [row["held_out"]["loss"] for row in rows if "held_out" in row]
 
 

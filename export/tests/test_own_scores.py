@@ -146,7 +146,7 @@ def test_answers_are_made_alike_as_by_the_evaluation(text: str, wanted: str) -> 
 
 def test_one_picture_cannot_be_compared_by_cider() -> None:
     with pytest.raises(DataError, match="--best-by cider compares held-out pictures, and there is one"):
-        watch.stage2([1], None, "", False, None, 0, "cider")  # type: ignore[arg-type]
+        watch.stage2([1], None, None, 0, "cider")  # type: ignore[arg-type]
     told = [
         ([Record("a", File("a"), ["a red ring on it"]), Record("b", File("b"), ["two"])], ["a red ring on it", "two"])
     ]  # type: ignore[arg-type]

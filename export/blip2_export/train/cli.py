@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -37,6 +37,7 @@ _STAGES = {
         "Goes on from --base, what stage 2 left; what reads the question comes from stage 1 in the same --work, or from --qformer.",
     ),
 }
+_BOTH = ("stage1", "stage2")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,8 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     both = what.add_parser(
         "all",
         help="stage 1 and stage 2, one after the other",
-        description="Trains both stages with the same options (`--steps` and `--epochs` are those of each) and writes OUT/stage1 "
-        f"and OUT/stage2; --convert makes BUNDLE/stage1 and BUNDLE/stage2 of them. {_RESUMES} {_MANY}",
+        description="Trains both stages with the same options (`--steps` and `--epochs` are those of each, `--best-by` is for "
+        "those that are measured by it) and writes OUT/stage1 and OUT/stage2; --convert makes BUNDLE/stage1 and BUNDLE/stage2 of "
+        f"them. {_RESUMES} {_MANY}",
     )
     options.add(both, "stage2")
     both.add_argument("--out", type=Path, required=True, help="the folder of the two Hugging Face folders")
@@ -130,11 +132,12 @@ def _run_own(args: argparse.Namespace) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     is_all = args.what == "all"
-    if is_all and args.lora:
-        raise DataError("--lora adapts the base as it is, without stage 1; it goes with stage2 or vqa")
-    plans = [
-        _plan(args, stage, stage if is_all else "") for stage in (("stage1", "stage2") if is_all else (args.what,))
-    ]
+    if args.lora and args.what in ("stage1", "all"):
+        raise DataError(
+            "--lora adapts the base as it is, so that it goes with stage2 or vqa; stage 1 trains the whole Q-Former, with heads "
+            "that a base need not have: leave --lora out, and where memory is short take --accumulate or --checkpointing"
+        )
+    plans = [_plan(args, stage, stage if is_all else "") for stage in (_BOTH if is_all else (args.what,))]
     for plan in plans:
         plan.check()
     for plan in plans:
@@ -168,7 +171,8 @@ class _Plan:
                 said.work,
                 said.bert,
                 said.qformer,
-                said.images,
+                *said.images,
+                said.held_out_images,
                 said.held_out,
                 *(p for p, _ in said.data),
             )
@@ -187,7 +191,11 @@ class _Plan:
 
 def _plan(args: argparse.Namespace, stage: str, inner: str) -> _Plan:
     out = args.out / inner if args.out is not None else None
-    return _Plan(stage, options.setup(args, stage), out, options.chain(args, inner))
+    setup = options.setup(args, stage)
+    if inner and any(setup.better in measures.MORE_IS_BETTER[one] for one in _BOTH):
+        # What the other stage alone is measured by leaves this one its own.
+        setup = replace(setup, better=setup.better if setup.better in measures.MORE_IS_BETTER[stage] else "")
+    return _Plan(stage, setup, out, options.chain(args, inner))
 
 
 def _refuse(said: object) -> int:

@@ -110,16 +110,25 @@ def captioned(
     return say
 
 
-def written(texts: language.Language, prompt: str, splits: bool) -> Say:
-    """Of stage 2: what the language model reads in front of a caption, and the caption; `splits` cuts captions instead."""
+@dataclass(frozen=True)
+class Telling:
+    """How the language model comes to write captions: behind `prompt`, or, where it `splits`, from a place within them."""
+
+    speaks: language.Language
+    prompt: str = ""
+    splits: bool = False
+
+
+def written(telling: Telling) -> Say:
+    """Of stage 2: what the language model reads of a caption, and the rest, which it writes."""
 
     def say(records: list[Record], rngs: Sequence[random.Random], _: Tensor) -> language.Texts:
         rows = []
         for place, (record, rng) in enumerate(zip(records, rngs, strict=True)):
             caption = clean(rng.choice(record.captions))
-            read, rest = language.split(caption, rng) if splits else (prompt, caption)
+            read, rest = language.split(caption, rng) if telling.splits else (telling.prompt, caption)
             rows.append(language.Text(place, read, rest))
-        return texts.texts(rows)
+        return telling.speaks.texts(rows)
 
     return say
 

@@ -112,12 +112,19 @@ def _write(
         config.dtype = torch.float32
         config.save_pretrained(made)
         _write_shards(made, tensors)
-        tokenizers[0].save_pretrained(made)
-        for questions in tokenizers[1:]:
-            if questions is not None:
-                questions.save_pretrained(made / "qformer_tokenizer")
+        for tokenizer, place in zip(tokenizers, (made, made / "qformer_tokenizer"), strict=False):
+            if tokenizer is not None:
+                _write_tokenizer(tokenizer, place)
         _write_processor(made, base, config)
         _mark(made, base)
+
+
+def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Without the lengths that training last filled up and cut texts to, which its backend remembers."""
+    if backend := getattr(tokenizer, "backend_tokenizer", None):
+        backend.no_truncation()
+        backend.no_padding()
+    tokenizer.save_pretrained(folder)
 
 
 @contextmanager

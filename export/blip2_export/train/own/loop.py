@@ -23,7 +23,7 @@ from blip2_export.train.own.aside import aside_of
 from blip2_export.train.own.estimate import rehearse
 from blip2_export.train.own.hardware import Precision, lifted
 from blip2_export.train.own.progress import Progress
-from blip2_export.train.own.run import Run, Schedule
+from blip2_export.train.own.run import Run, Schedule, option
 from blip2_export.train.own.sources import DataError
 from blip2_export.train.own.stop import Interrupted, Stop, Stopped
 
@@ -358,7 +358,7 @@ def _loss(losses: dict[str, Tensor]) -> Tensor:
 def _difference(kept: str, now: dict[str, Any] | None) -> str:
     before, after = json.loads(kept) or {}, now or {}
     keys = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
-    return ", ".join(f"{key}: {before.get(key)} then, {after.get(key)} now" for key in keys[:3])
+    return ", ".join(f"{option(key)}: {before.get(key)} then, {after.get(key)} now" for key in keys[:3])
 
 
 def _leave_signals(_: int) -> None:

@@ -17,8 +17,8 @@ from blip2_export.train.own.length import Length
 from blip2_export.train.own.loop import Schedule
 from blip2_export.train.own.lora import Lora
 from blip2_export.train.own.questions import SIDE
+from blip2_export.train.own.setup import Setup
 from blip2_export.train.own.sources import DataError
-from blip2_export.train.own.stages import Setup
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ def setup(args: argparse.Namespace, stage: str) -> Setup:
         data=[weighted(said) for said in args.data],
         base=locate(str(args.base)),
         work=args.work,
-        images=args.images,
+        images=tuple(args.images),
+        held_out_images=args.held_out_images,
         held_out=share_or_path(args.held_out),
         bert=args.bert,
         qformer=locate(str(args.qformer)) if args.qformer else None,
@@ -105,12 +106,12 @@ def setup(args: argparse.Namespace, stage: str) -> Setup:
         held_out_answers=getattr(args, "held_out_answers", None),
         length=Length(args.steps, args.epochs or usual.epochs, args.warmup, usual.warmup),
         parts=Parts(args.vision_weights, args.llm, args.tokenizer),
-        lora=Lora.parsed(args.lora) if getattr(args, "lora", None) else None,
+        lora=Lora.parsed(args.lora) if args.lora else None,
         frozen_float32=args.frozen_float32,
         checkpointing=args.checkpointing,
-        features=getattr(args, "cache_features", None),
-        features_type=getattr(args, "cache_type", "float16"),
-        features_most=getattr(args, "cache_most", 100.0),
+        features=args.cache_features,
+        features_type=args.cache_type,
+        features_most=args.cache_most,
         augment=args.augment,
         bad_share=args.bad_pictures,
     )
@@ -178,7 +179,7 @@ def _check(args: argparse.Namespace) -> None:
         raise DataError(f"--least-rate {args.least_rate}: it must be from 0 to --learning-rate")
     if not 0 <= args.bad_pictures <= 1:
         raise DataError(f"--bad-pictures {args.bad_pictures}: it is a share, from 0 to 1")
-    if not getattr(args, "cache_most", 1.0) > 0:
+    if not args.cache_most > 0:
         raise DataError(f"--cache-most {args.cache_most}: it must be a number above 0")
     if not 0 <= args.weight_decay < float("inf"):
         raise DataError(f"--weight-decay {args.weight_decay}: it must be 0 or more")
@@ -196,9 +197,7 @@ def _add_data(group: argparse._ArgumentGroup, stage: str) -> None:
         help=f"a set of pictures with {rows}; repeated for several, which take turns by their weights (default weight: 1). "
         + _FORMS["vqa" if stage == "vqa" else "captions"],
     )
-    group.add_argument(
-        "--images", type=Path, help="folder that names of pictures start from (default: that of the file)"
-    )
+    _add_images(group)
     group.add_argument(
         "--held-out",
         default="0.02",
@@ -223,6 +222,23 @@ def _add_data(group: argparse._ArgumentGroup, stage: str) -> None:
     )
     if stage == "vqa":
         _add_answers(group)
+
+
+def _add_images(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--images",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FOLDER",
+        help="folder that names of pictures start from (default: that of the file); repeated, one for each --data",
+    )
+    group.add_argument(
+        "--held-out-images",
+        type=Path,
+        metavar="FOLDER",
+        help="folder of the pictures of a --held-out set (default: --images, if that is one)",
+    )
 
 
 def _add_answers(group: argparse._ArgumentGroup) -> None:
@@ -251,6 +267,7 @@ def _add_models(group: argparse._ArgumentGroup, stage: str) -> None:
         "stage2": "image encoder and language model",
         "vqa": "all that stage 2 left",
     }
+    own = "--base, if that reads questions already, " if stage == "vqa" else "--base itself, another, "
     group.add_argument(
         "--base",
         type=Path,
@@ -269,25 +286,30 @@ def _add_models(group: argparse._ArgumentGroup, stage: str) -> None:
     group.add_argument(
         "--qformer",
         type=Path,
-        help="checkpoint whose Q-Former it starts from: --base itself, another, what stage 1 left as a folder (--out of stage1), "
-        "or a LAVIS file of stage 1 (with --bert for its tokenizer)",
+        help=(
+            "checkpoint that gives what reads the question"
+            if stage == "vqa"
+            else "checkpoint whose Q-Former it starts from"
+        )
+        + f": {own}what stage 1 left as a folder (--out of stage1), or a LAVIS file of stage 1 (with --bert for its tokenizer)"
+        + ("" if stage == "stage1" else "; stage 1 in the same --work comes first"),
     )
     group.add_argument("--queries", type=int, metavar="N", help="query tokens (default: the base's, 32 in the paper)")
-    if stage != "stage1":
-        _add_lora(group)
+    _add_lora(group, stage)
     if stage == "stage2":
         _add_written(group)
     if stage == "vqa":
         _add_asked(group)
 
 
-def _add_lora(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--lora",
-        metavar="language|qformer|both[:RANK]",
-        help="train an adapter of --base alone, in its language model, its Q-Former or both, and write that to --out; `convert` "
-        "and `peft` put it on the base (rank 16, alpha twice the rank, dropout 0.05, as in peft's example for BLIP-2)",
+def _add_lora(group: argparse._ArgumentGroup, stage: str) -> None:
+    said = (
+        "train an adapter of --base alone, in its language model, its Q-Former or both, and write that to --out; `convert` "
+        "and `peft` put it on the base (rank 16, alpha twice the rank, dropout 0.05, as in peft's example for BLIP-2)"
     )
+    # Stage 1 knows it so that somebody who tries it is told why not.
+    shown = argparse.SUPPRESS if stage == "stage1" else said
+    group.add_argument("--lora", metavar="language|qformer|both[:RANK]", help=shown)
 
 
 def _add_written(group: argparse._ArgumentGroup) -> None:
@@ -386,8 +408,7 @@ def _add_machine(group: argparse._ArgumentGroup, stage: str) -> None:
         action="store_true",
         help="compute activations twice instead of keeping them: the same losses, less memory, about a third more time",
     )
-    if stage != "vqa":
-        _add_cache(group)
+    _add_cache(group, stage)
     group.add_argument("--seed", type=int, default=0, help="of order, noise and first weights (default: %(default)s)")
     group.add_argument(
         "--workers", type=int, default=2, metavar="N", help="processes that read pictures (default: %(default)s)"
@@ -395,12 +416,14 @@ def _add_machine(group: argparse._ArgumentGroup, stage: str) -> None:
     group.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: PyTorch's choice)")
 
 
-def _add_cache(group: argparse._ArgumentGroup) -> None:
+def _add_cache(group: argparse._ArgumentGroup, stage: str) -> None:
+    also = " (frozen with --lora alone)" if stage == "vqa" else ""
     group.add_argument(
         "--cache-features",
         type=Path,
         metavar="FOLDER",
-        help="keep what the frozen image encoder says of each picture, for all runs around the same encoder; not with --augment",
+        help="keep what the frozen image encoder says of each picture, for all runs around the same encoder"
+        + f"{also}; not with --augment",
     )
     group.add_argument(
         "--cache-type",

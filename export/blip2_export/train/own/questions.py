@@ -45,22 +45,26 @@ class Asked:
         return Asked(self.ids.to(device), self.mask.to(device), self.texts.to(device))
 
 
-def asked(
-    texts: language.Language, tokenizer: Any, n_questions: int, every_answer: bool = True
-) -> Callable[[list[Record], Sequence[random.Random], Tensor], Asked]:
-    """So many questions of each picture.
+@dataclass(frozen=True)
+class Asking:
+    """Who answers, what the Q-Former reads questions with, if it does, and how many are asked of a picture at once."""
 
-    `every_answer`: each is a row with its weight, as LAVIS trains; otherwise one is drawn by it.
-    """
+    speaks: language.Language
+    tokenizer: Any
+    n_questions: int
+
+
+def asked(asking: Asking) -> Callable[[list[Record], Sequence[random.Random], Tensor], Asked]:
+    """Questions of each picture; each of their answers is a row with its weight, as LAVIS trains."""
 
     def say(records: list[Record], rngs: Sequence[random.Random], _: Tensor) -> Asked:
         rows, questions = [], []
         for place, (record, rng) in enumerate(zip(records, rngs, strict=True)):
-            for question in rng.sample(record.questions, min(n_questions, len(record.questions))):
-                for answer, weight in _answers(question, rng, every_answer):
+            for question in _drawn(asking, record, rng):
+                for answer, weight in question.answers:
                     rows.append(language.Text(place, PROMPT.format(question.text), answer, weight))
                     questions.append(question.text)
-        return Asked(*_read(tokenizer, questions), texts.texts(rows))
+        return Asked(*_read(asking.tokenizer, questions), asking.speaks.texts(rows))
 
     return say
 
@@ -74,21 +78,23 @@ class Put:
     reads: list[str]
 
 
-def put(
-    texts: language.Language, tokenizer: Any, n_questions: int
-) -> Callable[[list[Record], Sequence[random.Random], Tensor], Put]:
-    """So many questions of each picture, to be answered."""
+def put(asking: Asking) -> Callable[[list[Record], Sequence[random.Random], Tensor], Put]:
+    """Questions of each picture, to be answered."""
 
     def say(records: list[Record], rngs: Sequence[random.Random], _: Tensor) -> Put:
         rows, found = [], []
         for place, (record, rng) in enumerate(zip(records, rngs, strict=True)):
-            for question in rng.sample(record.questions, min(n_questions, len(record.questions))):
+            for question in _drawn(asking, record, rng):
                 rows.append(language.Text(place, PROMPT.format(question.text), question.answers[0][0]))
                 found.append(question)
-        asked = Asked(*_read(tokenizer, [question.text for question in found]), texts.texts(rows))
+        asked = Asked(*_read(asking.tokenizer, [question.text for question in found]), asking.speaks.texts(rows))
         return Put(asked, found, [row.read for row in rows])
 
     return say
+
+
+def _drawn(asking: Asking, record: Record, rng: random.Random) -> list[Question]:
+    return rng.sample(record.questions, min(asking.n_questions, len(record.questions)))
 
 
 def _read(tokenizer: Any, texts: list[str]) -> tuple[Tensor, Tensor]:
@@ -143,10 +149,3 @@ def check_side(base: Base, side: int) -> None:
 def usable(records: list[Record]) -> tuple[list[Record], str]:
     """Records with questions, and what was passed over."""
     return [record for record in records if record.questions], passed_over(records)
-
-
-def _answers(question: Question, rng: random.Random, every: bool) -> Sequence[tuple[str, float]]:
-    if every:
-        return question.answers
-    texts, weights = zip(*question.answers, strict=True)
-    return [(rng.choices(texts, weights)[0], 1.0)]

@@ -121,7 +121,10 @@ def _nothing_in(folder: Path, n_pictures: int) -> str:
     parts = [name for name in ("train", "validation", "test") if _list_of(folder / name) not in (None, folder / name)]
     if parts:
         return f"its lists are in {', '.join(parts)}; name {folder / parts[0]} instead"
-    return f"it has none of {', '.join(_LISTS)}, no shards, and none of its {n_pictures} pictures has a text file beside it"
+    return (
+        f"it has none of {', '.join(_LISTS)}, no shards, and none of its {n_pictures} pictures has a text file beside it; "
+        "of a list under another name, name the file"
+    )
 
 
 def _records(file: Path, rows: Iterable[Said], root: Path) -> list[Record]:

@@ -22,9 +22,10 @@ class Setup(Protocol):
 
     data: list[tuple[Path, float]]
     answers: tuple[Path, ...]
-    images: Path | None
+    images: tuple[Path, ...]
     held_out: float | Path
     held_out_answers: Path | None
+    held_out_images: Path | None
     work: Path
     workers: int
     seed: int
@@ -41,19 +42,17 @@ class Learnt:
 
 def learnt(setup: Setup, usable: Usable) -> Learnt:
     """Of all sets."""
-    answers = setup.answers or (None,) * len(setup.data)
-    if len(answers) != len(setup.data):
-        raise DataError(f"--answers names {len(answers)} files for {len(setup.data)} sets; name one for each --data")
-    apart = _apart(setup, usable)
-    sides, held_out = [], list(apart or [])
-    for (path, _), notes in zip(setup.data, answers, strict=True):
-        found = _read(setup, path, notes, usable)
+    places = _places(setup)
+    sides, held_out = [], _apart(setup, usable)
+    for (path, _), place in zip(setup.data, places, strict=True):
+        found = _read(setup, path, place, usable)
         if isinstance(setup.held_out, Path):
             sides.append([record for record in found if record.part in ("", "train")])
         else:
             train, held = split.by_share(found, setup.held_out)
             sides.append(train)
             held_out += held
+    _tell_few(setup, sides, held_out)
     sides = _without_copies(setup, sides, held_out)
     for (path, _), train in zip(setup.data, sides, strict=True):
         if not train:
@@ -75,20 +74,50 @@ def there(path: Path, found: list[Record]) -> list[Record]:
     return [record for record in found if id(record) not in gone]
 
 
-def _apart(setup: Setup, usable: Usable) -> list[Record] | None:
+@dataclass(frozen=True)
+class _Place:
+    """What a set needs beside its file: where its pictures are, and VQAv2's annotations."""
+
+    images: Path | None
+    answers: Path | None
+
+
+def _places(setup: Setup) -> list[_Place]:
+    """Of each set."""
+    n, answers, images = len(setup.data), setup.answers, setup.images
+    if len(answers) not in (0, n):
+        raise DataError(f"--answers names {len(answers)} files for {n} sets; name one for each --data")
+    if len(images) not in (0, 1, n):
+        raise DataError(f"--images names {len(images)} folders for {n} sets; name one for all, or one for each --data")
+    each = images * n if len(images) == 1 else images or (None,) * n
+    return [_Place(*place) for place in zip(each, answers or (None,) * n, strict=True)]
+
+
+def _apart(setup: Setup, usable: Usable) -> list[Record]:
     """A set of its own; of a file that says which part a picture is in, what is not learnt."""
     if not isinstance(setup.held_out, Path):
-        return None
-    found = _read(setup, setup.held_out, setup.held_out_answers, usable)
+        return []
+    images = setup.held_out_images or (setup.images[0] if len(setup.images) == 1 else None)
+    found = _read(setup, setup.held_out, _Place(images, setup.held_out_answers), usable)
     parts = {record.part for record in found} & {"val", "test"}
     return [record for record in found if record.part == ("val" if "val" in parts else "test")] if parts else found
 
 
-def _read(setup: Setup, path: Path, answers: Path | None, usable: Usable) -> list[Record]:
-    everything = records.read(path, setup.images, answers, setup.work)
+def _tell_few(setup: Setup, sides: list[list[Record]], held_out: list[Record]) -> None:
+    """Of a small set a share may be nothing, and with it every figure that somebody waits for."""
+    if setup.held_out and len(held_out) < 2:
+        n = len(held_out) + sum(map(len, sides))
+        share = "" if isinstance(setup.held_out, Path) else ", for which ones follows from their names"
+        _warn(f"{len(held_out)} of {n} pictures held out{share}; a larger --held-out gives more to measure on")
+
+
+def _read(setup: Setup, path: Path, place: _Place, usable: Usable) -> list[Record]:
+    everything = records.read(path, place.images, place.answers, setup.work)
     found, passed_over = usable(everything)
     if not found:
-        raise DataError(f"{path}: it has nothing to learn from" + (f": {passed_over}" if passed_over else ""))
+        raise DataError(
+            f"{path}: it has nothing to learn from{_instead(everything)}" + (f": {passed_over}" if passed_over else "")
+        )
     n_refused = sum(len(record.refused) for record in everything)
     n_taken = sum(len(record.captions) + len(record.questions) for record in found)
     if n_refused > n_taken:
@@ -98,6 +127,15 @@ def _read(setup: Setup, path: Path, answers: Path | None, usable: Usable) -> lis
     if passed_over:
         _warn(f"{path}: {passed_over}")
     return there(path, found)
+
+
+def _instead(found: list[Record]) -> str:
+    """What they have that another command learns from."""
+    if any(record.questions for record in found):
+        return ", for its rows are questions, which `train vqa` learns from"
+    if any(record.captions for record in found):
+        return ", for its rows are captions, which `train stage1` and `stage2` learn from"
+    return ""
 
 
 def _without_copies(setup: Setup, sides: list[list[Record]], held_out: list[Record]) -> list[list[Record]]:

@@ -214,6 +214,15 @@ def _compare_norms(base: Base, checkpoint: Checkpoint) -> None:
                 return
 
 
+def tell_unread(path: Path | None, bert: Path | None) -> None:
+    """That nothing gives what reads texts: a checkpoint without it, such as stage 2 leaves, and no BERT."""
+    if path is not None and bert is None and not open_qformer(path).has(_WORDS):
+        _warn(
+            f"{path}: its Q-Former reads no texts, as stage 2 leaves it, so that what reads them starts from nothing; name what "
+            "stage 1 left, or a --bert"
+        )
+
+
 def fill_projection(made: nn.Linear, checkpoint: Checkpoint) -> None:
     """Where the Q-Former comes from a model with a language model of this width, so does what lies between them."""
     for kind in ("weight", "bias"):

@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from blip2_export.train.own import batches, language, measures, questions, writing
-from blip2_export.train.own.batches import Part
+from blip2_export.train.own import batches, measures, questions, writing
+from blip2_export.train.own.batches import Part, Telling
 from blip2_export.train.own.held_out import HeldOut
+from blip2_export.train.own.questions import Asking
 from blip2_export.train.own.records import Record
 from blip2_export.train.own.sources import DataError
 from blip2_export.train.own.stage1 import Captions, Stage1
@@ -45,30 +46,24 @@ def stage1(held_out: HeldOut, model: Stage1, see: Callable[[Part], Captions], n_
 
 
 def stage2(
-    held_out: HeldOut,
-    speaks: language.Language,
-    prompt: str,
-    splits: bool,
-    write: Callable[[Part], Written],
-    n_samples: int,
-    better: str = "",
+    held_out: HeldOut, telling: Telling, write: Callable[[Part], Written], n_samples: int, better: str = ""
 ) -> Watch:
-    """`write`: features and texts of a part. Captions are written from the start, behind `prompt`; where `better` is a measure of
-    them, of what is held out as well."""
+    """`write`: features and texts of a part. Captions are written from their start; where `better` is a measure of them, of what is
+    held out as well."""
     if not len(held_out):
         return Watch()
     if better in measures.WRITTEN and len(held_out) < 2:
         raise DataError(
             f"--best-by {better} compares held-out pictures, and there is one; hold out more, or choose loss"
         )
-    say, whole = batches.written(speaks, prompt, splits), batches.written(speaks, prompt, False)
+    say, whole = batches.written(telling), batches.written(replace(telling, splits=False))
 
     def known(records: list[Record], rngs: Sequence[random.Random], chances: Tensor) -> measures.Told:
         return measures.Told(whole(records, rngs, chances), records)
 
     def texts(now: nn.Module, part: Part) -> list[str]:
         prefix = now.prefix(write(part))
-        return writing.texts(speaks, prefix, [prompt] * len(prefix))
+        return writing.texts(telling.speaks, prefix, [telling.prompt] * len(prefix))
 
     def measure(now: nn.Module) -> dict[str, float]:
         found = measures.of_language(now, held_out.parts(say), write)
@@ -84,18 +79,11 @@ def stage2(
     return Watch(measure, *_samples(held_out, sample, n_samples))
 
 
-def vqa(
-    held_out: HeldOut,
-    speaks: language.Language,
-    tokenizer: Any,
-    n_questions: int,
-    write: Callable[[Part], Written],
-    n_samples: int,
-) -> Watch:
+def vqa(held_out: HeldOut, asking: Asking, write: Callable[[Part], Written], n_samples: int) -> Watch:
     """`write`: pixels and questions of a part."""
     if not len(held_out):
         return Watch()
-    say, put = questions.asked(speaks, tokenizer, n_questions), questions.put(speaks, tokenizer, n_questions)
+    say, put = questions.asked(asking), questions.put(asking)
 
     def answers(now: nn.Module, part: Part) -> list[str]:
         said = part.said
