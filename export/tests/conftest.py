@@ -11,7 +11,14 @@ import blip2_export  # noqa: F401, for what it sets before ONNX Runtime is loade
 torch.set_num_threads(1)
 
 # A worker takes whole files; one of these at the end would run alone. Elsewhere many tests are much work.
-LONG = ("test_own_kills.py", "test_webgpu.py", "test_own_models.py", "test_own_command.py", "test_emulation.py")
+LONG = (
+    "test_engine.py",
+    "test_own_kills.py",
+    "test_webgpu.py",
+    "test_own_models.py",
+    "test_own_command.py",
+    "test_emulation.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

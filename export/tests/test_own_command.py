@@ -23,6 +23,7 @@ from blip2_export.bundle import Choices, convert
 from blip2_export.check import random_checkpoint
 from blip2_export.reference.load import load
 from blip2_export.scenes import dataset
+from blip2_export.scenes.held_out import Engine
 from blip2_export.train import cli, text
 from blip2_export.train.own import (
     chain,
@@ -336,6 +337,21 @@ def test_one_command_trains_converts_verifies_and_evaluates(
     monkeypatch.setenv("BLIP2_ENGINE", str(tmp_path / "gone"))
     assert "gone: there is no such engine" in refused(capsys, "all", *typed, "--force")
     assert "it goes with stage2 or vqa" in refused(capsys, "all", *typed, "--lora", "language")
+
+
+def test_a_picture_that_json_cannot_name_is_shown_under_another(folder: Path, tmp_path: Path, engine: Path) -> None:
+    picture = next((folder / "data").rglob("*.png"))
+    odd = tmp_path / os.fsdecode(b"\xff.png")
+    try:
+        shutil.copy(picture, odd)
+    except OSError:
+        pytest.skip("names are Unicode on this file system")
+    shown = [records.Record(str(i), sources.File(path), ["a star"]) for i, path in enumerate((picture, odd))]
+    bundle = Path(__file__).parents[2] / "models" / "demo-itm"
+    found = evaluation.evaluate(Engine(engine, bundle), shown, 2, tmp_path / "written.jsonl")
+    assert found["pictures"] == 2 and found["itm_pairs"] == 2
+    written = [json.loads(line) for line in (tmp_path / "written.jsonl").read_text().splitlines()]
+    assert len(written) == 2 and written[0]["written"] == written[1]["written"]
 
 
 def test_questions_are_answered_through_the_engine_as_they_were_trained(

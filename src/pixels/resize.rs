@@ -87,11 +87,13 @@ fn horizontal(source: &Rgb, windows: &[Window], rows: Range<usize>) -> Rgb<'stat
     let mut rgb = Vec::with_capacity(windows.len() * rows.len() * 3);
     for row in source.rgb[rows.start * stride..rows.end * stride].chunks_exact(stride) {
         for window in windows {
-            let mut sum = [1 << (FRACTION_BITS - 1); 3];
-            for (pixel, weight) in row.as_chunks::<3>().0[window.start..].iter().zip(&window.weights) {
-                sum = [0, 1, 2].map(|channel| sum[channel] + i32::from(pixel[channel]) * weight);
+            let [mut red, mut green, mut blue] = [1 << (FRACTION_BITS - 1); 3];
+            for ([r, g, b], &weight) in row.as_chunks::<3>().0[window.start..].iter().zip(&window.weights) {
+                red += i32::from(*r) * weight;
+                green += i32::from(*g) * weight;
+                blue += i32::from(*b) * weight;
             }
-            rgb.extend(sum.map(rounded));
+            rgb.extend([rounded(red), rounded(green), rounded(blue)]);
         }
     }
     Rgb { width: windows.len() as u32, rgb: Cow::Owned(rgb) }
@@ -104,7 +106,7 @@ fn vertical(source: &Rgb, windows: &[Window], first: usize) -> Rgb<'static> {
     let mut sums = vec![0i32; stride];
     for window in windows {
         sums.fill(1 << (FRACTION_BITS - 1));
-        for (row, weight) in source.rgb[(window.start - first) * stride..].chunks_exact(stride).zip(&window.weights) {
+        for (row, &weight) in source.rgb[(window.start - first) * stride..].chunks_exact(stride).zip(&window.weights) {
             for (sum, value) in sums.iter_mut().zip(row) {
                 *sum += i32::from(*value) * weight;
             }
