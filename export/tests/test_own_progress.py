@@ -568,6 +568,14 @@ def test_a_run_that_was_killed_has_the_log_and_the_best_of_one_that_was_not(tmp_
     assert fit.take(best=True)
 
 
+def test_a_run_that_begins_anew_has_no_best_weights_of_another(tmp_path: Path) -> None:
+    """Whose checkpoint is gone: what goes on from this folder would take them for its own."""
+    fitted(tmp_path, measure=of_weights).go()
+    (tmp_path / "line.pt").unlink()
+    fitted(tmp_path).go()
+    assert not (tmp_path / "line_best.pt").exists()
+
+
 def test_best_weights_that_were_not_written_in_time_are_written_on_going_on(tmp_path: Path) -> None:
     fit = fitted(tmp_path, 8, of_weights)
 

@@ -265,6 +265,9 @@ class Fit:
     def _resume(self) -> None:
         file = self.run.checkpoint
         if not file.exists():
+            if self.accelerator.is_main_process:
+                # Of a run that was here before, they would pass for those of this one.
+                self.run.best.unlink(missing_ok=True)
             return
         kept = read(file)
         if kept["facts"] != json.dumps(self.run.facts, sort_keys=True):
