@@ -44,7 +44,7 @@ fn exit_code(failure: &Failure) -> ExitCode {
         Failure::Output(_) | Failure::File { .. } | Failure::Cache { .. } | Failure::Report { .. } | Failure::Worse(_) => 1,
         Failure::Stopped => 130, // as shells tell of Ctrl-C
         Failure::Usage(_) => 2,
-        Failure::Picture { .. } => 3,
+        Failure::Picture { .. } | Failure::Pair { .. } => 3,
         Failure::Mismatch(_) => 4,
         Failure::Nothing => 5,
         Failure::Engine(error) | Failure::Serve(ServeError::Engine(error)) => of_engine(error),

@@ -235,6 +235,58 @@ fn pictures_are_named_in_a_list() {
 }
 
 #[test]
+fn every_picture_can_have_its_own_texts() {
+    let image = |index: usize| format!("models/samples/{index}.png");
+    for (command, model, key, texts) in
+        [("ask", "models/demo-opt", "question", &QUESTIONS[..]), ("match", "models/demo-itm", "text", &TEXTS)]
+    {
+        // A picture twice, with one text, several, and none that can be read.
+        let good = [(0, vec![texts[0]]), (1, texts.to_vec()), (0, vec![texts[1]]), (2, vec![texts[1], texts[0]])];
+        let alone = |(index, texts): &(usize, Vec<&str>)| {
+            json_lines(&[&[command, "--model", model, "--json", &image(*index)], &texts[..]].concat(), 0).0
+        };
+        let wanted: Vec<Value> = good.iter().flat_map(alone).collect();
+        let mut lines: Vec<String> =
+            good.iter().map(|(index, texts)| json!({"image": image(*index), key: texts}).to_string()).collect();
+        lines[0] = json!({"image": image(0), key: texts[0], "id": 7}).to_string();
+        lines.insert(1, json!({"image": image(1), key: [" "]}).to_string());
+        lines.insert(2, "[1]\r".into());
+        lines.insert(3, json!({ "image": image(1) }).to_string());
+        lines.insert(4, json!({"image": image(1), key: [texts[0], 3]}).to_string());
+        lines.insert(5, json!({ key: texts[0] }).to_string());
+        lines.insert(6, String::new());
+        lines.insert(7, json!({"image": "nowhere.png", key: texts}).to_string());
+        for batch in ["1", "3"] {
+            let args = [command, "--model", model, "--json", "--batch", batch, "--pairs", "-"];
+            let (out, err) = ends(&fed(&args, &lines.join("\n")), 3);
+            let found: Vec<Value> = out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+            assert_eq!(found.len(), wanted.len(), "{out}{err}");
+            for (found, wanted) in found.iter().zip(&wanted) {
+                assert_eq!(parts(found), parts(wanted), "in a batch of {batch}");
+                assert!(command == "ask" || near(&found["itm_logit"], &wanted["itm_logit"]), "{found} instead of {wanted}");
+            }
+            let said = [
+                format!("models/samples/1.png: {key} 1, ` `: the {key} is empty"),
+                "line 3 of standard input: no JSON object; a pair is".to_owned(),
+                format!("line 4 of standard input: no `{key}`; a pair is {{\"image\": \"FILE\", \"{key}\": \"TEXT\"}}"),
+                format!("line 5 of standard input: no `{key}`"),
+                "line 6 of standard input: no `image`".to_owned(),
+                "nowhere.png: cannot be read".to_owned(),
+            ];
+            let told: Vec<&str> = err.lines().filter(|line| line.starts_with("blip2: ")).collect();
+            assert_eq!(told.len(), said.len(), "{err}");
+            assert!(told.iter().zip(&said).all(|(told, said)| told.contains(said)), "{err}");
+        }
+        let (_, err) = ends(&fed(&[command, "--model", model, "--pairs", "-", &image(0), texts[0]], ""), 2);
+        assert!(err.contains("cannot be used with"), "{err}");
+        assert_eq!(ends(&fed(&[command, "--model", model, "--pairs", "-"], ""), 0), (String::new(), String::new()));
+    }
+    let pair = json!({"image": image(0), "question": QUESTIONS[0]}).to_string();
+    let (out, _) = ends(&fed(&["ask", "--pairs", "-"], &pair), 0);
+    assert_eq!(out, format!("{}: {} three\n", image(0), QUESTIONS[0]));
+}
+
+#[test]
 fn what_is_done_is_written_before_more_is_named() {
     let mut child = command(["caption", "--images-from", "-"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
     let (mut into, mut lines) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()).lines());

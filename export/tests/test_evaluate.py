@@ -41,8 +41,11 @@ class Scripted:
     def held_out(self) -> HeldOut:
         return HeldOut(self, self.scenes, [str(i) for i in range(N)], random.Random("texts"))  # type: ignore[arg-type]
 
-    def rows(self, command: str, picture: str, *texts: str) -> list[dict[str, Any]]:
-        self.calls[command] += 1
+    def pairs(self, command: str, _: str, pairs: list[tuple[str, list[str]]]) -> list[list[dict[str, Any]]]:
+        self.calls[command] += len(pairs)
+        return [self.matched(picture, texts) for picture, texts in pairs]
+
+    def matched(self, picture: str, texts: list[str]) -> list[dict[str, Any]]:
         assert len(texts) == len(set(texts)), "a text is asked about twice"
         scene = self.scenes[int(picture)]
         found = [(text, self.itm[not drawing.is_true(text, scene)]) for text in texts]
@@ -133,7 +136,7 @@ def test_wrong_decisions_are_kept() -> None:
 def test_captions_count_when_all_they_say_is_so() -> None:
     held = Scripted().held_out()
     written = [drawing.caption(s, random.Random(0)) if i % 3 else "a red dog" for i, s in enumerate(held.scenes)]
-    held.engine.rows = lambda *_: [{"text": text} for text in written]  # type: ignore[method-assign]
+    held.engine.rows = lambda *_: [{"text": text} for text in written]  # type: ignore[attr-defined, method-assign]
     assert texts.captions(held) == round(2 / 3, 4)
     assert [row["caption"] for row in held.wrong] == ["a red dog"] * (N // 3)
 

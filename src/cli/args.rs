@@ -82,11 +82,15 @@ pub(super) struct Caption {
 #[derive(Debug, clap::Args)]
 pub(super) struct Ask {
     /// The picture, `-` for standard input; another question where --image or --images-from names pictures
-    #[arg(value_name = "IMAGE")]
-    pub first: OsString,
+    #[arg(required_unless_present = "pairs", value_name = "IMAGE")]
+    pub first: Option<OsString>,
     /// Questions about each picture
-    #[arg(required_unless_present_any = ["images", "images_from"], value_name = "QUESTION")]
+    #[arg(required_unless_present_any = ["images", "images_from", "pairs"], value_name = "QUESTION")]
     pub rest: Vec<String>,
+    /// A file with a JSON object a line, such as {"image": "a.png", "question": "what is this?"}, or a list of questions; `-` reads
+    /// them from standard input, as they come
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["first", "images", "images_from"])]
+    pub pairs: Option<PathBuf>,
     #[command(flatten)]
     pub images: Images,
     #[command(flatten)]
@@ -98,11 +102,15 @@ pub(super) struct Ask {
 #[derive(Debug, clap::Args)]
 pub(super) struct Match {
     /// The picture, `-` for standard input; another text where --image or --images-from names pictures
-    #[arg(value_name = "IMAGE")]
-    pub first: OsString,
+    #[arg(required_unless_present = "pairs", value_name = "IMAGE")]
+    pub first: Option<OsString>,
     /// Texts to compare each picture with
-    #[arg(required_unless_present_any = ["images", "images_from"], value_name = "TEXT")]
+    #[arg(required_unless_present_any = ["images", "images_from", "pairs"], value_name = "TEXT")]
     pub rest: Vec<String>,
+    /// A file with a JSON object a line, such as {"image": "a.png", "text": "a red star"}, or a list of texts; `-` reads them from
+    /// standard input, as they come
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["first", "images", "images_from"])]
+    pub pairs: Option<PathBuf>,
     #[command(flatten)]
     pub images: Images,
     #[command(flatten)]
@@ -461,7 +469,8 @@ fn batch(typed: &str) -> Result<usize, String> {
 
 impl Images {
     /// The pictures and the texts of what was typed: the first of it is the picture where no option names any.
-    pub fn sort(&self, first: &OsStr, rest: &[String]) -> Result<(Vec<PathBuf>, Vec<String>), Failure> {
+    pub fn sort(&self, first: Option<&OsStr>, rest: &[String]) -> Result<(Vec<PathBuf>, Vec<String>), Failure> {
+        let Some(first) = first else { return Ok(Default::default()) };
         if self.named.is_empty() && self.many.images_from.is_none() {
             return Ok((vec![first.into()], rest.to_vec()));
         }

@@ -11,7 +11,7 @@ use super::args::{Embed, EmbedKind};
 use super::failures::{Failures, Sound};
 use super::npy::Npy;
 use super::output::warn;
-use super::pictures::{Pictures, look};
+use super::pictures::{Pictures, Sources, look};
 use super::progress::Progress;
 use crate::bundle::{Bundle, Facts, TaskName};
 use crate::engine::{Engine, Sight};
@@ -72,7 +72,7 @@ impl Embed {
     fn pictures(&self, bundle: &Bundle, batch: usize) -> Result<Option<Pictures>, Failure> {
         let start = || {
             let named = self.items.iter().map(PathBuf::from).collect();
-            Pictures::start(named, (&self.many, batch), &self.input, (bundle, None))
+            Pictures::start(Sources::new(named, &self.many), batch, &self.input, (bundle, None))
         };
         (self.kind == EmbedKind::Image).then(start).transpose()
     }

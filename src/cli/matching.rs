@@ -1,14 +1,15 @@
 //! `blip2 match IMAGE TEXT...`
 
 use std::path::Path;
+use std::rc::Rc;
 
 use serde::Serialize;
 
 use super::Failure;
 use super::args;
-use super::failures::{Failures, Sound, as_it_is};
+use super::failures::{Failures, of_text};
 use super::output::Printer;
-use super::pictures::{Looked, Pictures};
+use super::pictures::{Known, Looked, Pictures, Sources};
 use super::progress::Progress;
 use crate::bundle::TaskName;
 use crate::engine::{Engine, Match, ReadText, Sight};
@@ -30,26 +31,22 @@ struct Row<'a> {
 }
 
 pub(super) fn run(command: &args::Match) -> Result<(), Failure> {
-    let args::Match { first, rest, images, show, read, input, model } = command;
+    let args::Match { first, rest, pairs, images, show, read, input, model } = command;
     let bundle = model.bundle()?;
     bundle.require(TaskName::Match).map_err(Error::from)?;
-    let (named, texts) = images.sort(first, rest)?;
-    let batch = model.batch(&bundle, images.many.batch)?;
-    let mut pictures = Pictures::start(named, (&images.many, batch), input, (&bundle, None))?;
+    let (named, typed) = images.sort(first.as_deref(), rest)?;
+    let sources = Sources::new(named, &images.many).with_pairs(pairs.as_ref(), "text");
+    let batch = model.batch(&bundle, sources.batch)?;
+    let mut pictures = Pictures::start(sources, batch, input, (&bundle, None))?;
     let mut engine = model.load(bundle)?;
     let mut failures = Failures::default();
-    let check = |text: &str| {
-        let reading = engine.context().reading(text)?;
-        read.accept(&reading.warnings)?;
-        Ok(reading.warnings)
-    };
-    let texts = failures.sift("text", &texts, check, as_it_is);
-    if texts.is_empty() {
+    let shared =
+        if pairs.is_some() { None } else { Some(Texts::read(&mut engine, &typed, read, |failure| failures.note(failure))?) };
+    if shared.as_ref().is_some_and(|texts| texts.read.is_empty()) {
         return failures.end();
     }
-    let read = engine.seer().read_texts(&texts.iter().map(|text| text.text).collect::<Vec<_>>())?;
     let (many, progress) = (pictures.are_many(), Progress::new(pictures.count));
-    let mut matches = Matches { texts, read, failures, progress, printer: Printer::new(show), many };
+    let mut matches = Matches { shared: shared.map(Rc::new), how: read, failures, progress, printer: Printer::new(show), many };
     loop {
         let looked = pictures.look(&mut engine, batch, true);
         if looked.is_empty() {
@@ -59,11 +56,46 @@ pub(super) fn run(command: &args::Match) -> Result<(), Failure> {
     }
 }
 
-/// Texts that are compared with every picture.
-struct Matches<'a> {
-    texts: Vec<Sound<'a, Vec<Warning>>>,
+/// Texts that a picture is compared with.
+#[derive(Default)]
+struct Texts {
+    checked: Vec<(String, Vec<Warning>)>,
     /// What the engine made of each.
     read: Vec<ReadText>,
+}
+
+impl Texts {
+    /// Those that can be read; `failed` hears of the others.
+    fn read(engine: &mut Engine, texts: &[String], how: &args::Read, mut failed: impl FnMut(Failure)) -> Result<Self, Error> {
+        let check = |text: &str| {
+            let reading = engine.context().reading(text)?;
+            how.accept(&reading.warnings)?;
+            Ok(reading.warnings)
+        };
+        let mut checked = Vec::with_capacity(texts.len());
+        for (index, text) in texts.iter().enumerate() {
+            match check(text) {
+                Ok(warnings) => checked.push((text.clone(), warnings)),
+                Err(error) => failed(of_text("text", index, text, error)),
+            }
+        }
+        let read = engine.seer().read_texts(&checked.iter().map(|(text, _)| text.as_str()).collect::<Vec<_>>())?;
+        Ok(Self { checked, read })
+    }
+}
+
+/// A picture that was seen, if it was, and what it is compared with.
+struct Seen {
+    picture: Known,
+    failures: Vec<Failure>,
+    sight: Option<Sight>,
+    texts: Rc<Texts>,
+}
+
+struct Matches<'a> {
+    /// The texts of every picture, unless each has its own.
+    shared: Option<Rc<Texts>>,
+    how: &'a args::Read,
     failures: Failures,
     progress: Progress,
     printer: Printer<'a>,
@@ -72,48 +104,65 @@ struct Matches<'a> {
 }
 
 impl Matches<'_> {
-    /// Compares pictures that were looked at with the texts, and writes a line a pair.
+    /// Compares pictures that were looked at with their texts, and writes a line a pair.
     fn show(&mut self, engine: &mut Engine, looked: Vec<Looked>) -> Result<(), Failure> {
-        let sights: Vec<&Sight> = looked.iter().filter_map(|looked| looked.sight.as_ref().ok()).collect();
+        let seen: Vec<Seen> = looked.into_iter().map(|looked| self.with_texts(engine, looked)).collect();
+        let pairs: Vec<_> = seen.iter().filter_map(|seen| Some((seen.sight.as_ref()?, &*seen.texts))).collect();
         let mut time = Timings::default();
-        let mut found = time.time(Stage::Match, || self.compare(engine, &sights)).into_iter();
-        for Looked { picture, sight } in looked {
+        let mut found = time.time(Stage::Match, || compare(engine, &pairs)).into_iter();
+        for Seen { picture, failures, sight, texts } in seen {
             self.progress.clear();
             picture.warn();
-            let found = sight.map(|mut sight| {
+            failures.into_iter().for_each(|failure| self.failures.note(failure));
+            if let Some(mut sight) = sight {
                 sight.add_timings(&time);
-                (sight, found.next().expect("every picture that was seen was compared"))
-            });
-            match found {
-                Ok((sight, Ok(found))) => self.rows(&picture.path, &found, sight.timings())?,
-                Ok((_, Err(error))) => self.failures.note(Failure::About { path: picture.path, source: Box::new(error.into()) }),
-                Err(failure) => self.failures.note(failure),
+                match found.next().expect("every picture that was seen was compared") {
+                    Ok(found) => self.rows(&picture.path, (&texts, &found), sight.timings())?,
+                    Err(error) => self.failures.note(picture.about(error.into())),
+                }
             }
             self.progress.advance();
         }
         Ok(())
     }
 
-    /// Every picture with all texts, together if that goes well; if not, picture by picture, so that none fails for another.
-    fn compare(&self, engine: &mut Engine, sights: &[&Sight]) -> Vec<Result<Vec<Match>, Error>> {
-        let pairs = sights.iter().flat_map(|sight| self.read.iter().map(move |text| (*sight, text)));
-        match engine.seer().match_read(&pairs.collect::<Vec<_>>()) {
-            Ok(found) => found.chunks(self.read.len()).map(|found| Ok(found.to_vec())).collect(),
-            Err(error) if sights.len() == 1 => vec![Err(error)],
-            Err(_) => sights.iter().flat_map(|sight| self.compare(engine, &[sight])).collect(),
-        }
+    fn with_texts(&self, engine: &mut Engine, Looked { picture, sight }: Looked) -> Seen {
+        let mut failures = Vec::new();
+        let sight = sight.map_err(|failure| failures.push(failure)).ok();
+        let texts = match &self.shared {
+            _ if sight.is_none() => Rc::default(),
+            Some(texts) => texts.clone(),
+            None => {
+                let own = picture.texts.as_deref().unwrap_or_default();
+                let read = Texts::read(engine, own, self.how, |failure| failures.push(picture.about(failure)));
+                Rc::new(read.map_err(|error| failures.push(picture.about(error.into()))).unwrap_or_default())
+            }
+        };
+        Seen { picture, failures, sight, texts }
     }
 
-    fn rows(&mut self, path: &Path, found: &[Match], timings_ms: &Timings) -> Result<(), Failure> {
+    fn rows(&mut self, path: &Path, (texts, found): (&Texts, &[Match]), timings_ms: &Timings) -> Result<(), Failure> {
         let image = path.to_string_lossy();
         let label = if self.many { format!("{image}: ") } else { String::new() };
-        for (sound, found) in self.texts.iter().zip(found) {
+        for ((text, warnings), found) in texts.checked.iter().zip(found) {
             let Match { itm_probability, itm_logit, itc_similarity } = *found;
-            let (text, warnings) = (sound.text, sound.read.as_slice());
             let row = Row { image: &image, text, itm_probability, itm_logit, itc_similarity, warnings, timings_ms };
             self.printer.row(&row, &format!("{label}{itm_probability:.4}  {itc_similarity:.4}  {text}"), timings_ms)?;
             self.printer.warn(warnings);
         }
         Ok(())
+    }
+}
+
+/// Every picture with its texts, together if that goes well; if not, picture by picture, so that none fails for another.
+fn compare(engine: &mut Engine, pictures: &[(&Sight, &Texts)]) -> Vec<Result<Vec<Match>, Error>> {
+    let pairs = pictures.iter().flat_map(|(sight, texts)| texts.read.iter().map(move |text| (*sight, text)));
+    match engine.seer().match_read(&pairs.collect::<Vec<_>>()) {
+        Ok(found) => {
+            let mut found = found.into_iter();
+            pictures.iter().map(|(_, texts)| Ok(found.by_ref().take(texts.read.len()).collect())).collect()
+        }
+        Err(error) if pictures.len() == 1 => vec![Err(error)],
+        Err(_) => pictures.iter().flat_map(|picture| compare(engine, &[*picture])).collect(),
     }
 }

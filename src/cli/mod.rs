@@ -12,6 +12,7 @@ mod doctor;
 mod embed;
 mod failures;
 mod inspect;
+mod lists;
 mod matching;
 mod npy;
 mod output;
@@ -57,6 +58,16 @@ pub enum Failure {
         path: PathBuf,
         /// Why.
         source: Box<Failure>,
+    },
+    /// A line of pairs cannot be read.
+    #[error("line {line} of {}: {why}", plain(&.file.to_string_lossy()))]
+    Pair {
+        /// The file.
+        file: PathBuf,
+        /// The line, from 1.
+        line: usize,
+        /// What is wrong with it.
+        why: String,
     },
     /// One of several texts cannot be used.
     #[error("{kind} {place}, `{text}`")]

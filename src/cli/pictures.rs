@@ -1,12 +1,12 @@
-//! Pictures that were named one by one or in a list: read, decoded and resized on other threads, ahead of the graphs.
+//! Pictures that were named one by one, in a list or beside texts: read, decoded and resized on other threads, ahead of the graphs.
 
-use std::fs::File;
-use std::io::{BufRead, BufReader, Read, stdin};
+use std::io::stdin;
 use std::path::{Path, PathBuf};
 
 use super::Failure;
 use super::ahead::{Ahead, Reach};
 use super::args::{Input, Many};
+use super::lists::{self, Named};
 use super::plain::plain;
 use crate::bundle::Bundle;
 use crate::engine::{Engine, Sight};
@@ -14,6 +14,16 @@ use crate::error::Error;
 use crate::pixels::{Alpha, Limits, Picture, PictureWarning, Pixels, PixelsError, Preprocess};
 use crate::runtime::default_threads;
 use crate::timing::{Stage, Timings};
+
+/// Where pictures come from.
+pub(super) struct Sources<'a> {
+    named: Vec<PathBuf>,
+    listed: Option<&'a Path>,
+    /// With the key of their texts.
+    pairs: Option<(&'a Path, &'static str)>,
+    /// How many are worked on together, if anybody said.
+    pub batch: Option<usize>,
+}
 
 /// Pictures on their way to the graphs, in the order in which they were named.
 pub(super) struct Pictures {
@@ -31,6 +41,8 @@ pub(super) struct Looked {
 /// What there is to say about a picture.
 pub(super) struct Known {
     pub path: PathBuf,
+    /// That stood beside it.
+    pub texts: Option<Vec<String>>,
     /// As a second bundle wants it, where there is one.
     pub again: Option<Pixels>,
     warnings: Vec<PictureWarning>,
@@ -47,30 +59,41 @@ struct Reader {
 
 struct Prepared {
     picture: Known,
-    pixels: Result<Pixels, PixelsError>,
+    pixels: Result<Pixels, Failure>,
 }
 
-/// A path, or why a list of them cannot be read further.
-type Named = (PathBuf, Option<std::io::Error>);
+impl<'a> Sources<'a> {
+    /// Those that were typed, and those in a list.
+    pub fn new(named: Vec<PathBuf>, many: &'a Many) -> Self {
+        Self { named, listed: many.images_from.as_deref(), pairs: None, batch: many.batch }
+    }
+
+    /// And those in a file with texts beside them.
+    pub fn with_pairs(self, file: Option<&'a PathBuf>, key: &'static str) -> Self {
+        Self { pairs: file.map(|file| (file.as_path(), key)), ..self }
+    }
+
+    /// How many there are, where that is known before the end.
+    fn count(&self) -> Option<usize> {
+        (self.listed.is_none() && self.pairs.is_none()).then_some(self.named.len())
+    }
+
+    fn read(self) -> Result<impl Iterator<Item = Named> + Send + use<>, Failure> {
+        if self.listed.is_some_and(is_input) && self.named.iter().any(|path| is_input(path)) {
+            return Err(Failure::Usage("standard input holds a picture or a list of them; `-` is given as both".into()));
+        }
+        let listed = self.listed.map(lists::paths).transpose()?;
+        let pairs = self.pairs.map(|(file, key)| lists::pairs(file, key)).transpose()?;
+        Ok(self.named.into_iter().map(Named::alone).chain(listed.into_iter().flatten()).chain(pairs.into_iter().flatten()))
+    }
+}
 
 impl Pictures {
     /// Begins to read, before any graph is loaded, no more than a batch ahead; a second bundle will look at the same pictures.
-    pub fn start(
-        named: Vec<PathBuf>,
-        (many, batch): (&Many, usize),
-        input: &Input,
-        bundles: (&Bundle, Option<&Bundle>),
-    ) -> Result<Self, Failure> {
-        let reader = Reader::new(input, bundles);
-        let is_input = |path: &PathBuf| path == Path::new("-");
-        if many.images_from.as_ref().is_some_and(is_input) && named.iter().any(is_input) {
-            return Err(Failure::Usage("standard input holds a picture or a list of them; `-` is given as both".into()));
-        }
-        let count = many.images_from.is_none().then_some(named.len());
-        let listed = many.images_from.as_deref().map(list).transpose()?;
+    pub fn start(sources: Sources<'_>, batch: usize, input: &Input, bundles: (&Bundle, Option<&Bundle>)) -> Result<Self, Failure> {
+        let (reader, count) = (Reader::new(input, bundles), sources.count());
         let n_threads = default_threads().get().min(count.unwrap_or(usize::MAX));
-        let named = named.into_iter().map(|path| (path, None)).chain(listed.into_iter().flatten());
-        let ahead = Ahead::new(named, Reach { n_threads, depth: batch }, move |named| reader.prepare(named));
+        let ahead = Ahead::new(sources.read()?, Reach { n_threads, depth: batch }, move |named| reader.prepare(named));
         Ok(Self { ahead, count })
     }
 
@@ -79,11 +102,13 @@ impl Pictures {
         self.count != Some(1)
     }
 
-    /// Looks at those that are ready, at most `n`, in one batch; if `waits`, at one at least. Nothing comes back when there are no more.
+    /// Looks at those that are ready, at most `n` or with as many texts of their own, in one batch; if `waits`, at one at least. Nothing
+    /// comes back when there are no more.
     pub fn look(&mut self, engine: &mut Engine, n: usize, waits: bool) -> Vec<Looked> {
         let mut prepared = Vec::with_capacity(n);
         prepared.extend(if waits { self.ahead.wait() } else { self.ahead.ready() });
-        while let Some(next) = (!prepared.is_empty() && prepared.len() < n).then(|| self.ahead.ready()).flatten() {
+        while !prepared.is_empty() && prepared.iter().map(Prepared::n_texts).sum::<usize>() < n {
+            let Some(next) = self.ahead.ready() else { break };
             prepared.push(next);
         }
         look_at(engine, prepared)
@@ -92,7 +117,7 @@ impl Pictures {
 
 /// Looks at one picture.
 pub(super) fn look(engine: &mut Engine, path: &Path, input: &Input) -> Result<Sight, Failure> {
-    let prepared = Reader::new(input, (engine.bundle(), None)).prepare((path.to_path_buf(), None));
+    let prepared = Reader::new(input, (engine.bundle(), None)).prepare(Named::alone(path.to_path_buf()));
     let looked = look_at(engine, vec![prepared]).remove(0);
     looked.picture.warn();
     looked.sight
@@ -104,7 +129,16 @@ fn look_at(engine: &mut Engine, prepared: Vec<Prepared>) -> Vec<Looked> {
     prepared.into_iter().map(|prepared| prepared.looked(&mut seen)).collect()
 }
 
+fn is_input(path: &Path) -> bool {
+    path == Path::new("-")
+}
+
 impl Prepared {
+    /// Those that stand beside it, or that which is asked about all.
+    fn n_texts(&self) -> usize {
+        self.picture.texts.as_ref().map_or(1, |texts| texts.len().max(1))
+    }
+
     /// With the next of what was seen, if it was looked at.
     fn looked(self, seen: &mut impl Iterator<Item = Result<Sight, Error>>) -> Looked {
         let Self { picture, pixels } = self;
@@ -115,13 +149,18 @@ impl Prepared {
                 Ok(sight)
             }
             Ok(Err(error)) => Err(Failure::About { path, source: Box::new(error.into()) }),
-            Err(source) => Err(Failure::Picture { path, source }),
+            Err(failure) => Err(failure),
         };
         Looked { picture, sight }
     }
 }
 
 impl Known {
+    /// A failure with the picture's name.
+    pub fn about(&self, failure: Failure) -> Failure {
+        Failure::About { path: self.path.clone(), source: Box::new(failure) }
+    }
+
     /// Says what is wrong with a picture that is whole.
     pub fn warn(&self) {
         for warning in &self.warnings {
@@ -136,14 +175,15 @@ impl Reader {
         Self { limits: input.into(), alpha: input.alpha, how: (image(own), again.map(image)) }
     }
 
-    fn prepare(&self, (path, error): Named) -> Prepared {
-        let mut picture = Known { path, again: None, warnings: Vec::new(), timings: Timings::default() };
-        let pixels = error.map_or_else(|| self.make(&mut picture), |error| Err(PixelsError::Io(error)));
+    fn prepare(&self, Named { path, texts, failure }: Named) -> Prepared {
+        let mut picture = Known { path, texts, again: None, warnings: Vec::new(), timings: Timings::default() };
+        let make = || self.make(&mut picture).map_err(|source| Failure::Picture { path: picture.path.clone(), source });
+        let pixels = failure.map_or_else(make, Err);
         Prepared { picture, pixels }
     }
 
-    fn make(&self, Known { path, again, warnings, timings }: &mut Known) -> Result<Pixels, PixelsError> {
-        let picture = timings.time(Stage::DecodeImage, || match path.as_path() == Path::new("-") {
+    fn make(&self, Known { path, again, warnings, timings, .. }: &mut Known) -> Result<Pixels, PixelsError> {
+        let picture = timings.time(Stage::DecodeImage, || match is_input(path) {
             true => Picture::read(stdin().lock(), &self.limits),
             false => Picture::open(path, &self.limits),
         })?;
@@ -153,31 +193,4 @@ impl Reader {
         *again = self.how.1.as_ref().map(pixels).transpose()?;
         timings.time(Stage::Preprocess, || pixels(&self.how.0))
     }
-}
-
-/// The paths in a file, one a line. They are read as they are needed, so a pipe may bring them one by one.
-fn list(file: &Path) -> Result<impl Iterator<Item = Named> + Send + use<>, Failure> {
-    let lines: Box<dyn Read + Send> = match file == Path::new("-") {
-        true => Box::new(stdin()),
-        false => match File::open(file) {
-            Ok(file) => Box::new(file),
-            Err(error) => return Err(Failure::Picture { path: file.to_path_buf(), source: PixelsError::Io(error) }),
-        },
-    };
-    let file = file.to_path_buf();
-    let mut is_broken = false;
-    let lines = BufReader::new(lines).split(b'\n').take_while(move |line| !std::mem::replace(&mut is_broken, line.is_err()));
-    Ok(lines.filter(|line| line.as_ref().map_or(true, |line| !line.is_empty())).map(move |line| match line {
-        Ok(line) => (listed(line), None),
-        Err(error) => (file.clone(), Some(error)),
-    }))
-}
-
-/// In a list, `-` is a file like others.
-fn listed(line: Vec<u8>) -> PathBuf {
-    #[cfg(unix)]
-    let path = PathBuf::from(<std::ffi::OsString as std::os::unix::ffi::OsStringExt>::from_vec(line));
-    #[cfg(not(unix))]
-    let path = PathBuf::from(String::from_utf8_lossy(&line).trim_end_matches('\r'));
-    if path == Path::new("-") { Path::new(".").join(path) } else { path }
 }

@@ -1,17 +1,18 @@
 //! Texts about many pictures: as one ends, the next picture joins; lines come in the order in which pictures were named.
 
 use std::collections::{HashMap, VecDeque};
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::rc::Rc;
 
 use super::Failure;
-use super::args::{Many, Model, Write};
+use super::args::{Model, Write};
 use super::failures::{Failures, of_text};
 use super::output::{self, Printer};
-use super::pictures::{Known, Looked, Pictures};
+use super::pictures::{Known, Looked, Pictures, Sources};
 use super::progress::Progress;
 use super::rerank::{self, Reranker};
 use crate::bundle::{Bundle, TaskName};
-use crate::engine::{Answer, Engine, Event, Generation, Request, RequestId};
+use crate::engine::{Answer, Engine, Event, Generation, Request, RequestId, Sight};
 use crate::error::Error;
 use crate::prompt::{Task, check_template};
 
@@ -29,11 +30,19 @@ pub(super) struct Job<'a> {
     batch: usize,
 }
 
-/// What is asked about every picture.
-pub(super) struct Asked<'t> {
+/// What is asked about a picture.
+pub(super) struct Asked {
     pub task: Task,
     /// With its place, from 0, where it is a question.
-    pub question: Option<(usize, &'t str)>,
+    pub question: Option<(usize, String)>,
+}
+
+/// What is asked about all pictures.
+pub(super) enum Asking<'a> {
+    /// The same about each.
+    Same(Rc<[Asked]>),
+    /// The questions that stand beside it, as this makes tasks of them.
+    Own(&'a dyn Fn(&Engine, &Generation, &str) -> Result<Task, Error>),
 }
 
 /// How lines are told apart.
@@ -67,22 +76,22 @@ struct Line {
 
 struct Pending {
     picture: Known,
-    failure: Option<Failure>,
+    failures: Vec<Failure>,
+    asked: Rc<[Asked]>,
     answers: Vec<Option<Result<Answer, Error>>>,
 }
 
 impl<'a> Job<'a> {
     /// Checks what was typed, and begins to read pictures.
-    pub fn new(task: TaskName, pictures: (Vec<PathBuf>, &Many), write: &'a Write, model: &'a Model) -> Result<Self, Failure> {
+    pub fn new(task: TaskName, sources: Sources<'_>, write: &'a Write, model: &'a Model) -> Result<Self, Failure> {
         let bundle = model.bundle()?;
         bundle.require(task).map_err(Error::from)?;
         let generation = write.options()?.generation(&bundle, task)?;
         if let Some(template) = write.prompt.as_deref().filter(|_| task == TaskName::Ask) {
             check_template(&bundle, template).map_err(Error::from)?;
         }
-        let (reranks_with, (named, many)) = (rerank::bundle(write)?, pictures);
-        let batch = model.batch(&bundle, many.batch)?;
-        let pictures = Pictures::start(named, (many, batch), &write.input, (&bundle, reranks_with.as_ref()))?;
+        let (reranks_with, batch) = (rerank::bundle(write)?, model.batch(&bundle, sources.batch)?);
+        let pictures = Pictures::start(sources, batch, &write.input, (&bundle, reranks_with.as_ref()))?;
         Ok(Self { model, write, bundle, reranks_with, generation, pictures, batch })
     }
 
@@ -106,53 +115,55 @@ impl Texts<'_> {
     }
 
     /// Writes everything that is asked about every picture.
-    pub fn write(mut self, asked: &[Asked<'_>], labels: Labels) -> Result<(), Failure> {
+    pub fn write(mut self, asking: &Asking<'_>, labels: Labels) -> Result<(), Failure> {
         // Texts that are written side by side would run into each other on a terminal.
-        self.printer.streams &= !self.pictures.are_many() && asked.len() == 1 && self.reranker.is_none();
+        self.printer.streams &= !self.pictures.are_many() && asking.n_of_each() == 1 && self.reranker.is_none();
         let mut line = Line::default();
-        while self.take_in(asked, &mut line) {
+        while self.take_in(asking, &mut line) {
             for event in self.engine.step() {
                 self.printer.piece(&event.text)?;
                 line.take(event);
             }
             while let Some(pending) = line.next() {
-                self.show(pending, asked, labels)?;
+                self.show(pending, labels)?;
             }
         }
         self.failures.end()
     }
 
     /// Looks at pictures once half of the batch is free, as many as fill it; false when there is nothing left to do.
-    fn take_in(&mut self, asked: &[Asked<'_>], line: &mut Line) -> bool {
+    fn take_in(&mut self, asking: &Asking<'_>, line: &mut Line) -> bool {
         let (n_running, is_idle) = (line.running.len(), line.running.is_empty());
         if !is_idle && (2 * n_running > self.batch || line.pending.len() >= WINDOW * self.batch) {
             return true;
         }
-        let n_pictures = (self.batch.saturating_sub(n_running) / asked.len()).max(1);
+        let n_pictures = (self.batch.saturating_sub(n_running) / asking.n_of_each()).max(1);
         let looked = self.pictures.look(&mut self.engine, n_pictures, is_idle);
         if looked.is_empty() {
             return !is_idle;
         }
-        self.join(looked, asked, line);
+        self.join(looked, asking, line);
         true
     }
 
-    fn join(&mut self, looked: Vec<Looked>, asked: &[Asked<'_>], line: &mut Line) {
-        let sights = looked.iter().filter_map(|looked| looked.sight.as_ref().ok());
-        let pairs = sights.flat_map(|sight| asked.iter().map(move |asked| (sight, asked.task.clone())));
-        let requests: Vec<_> = pairs.map(|(sight, task)| Request { sight, task, generation: self.generation.clone() }).collect();
+    fn join(&mut self, looked: Vec<Looked>, asking: &Asking<'_>, line: &mut Line) {
+        let ask = |looked| asking.about(looked, &self.engine, &self.generation);
+        let (sights, pending): (Vec<_>, Vec<_>) = looked.into_iter().map(ask).unzip();
+        let seen = sights.iter().zip(&pending).filter_map(|(sight, pending)| Some((sight.as_ref()?, &pending.asked)));
+        let asked = seen.flat_map(|(sight, asked)| asked.iter().map(move |asked| (sight, asked.task.clone())));
+        let requests: Vec<_> = asked.map(|(sight, task)| Request { sight, task, generation: self.generation.clone() }).collect();
         let mut joined = self.engine.join_all(&requests).into_iter();
-        for Looked { picture, sight } in looked {
-            let n_joined = if sight.is_ok() { asked.len() } else { 0 };
-            line.push(picture, sight.err(), joined.by_ref().take(n_joined));
+        for pending in pending {
+            let n_asked = pending.asked.len();
+            line.push(pending, joined.by_ref().take(n_asked));
         }
     }
 
-    fn show(&mut self, pending: Pending, asked: &[Asked<'_>], labels: Labels) -> Result<(), Failure> {
-        let Pending { picture, failure, answers } = pending;
+    fn show(&mut self, pending: Pending, labels: Labels) -> Result<(), Failure> {
+        let Pending { picture, failures, asked, answers } = pending;
         self.progress.clear();
         picture.warn();
-        failure.into_iter().for_each(|failure| self.failures.note(failure));
+        failures.into_iter().for_each(|failure| self.failures.note(failure));
         let (mut of, mut found) = (Vec::new(), Vec::new());
         for (asked, answer) in asked.iter().zip(answers.into_iter().flatten()) {
             match answer {
@@ -170,7 +181,7 @@ impl Texts<'_> {
             found.clear();
         }
         for (asked, answer) in of.into_iter().zip(found) {
-            let question = asked.question.map(|(_, question)| question);
+            let question = asked.question.as_ref().map(|(_, question)| question.as_str());
             self.printer.finish(&labels.of(&picture.path, question), &output::Line::new(&picture.path, question, &answer))?;
         }
         self.progress.advance();
@@ -178,8 +189,36 @@ impl Texts<'_> {
     }
 }
 
+impl Asking<'_> {
+    /// Of each picture, where that is known.
+    fn n_of_each(&self) -> usize {
+        if let Self::Same(asked) = self { asked.len() } else { 1 }
+    }
+
+    /// What is asked about a picture, if it was seen, and what of it cannot be.
+    fn about(&self, looked: Looked, engine: &Engine, generation: &Generation) -> (Option<Sight>, Pending) {
+        let Looked { picture, sight } = looked;
+        let (mut failures, mut own) = (Vec::new(), Vec::new());
+        let sight = sight.map_err(|failure| failures.push(failure)).ok();
+        let asked = match self {
+            _ if sight.is_none() => Rc::default(),
+            Self::Same(asked) => asked.clone(),
+            Self::Own(task) => {
+                for (index, text) in picture.texts.iter().flatten().enumerate() {
+                    match task(engine, generation, text) {
+                        Ok(task) => own.push(Asked { task, question: Some((index, text.clone())) }),
+                        Err(error) => failures.push(picture.about(of_text("question", index, text, error))),
+                    }
+                }
+                own.into()
+            }
+        };
+        (sight, Pending { picture, failures, asked, answers: Vec::new() })
+    }
+}
+
 impl Line {
-    fn push(&mut self, picture: Known, failure: Option<Failure>, joined: impl Iterator<Item = Result<RequestId, Error>>) {
+    fn push(&mut self, pending: Pending, joined: impl Iterator<Item = Result<RequestId, Error>>) {
         let place = self.n_gone + self.pending.len();
         let running = &mut self.running;
         let answers = joined.enumerate().map(|(question, joined)| match joined {
@@ -187,7 +226,7 @@ impl Line {
             Err(error) => Some(Err(error)),
         });
         let answers = answers.collect();
-        self.pending.push_back(Pending { picture, failure, answers });
+        self.pending.push_back(Pending { answers, ..pending });
     }
 
     fn take(&mut self, event: Event) {
@@ -204,10 +243,10 @@ impl Line {
     }
 }
 
-impl Asked<'_> {
+impl Asked {
     fn failure(&self, error: Error) -> Failure {
-        match self.question {
-            Some((index, question)) => of_text("question", index, question, error),
+        match &self.question {
+            Some((index, question)) => of_text("question", *index, question, error),
             None => error.into(),
         }
     }

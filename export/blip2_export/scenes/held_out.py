@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from tqdm import tqdm
 
 from blip2_export.engine import run_engine
 from blip2_export.scenes import drawing
+
+_AT_ONCE = 100  # pictures that one run of the engine is asked about
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,15 @@ class Engine:
 
     def rows(self, command: str, *typed: str) -> list[dict[str, Any]]:
         return run_engine(self.binary, command, "--model", str(self.bundle), "--json", *typed)
+
+    def pairs(self, command: str, key: str, pairs: Sequence[tuple[str, Sequence[str]]]) -> list[list[dict[str, Any]]]:
+        """Of each picture the rows about its own texts, which `ask` calls `question` and `match` `text`."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "pairs.jsonl"
+            lines = [json.dumps({"image": picture, key: list(texts)}) for picture, texts in pairs if texts]
+            file.write_text("\n".join(lines))
+            rows = iter(self.rows(command, "--pairs", str(file)))
+        return [[next(rows) for _ in texts] for _, texts in pairs]
 
     def vectors(self, kind: str, *items: str) -> np.ndarray:
         """What `embed` writes: [pictures, queries, width], or [texts, width]."""
@@ -45,10 +57,14 @@ class HeldOut:
     rng: random.Random
     wrong: list[dict[str, Any]] = field(default_factory=list)
 
-    def each(self) -> Iterator[tuple[drawing.Scene, str]]:
-        """Scenes with their pictures; a terminal shows how many have been asked about."""
-        pairs = zip(self.scenes, self.pictures, strict=True)
-        yield from tqdm(pairs, total=len(self.pictures), unit="picture", leave=False, disable=None)
+    def each(self, command: str, key: str, texts: Sequence[Sequence[str]]) -> Iterator[list[dict[str, Any]]]:
+        """Of each scene the rows about its own texts; a terminal shows how many have been asked about."""
+        pairs = list(zip(self.pictures, texts, strict=True))
+        with tqdm(total=len(pairs), unit="picture", leave=False, disable=None) as bar:
+            for first in range(0, len(pairs), _AT_ONCE):
+                block = pairs[first : first + _AT_ONCE]
+                yield from self.engine.pairs(command, key, block)
+                bar.update(len(block))
 
     def missed(self, scene: drawing.Scene, **what: Any) -> None:
         self.wrong.append({"scene": drawing.describe(scene), **what})

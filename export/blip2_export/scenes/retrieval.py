@@ -74,11 +74,8 @@ def _match(held: HeldOut, captions: list[str], edits: list[str | None], groups: 
         for text, pictures in enumerate(group.shortlists()):
             for picture in pictures:
                 asked[group.first + picture].append(captions[group.first + text])
-    found = []
-    for (_, picture), texts in zip(held.each(), asked, strict=True):
-        rows = held.engine.rows("match", picture, *dict.fromkeys(texts))
-        found.append({row["text"]: row for row in rows})
-    return found
+    found = held.each("match", "text", [list(dict.fromkeys(texts)) for texts in asked])
+    return [{row["text"]: row for row in rows} for rows in found]
 
 
 def _edits(held: HeldOut, captions: list[str], edits: list[str | None], matches: Matches) -> dict[str, float]:

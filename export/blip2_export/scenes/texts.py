@@ -22,10 +22,10 @@ def captions(held: HeldOut) -> float:
 def answers(held: HeldOut) -> dict[str, float]:
     """The share that is right, of all questions and of each kind."""
     right, asked_of = Counter[str](), Counter[str]()
-    for scene, picture in held.each():
-        asked = [drawing.question(scene, held.rng, kind) for kind in drawing.QUESTION_KINDS]
-        rows = held.engine.rows("ask", picture, *(q for _, q, _ in asked))
-        for (kind, question, answer), row in zip(asked, rows, strict=True):
+    asked = [[drawing.question(scene, held.rng, kind) for kind in drawing.QUESTION_KINDS] for scene in held.scenes]
+    answered = held.each("ask", "question", [[question for _, question, _ in of] for of in asked])
+    for scene, questions, rows in zip(held.scenes, asked, answered, strict=True):
+        for (kind, question, answer), row in zip(questions, rows, strict=True):
             asked_of[kind] += 1
             right[kind] += row["text"] == answer
             if row["text"] != answer:

@@ -6,7 +6,7 @@ import io
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from blip2_export.train.own.answers import accuracy
 from blip2_export.train.own.captions import clean
 from blip2_export.train.own.records import Question, Record
 from blip2_export.train.own.scores import Caption, scores
-from blip2_export.train.own.sources import File
+from blip2_export.train.own.sources import File, Source
 
 _BLOCK = 8  # pictures that are matched with the texts of all of them
 
@@ -68,12 +68,12 @@ def _recalls(engine: Engine, shown: Sequence[Shown]) -> dict[str, float]:
 def _matches(engine: Engine, shown: Sequence[Shown]) -> dict[str, float]:
     """How many true and how many false pairs ITM decides right, and the mean of both."""
     right: dict[bool, list[bool]] = {True: [], False: []}
-    for first in range(0, len(shown), _BLOCK):
-        block = shown[first : first + _BLOCK]
-        captions = {one.path: one.captions for one in block}
-        images = [word for one in block for word in ("--image", one.path)]
-        for row in engine.rows("match", *images, "--", *dict.fromkeys(one.captions[0] for one in block)):
-            is_true = row["text"] in captions[row["image"]]
+    blocks = [shown[first : first + _BLOCK] for first in range(0, len(shown), _BLOCK)]
+    texts = [list(dict.fromkeys(one.captions[0] for one in block)) for block in blocks for _ in block]
+    pairs = [(one.path, of) for one, of in zip(shown, texts, strict=True)]
+    for one, rows in zip(shown, engine.pairs("match", "text", pairs), strict=True):
+        for row in rows:
+            is_true = row["text"] in one.captions
             right[is_true].append((row["itm_probability"] >= 0.5) == is_true)
     shares = [float(np.mean(decided)) for decided in right.values() if decided]
     return {"itm_right": float(np.mean(shares)), "itm_pairs": float(sum(map(len, right.values())))}
@@ -93,10 +93,11 @@ def _written(engine: Engine, shown: Sequence[Shown], rows: list[dict[str, Any]])
 def _answered(engine: Engine, shown: Sequence[Shown], rows: list[dict[str, Any]]) -> dict[str, float]:
     """The accuracy of VQAv2."""
     scores = []
-    for one in shown:
-        asked = {question.text: question for question in one.questions}
-        for row in engine.rows("ask", "--image", one.path, "--", *asked) if asked else []:
-            question = asked[row["question"]]
+    asked = [{question.text: question for question in one.questions} for one in shown]
+    answered = engine.pairs("ask", "question", [(one.path, list(of)) for one, of in zip(shown, asked, strict=True)])
+    for one, of, given in zip(shown, asked, answered, strict=True):
+        for row in given:
+            question = of[row["question"]]
             scores.append(accuracy(row["text"], question.given))
             answers = dict(question.answers)
             rows.append({"picture": one.path, "question": question.text, "written": row["text"], "answers": answers})
@@ -121,9 +122,17 @@ def _files(records: Sequence[Record]) -> Iterator[list[Shown]]:
                 Image.open(io.BytesIO(data)).load()
             except Exception:  # Pillow raises what its decoders raise; training has told of it
                 continue
-            path = record.source.path if isinstance(record.source, File) else Path(folder) / f"{len(found)}"
-            if not isinstance(record.source, File):
-                path.write_bytes(data)
+            path = _as_file(record.source, data, Path(folder) / f"{len(found)}")
             captions = [clean(caption) for caption in record.captions]
-            found.append(Shown(str(path), captions, record.questions))
+            found.append(Shown(path, captions, record.questions))
         yield found
+
+
+def _as_file(source: Source, data: bytes, aside: Path) -> str:
+    """Its own file where a line of JSON can name it, a copy elsewhere."""
+    if isinstance(source, File):
+        with suppress(UnicodeEncodeError):
+            str(source.path).encode()
+            return str(source.path)
+    aside.write_bytes(data)
+    return str(aside)
