@@ -551,7 +551,8 @@ def test_a_work_folder_of_another_run_is_said_and_left(
     work = shutil.copytree(folder / "work-opt", tmp_path / "work")
     before = (work / "stage1.pt").read_bytes()
     typed = [*places(folder, "opt", work), *SHORT]
-    assert "seed: 0 then, 5 now" in refused(capsys, "stage1", *typed, "--seed", "5")
+    assert "--seed: 0 then, 5 now" in refused(capsys, "stage1", *typed, "--seed", "5")
+    assert "--best-by: loss then, r1 now" in refused(capsys, "stage1", *typed, "--best-by", "r1")
     (tmp_path / "b").symlink_to(folder / "t5")
     assert "other settings" in refused(capsys, "stage1", *typed, "--base", tmp_path / "b")
     assert (work / "stage1.pt").read_bytes() == before

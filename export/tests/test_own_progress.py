@@ -502,6 +502,19 @@ def test_more_can_be_better_and_what_is_no_number_never_is(tmp_path: Path) -> No
     assert [row["held_out"]["accuracy"] for row in rows(tmp_path, "line") if "held_out" in row] == [None, 0.25, 0.75]
 
 
+def test_of_equal_measurements_the_one_of_a_lower_loss_is_better(tmp_path: Path) -> None:
+    """Else a model that has no answer right yet would be written as it was at its first measurement."""
+    left = iter([(0.0, 3.0), (0.0, 2.0), (0.0, 2.5)])
+
+    def measure(_: Line) -> dict[str, float]:
+        return dict(zip(("accuracy", "loss"), next(left), strict=True))
+
+    fit = fitted(tmp_path, measure=measure, better=("accuracy", True))
+    fit.go()
+    assert fit.best.step == 4 and fit.best.since == 1
+    assert not fit.best.is_less_than(-0.1, 0.0, True) and fit.best.is_less_than(0.1, 9.0, True)
+
+
 def test_nothing_measured_gives_the_last_weights(tmp_path: Path) -> None:
     fit = fitted(tmp_path)
     fit.go()

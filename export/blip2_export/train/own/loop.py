@@ -21,7 +21,7 @@ from blip2_export.train.own.estimate import rehearse
 from blip2_export.train.own.hardware import Precision, lifted
 from blip2_export.train.own.keep import fill, read
 from blip2_export.train.own.progress import Progress
-from blip2_export.train.own.run import Run, Schedule
+from blip2_export.train.own.run import Run, Schedule, option
 from blip2_export.train.own.sources import DataError
 from blip2_export.train.own.steps import made
 from blip2_export.train.own.stop import Interrupted, Stop, Stopped
@@ -53,12 +53,20 @@ class Task:
 
 @dataclass
 class Best:
-    """The best measurement so far: its value and step, and how many came since."""
+    """The best measurement so far: its value, its loss and its step, and how many came since."""
 
     by: str
     value: float | None = None
     step: int | None = None
     since: int = 0
+    loss: float = math.inf
+
+    def is_less_than(self, value: float, loss: float, more: bool) -> bool:
+        """Of equal values the one of a lower loss is better: while no answer is right yet, much is learnt. `more` is better."""
+        if not math.isfinite(value) or self.value is None:
+            return math.isfinite(value)
+        gain = value - self.value if more else self.value - value
+        return gain > 0 or (gain == 0 and loss < self.loss)
 
 
 class Fit:
@@ -234,9 +242,9 @@ class Fit:
 
     def _is_better(self, found: dict[str, float]) -> bool:
         key, more = self.task.better
-        value, best = float(found[key]), self.best.value
-        if math.isfinite(value) and (best is None or (value > best if more else value < best)):
-            self.best = Best(key, value, self.step)
+        value, loss = float(found[key]), float(found.get("loss", math.inf))
+        if self.best.is_less_than(value, loss, more):
+            self.best = Best(key, value, self.step, loss=loss)
             return True
         self.best.since += 1
         return False
@@ -304,7 +312,7 @@ def _loss(losses: dict[str, Tensor]) -> Tensor:
 def _difference(kept: str, now: dict[str, Any] | None) -> str:
     before, after = json.loads(kept) or {}, now or {}
     keys = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
-    return ", ".join(f"{key}: {before.get(key)} then, {after.get(key)} now" for key in keys[:3])
+    return ", ".join(f"{option(key)}: {before.get(key)} then, {after.get(key)} now" for key in keys[:3])
 
 
 __all__ = ["Best", "Fit", "Run", "Schedule", "Task", "fill", "read"]

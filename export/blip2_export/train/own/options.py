@@ -237,7 +237,7 @@ def _add_images(group: argparse._ArgumentGroup) -> None:
         "--held-out-images",
         type=Path,
         metavar="FOLDER",
-        help="the same of --held-out (default: --images, if that is one)",
+        help="folder of the pictures of a --held-out set (default: --images, if that is one)",
     )
 
 
@@ -267,6 +267,7 @@ def _add_models(group: argparse._ArgumentGroup, stage: str) -> None:
         "stage2": "image encoder and language model",
         "vqa": "all that stage 2 left",
     }
+    own = "--base, if that reads questions already, " if stage == "vqa" else "--base itself, another, "
     group.add_argument(
         "--base",
         type=Path,
@@ -285,8 +286,13 @@ def _add_models(group: argparse._ArgumentGroup, stage: str) -> None:
     group.add_argument(
         "--qformer",
         type=Path,
-        help="checkpoint whose Q-Former it starts from: --base itself, another, what stage 1 left as a folder (--out of stage1), "
-        "or a LAVIS file of stage 1 (with --bert for its tokenizer)",
+        help=(
+            "checkpoint that gives what reads the question"
+            if stage == "vqa"
+            else "checkpoint whose Q-Former it starts from"
+        )
+        + f": {own}what stage 1 left as a folder (--out of stage1), or a LAVIS file of stage 1 (with --bert for its tokenizer)"
+        + ("" if stage == "stage1" else "; stage 1 in the same --work comes first"),
     )
     group.add_argument("--queries", type=int, metavar="N", help="query tokens (default: the base's, 32 in the paper)")
     _add_lora(group, stage)

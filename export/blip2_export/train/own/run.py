@@ -9,6 +9,16 @@ from typing import Any
 from blip2_export.train import rate
 from blip2_export.train.own.aside import aside_of
 
+# Where facts of a run come from, if not from an option of their name.
+_OPTIONS = {
+    "batch": "--batch-size",
+    "better": "--best-by",
+    "floor": "--least-rate by --learning-rate",
+    "pictures": "--augment and --cache-type",
+    "precision": "--precision and --frozen-float32",
+    "start": "--bert, --qformer and --queries",
+}
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -74,3 +84,8 @@ class Run:
     def leftovers(self) -> list[Path]:
         """What a run that was killed may have left of a file that it wrote anew."""
         return [aside_of(file) for file in (self.checkpoint, self.best, self.log, self.page)]
+
+
+def option(fact: str) -> str:
+    """What somebody types for a fact of a run."""
+    return _OPTIONS.get(fact, f"--{fact.replace('_', '-')}")
