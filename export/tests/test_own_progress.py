@@ -629,7 +629,7 @@ def test_all_phases_are_looked_at(folder: Path) -> None:
         assert list((said.work / "tensorboard" / phase).glob("events.out.tfevents.*"))
 
 
-def test_questions_are_answered_and_counted(folder: Path, tmp_path: Path) -> None:
+def test_questions_are_answered_and_counted(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pictures = sorted((folder / "data").rglob("*.png"))[:12]
     asked = [
         {
@@ -647,6 +647,7 @@ def test_questions_are_answered_and_counted(folder: Path, tmp_path: Path) -> Non
     samples = next(row["samples"] for row in found if "samples" in row)
     assert samples[0]["asked"].startswith("what is it") and samples[0]["true"] == ["ring", "box"]
     assert found[0]["settings"]["better"] == "accuracy"
+    assert f"  {samples[0]['picture']}: {samples[0]['asked']} " in capsys.readouterr().err
 
 
 # Several processes
