@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from converted import converted
 
 from blip2_export import bundle
 from blip2_export.bundle import Choices, convert
 from blip2_export.check import random_checkpoint
-from blip2_export.graphs.precision import EXACT
 from blip2_export.graphs.targets import TARGETS
 from blip2_export.read.checkpoint import CheckpointError
 from blip2_export.reference.generation import Reference
@@ -36,21 +36,10 @@ N_NEW = 8
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory):
     """(checkpoint, bundle) of a shape, made once."""
-
-    @functools.cache
-    def written(shape: str) -> Path:
-        folder = tmp_path_factory.mktemp(shape) / "checkpoint"
-        random_checkpoint.write(folder, shape, seed=sorted(random_checkpoint.SHAPES).index(shape))
-        return folder
-
-    @functools.cache
-    def make(shape: str, target: str) -> tuple[Path, Path]:
-        checkpoint = written(shape)
-        bundle = checkpoint.with_name(target)
-        convert(checkpoint, bundle, Choices(shape, golden=False, target=target, precisions=EXACT))
-        return checkpoint, bundle
-
-    return lambda shape, target="cpu": make(shape, target)
+    shapes = sorted(random_checkpoint.SHAPES)
+    return converted(
+        tmp_path_factory, lambda folder, shape: random_checkpoint.write(folder, shape, seed=shapes.index(shape)), Path
+    )
 
 
 @pytest.fixture(scope="session")

@@ -605,8 +605,8 @@ def test_a_disk_that_fills_up_is_said_and_nothing_is_lost(
     typed = [*places(folder, "opt", work), *SHORT, "--out", out]
     for where, name in (
         (PreTrainedTokenizerFast, "save_pretrained"),
-        (loop.torch, "save"),
-        (loop.os, "replace"),
+        (torch, "save"),
+        (os, "replace"),
         (folders, "save_file"),
     ):
         with pytest.MonkeyPatch.context() as patched:

@@ -552,6 +552,10 @@ def test_bad_pictures_are_told_once_counted_over_resumption_and_bounded(
     with pytest.raises(DataError, match=r"13 of 240 pictures cannot be read.*, more than 12; mend the data"):
         bad.note(part(13))
     assert len((tmp_path / "bad.jsonl").read_text().splitlines()) == 13
+    with (tmp_path / "bad.jsonl").open("a") as torn:
+        torn.write('{"picture": "14.p')
+    Bad(tmp_path / "bad.jsonl", 999, 0.05).note(part(15))
+    assert len(Bad(tmp_path / "bad.jsonl", 999, 0.05).known) == 13, "all but the line that a full disk cut"
     assert len(Bad(tmp_path / "few.jsonl", 4, 0.0).note(part(*range(10)))) == 10
 
 

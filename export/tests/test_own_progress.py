@@ -502,6 +502,19 @@ def test_more_can_be_better_and_what_is_no_number_never_is(tmp_path: Path) -> No
     assert [row["held_out"]["accuracy"] for row in rows(tmp_path, "line") if "held_out" in row] == [None, 0.25, 0.75]
 
 
+def test_of_equal_measurements_the_one_of_a_lower_loss_is_better(tmp_path: Path) -> None:
+    """Else a model that has no answer right yet would be written as it was at its first measurement."""
+    left = iter([(0.0, 3.0), (0.0, 2.0), (0.0, 2.5)])
+
+    def measure(_: Line) -> dict[str, float]:
+        return dict(zip(("accuracy", "loss"), next(left), strict=True))
+
+    fit = fitted(tmp_path, measure=measure, better=("accuracy", True))
+    fit.go()
+    assert fit.best.step == 4 and fit.best.since == 1
+    assert not fit.best.is_less_than(-0.1, 0.0, True) and fit.best.is_less_than(0.1, 9.0, True)
+
+
 def test_nothing_measured_gives_the_last_weights(tmp_path: Path) -> None:
     fit = fitted(tmp_path)
     fit.go()
@@ -568,6 +581,14 @@ def test_a_run_that_was_killed_has_the_log_and_the_best_of_one_that_was_not(tmp_
     assert fit.take(best=True)
 
 
+def test_a_run_that_begins_anew_has_no_best_weights_of_another(tmp_path: Path) -> None:
+    """Whose checkpoint is gone: what goes on from this folder would take them for its own."""
+    fitted(tmp_path, measure=of_weights).go()
+    (tmp_path / "line.pt").unlink()
+    fitted(tmp_path).go()
+    assert not (tmp_path / "line_best.pt").exists()
+
+
 def test_best_weights_that_were_not_written_in_time_are_written_on_going_on(tmp_path: Path) -> None:
     fit = fitted(tmp_path, 8, of_weights)
 
@@ -608,7 +629,7 @@ def test_all_phases_are_looked_at(folder: Path) -> None:
         assert list((said.work / "tensorboard" / phase).glob("events.out.tfevents.*"))
 
 
-def test_questions_are_answered_and_counted(folder: Path, tmp_path: Path) -> None:
+def test_questions_are_answered_and_counted(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pictures = sorted((folder / "data").rglob("*.png"))[:12]
     asked = [
         {
@@ -626,6 +647,7 @@ def test_questions_are_answered_and_counted(folder: Path, tmp_path: Path) -> Non
     samples = next(row["samples"] for row in found if "samples" in row)
     assert samples[0]["asked"].startswith("what is it") and samples[0]["true"] == ["ring", "box"]
     assert found[0]["settings"]["better"] == "accuracy"
+    assert f"  {samples[0]['picture']}: {samples[0]['asked']} " in capsys.readouterr().err
 
 
 # Several processes

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from converted import converted
 from safetensors.torch import load_file, save_file
 from stage1_reference import HUGGING_FACE, Stage1, lift
 from table import table_type
@@ -23,7 +24,6 @@ from blip2_export.bundle import Choices, convert
 from blip2_export.check import random_checkpoint, random_retrieval
 from blip2_export.graphs.builder import UnsupportedError
 from blip2_export.graphs.positions import resize
-from blip2_export.graphs.precision import EXACT
 from blip2_export.graphs.targets import TARGETS
 from blip2_export.read.checkpoint import CheckpointError
 from blip2_export.reference.pictures import preparation
@@ -40,21 +40,11 @@ N_NEW = 12
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory):
     """(checkpoint, graphs) of a shape, made once."""
-
-    @functools.cache
-    def written(shape: str) -> Path:
-        folder = tmp_path_factory.mktemp(shape) / "c"
-        random_retrieval.write(folder, shape, seed=10 + SHAPES.index(shape))
-        return folder
-
-    @functools.cache
-    def make(shape: str, target: str) -> tuple[Path, Stage1Graphs]:
-        checkpoint = written(shape)
-        bundle = checkpoint.with_name(target)
-        convert(checkpoint, bundle, Choices(shape, golden=False, target=target, precisions=EXACT))
-        return checkpoint, Stage1Graphs(bundle)
-
-    return lambda shape, target="cpu": make(shape, target)
+    return converted(
+        tmp_path_factory,
+        lambda folder, shape: random_retrieval.write(folder, shape, seed=10 + SHAPES.index(shape)),
+        Stage1Graphs,
+    )
 
 
 @pytest.fixture(scope="session")

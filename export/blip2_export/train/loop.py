@@ -1,21 +1,27 @@
-"""One optimisation loop for every phase: logs each loss, saves a checkpoint regularly and goes on from it after a kill."""
+"""One optimisation loop for every phase: logs each loss, saves a checkpoint regularly and goes on from it after a kill.
+
+It is apart from `own.loop`, with which it shares what a step sees, the rate and the checkpoint's file. Here matrices learn by Muon,
+single parameters at rates of their own, in one process that computes in float32, and what is measured decides nothing; there one
+optimiser learns on whatever hardware there is, and measurements choose the weights, end the run and draw its page. In one loop
+either would be switches of no use to the other, and a demo that is under way could not go on from its checkpoints.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 from blip2_export.train import muon, rate
+from blip2_export.train.own import keep
+from blip2_export.train.own.steps import made
 
 
 @dataclass(frozen=True)
@@ -57,19 +63,6 @@ class Phase:
         return self.work / f"{self.name}.jsonl"
 
 
-class StepBatches(Dataset[Any]):
-    """Batch number `step` is a pure function of `step`, so a resumed run sees what an unbroken one would have seen."""
-
-    def __init__(self, make: Callable[[int], Any], steps: int) -> None:
-        self.make, self.steps = make, steps
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __getitem__(self, step: int) -> Any:
-        return self.make(step)
-
-
 @dataclass(frozen=True)
 class Task:
     """What a phase trains: the parameters of `model` that require gradients.
@@ -101,7 +94,7 @@ def fit(phase: Phase, task: Task, evaluation: Evaluation | None = None, workers:
         return
     progress, saved = _Progress(phase, start), time.monotonic()
     task.model.train()
-    for step, batch in _batches(task, range(start, steps), workers):
+    for step, batch in made(task.make_batch, range(start, steps), workers):
         parts = task.losses(batch)
         state.update(step, parts)
         progress.add(step, {k: float(v.detach()) for k, v in parts.items()})
@@ -114,18 +107,6 @@ def fit(phase: Phase, task: Task, evaluation: Evaluation | None = None, workers:
             with torch.no_grad():
                 progress.write({"step": done, "evaluation": evaluation.measure()})
             task.model.train()
-
-
-def _batches(task: Task, steps: range, workers: int) -> Iterable[tuple[int, Any]]:
-    loader = DataLoader(
-        StepBatches(task.make_batch, steps.stop),
-        batch_size=None,
-        sampler=steps,
-        num_workers=workers,
-        # `make_batch` is a closure; nothing else can carry it over.
-        multiprocessing_context="fork" if workers else None,
-    )
-    return zip(steps, loader, strict=True)
 
 
 class _State:
@@ -153,22 +134,17 @@ class _State:
             optimiser.step()
 
     def save(self, step: int) -> None:
-        aside = self.phase.checkpoint.with_suffix(".tmp")
         weights = {n: p.detach() for n, p in self.trained.items()}
-        torch.save({"step": step, "model": weights, "optimisers": [o.state_dict() for o in self.optimisers]}, aside)
-        os.replace(aside, self.phase.checkpoint)
+        optimisers = [o.state_dict() for o in self.optimisers]
+        keep.write(self.phase.checkpoint, {"step": step, "model": weights, "optimisers": optimisers})
 
     def resume(self) -> int:
         """Takes over the last checkpoint, if there is one; gives the step that comes next."""
         file = self.phase.checkpoint
         if not file.exists():
             return 0
-        kept = torch.load(file, weights_only=True)
-        if kept["model"].keys() != self.trained.keys():
-            raise ValueError(f"{file} belongs to another model; remove it or choose another --work folder")
-        with torch.no_grad():
-            for name, value in kept["model"].items():
-                self.trained[name].copy_(value)
+        kept = keep.read(file)
+        keep.fill(self.trained, kept["model"], file)
         for optimiser, state in zip(self.optimisers, kept["optimisers"], strict=True):
             optimiser.load_state_dict(state)
         print(f"{self.phase.name}: going on from step {kept['step']}", file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +55,15 @@ class Bad:
 
     def _read(self) -> dict[str, str]:
         try:
-            rows = [json.loads(line) for line in self.file.read_text().splitlines() if line.endswith("}")]
-        except (OSError, ValueError):
+            lines = self.file.read_text().splitlines()
+        except OSError:
             return {}
-        return {row["picture"]: row["why"] for row in rows}
+        found = dict[str, str]()
+        for line in lines:
+            with suppress(ValueError, TypeError, KeyError):  # half of it, where the disk was full
+                row = json.loads(line)
+                found[row["picture"]] = row["why"]
+        return found
 
     def _write(self, new: dict[str, str]) -> None:
         """In one piece, so that processes do not write into each other's lines."""

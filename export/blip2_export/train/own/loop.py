@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -16,15 +15,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
-from blip2_export.train.own import together
-from blip2_export.train.own.aside import aside_of
+from blip2_export.train.own import keep, together
 from blip2_export.train.own.estimate import rehearse
 from blip2_export.train.own.hardware import Precision, lifted
+from blip2_export.train.own.keep import fill, read
 from blip2_export.train.own.progress import Progress
 from blip2_export.train.own.run import Run, Schedule, option
 from blip2_export.train.own.sources import DataError
+from blip2_export.train.own.steps import made
 from blip2_export.train.own.stop import Interrupted, Stop, Stopped
 
 
@@ -54,27 +53,20 @@ class Task:
 
 @dataclass
 class Best:
-    """The best measurement so far: its value and step, and how many came since."""
+    """The best measurement so far: its value, its loss and its step, and how many came since."""
 
     by: str
     value: float | None = None
     step: int | None = None
     since: int = 0
+    loss: float = math.inf
 
-
-class _Steps(Dataset[list[Any] | DataError]):
-    def __init__(self, make: Callable[[int], list[Any]], n: int) -> None:
-        self.make, self.n = make, n
-
-    def __len__(self) -> int:
-        return self.n
-
-    def __getitem__(self, step: int) -> list[Any] | DataError:
-        try:
-            return self.make(step)
-        except DataError as error:
-            # Raised here, it would come out of another process with all its traces in its text.
-            return error
+    def is_less_than(self, value: float, loss: float, more: bool) -> bool:
+        """Of equal values the one of a lower loss is better: while no answer is right yet, much is learnt. `more` is better."""
+        if not math.isfinite(value) or self.value is None:
+            return math.isfinite(value)
+        gain = value - self.value if more else self.value - value
+        return gain > 0 or (gain == 0 and loss < self.loss)
 
 
 class Fit:
@@ -144,7 +136,7 @@ class Fit:
         run, saved = self.run, time.monotonic()
         if self.looked < self.step:  # it was stopped in front of a measurement, or within
             self._look(progress, stop)
-        for step, parts in self._batches(range(self.step, run.schedule.steps)):
+        for step, parts in made(self.task.parts, range(self.step, run.schedule.steps), run.workers):
             if self._is_over:
                 break
             progress.add(self._update(step, parts), [self.task.notes(part) for part in parts])
@@ -250,27 +242,12 @@ class Fit:
 
     def _is_better(self, found: dict[str, float]) -> bool:
         key, more = self.task.better
-        value, best = float(found[key]), self.best.value
-        if math.isfinite(value) and (best is None or (value > best if more else value < best)):
-            self.best = Best(key, value, self.step)
+        value, loss = float(found[key]), float(found.get("loss", math.inf))
+        if self.best.is_less_than(value, loss, more):
+            self.best = Best(key, value, self.step, loss=loss)
             return True
         self.best.since += 1
         return False
-
-    def _batches(self, steps: range) -> Iterator[tuple[int, list[Any]]]:
-        loader = DataLoader(
-            _Steps(self.task.parts, steps.stop),
-            batch_size=None,
-            sampler=steps,
-            num_workers=self.run.workers,
-            # `parts` is a closure; nothing else can carry it over.
-            multiprocessing_context="fork" if self.run.workers else None,
-            worker_init_fn=_leave_signals,
-        )
-        for step, parts in zip(steps, loader, strict=True):
-            if isinstance(parts, DataError):
-                raise parts
-            yield step, parts
 
     def _save(self) -> None:
         """Where to go on from."""
@@ -291,20 +268,14 @@ class Fit:
             return
         weights = {name: p.detach().cpu() for name, p in self.trained.items()}
         state = {"step": self.step, "model": weights, "facts": json.dumps(self.run.facts, sort_keys=True), **more}
-        aside = aside_of(file)
-        try:
-            with aside.open("wb") as opened:
-                torch.save(state, opened)
-                opened.flush()
-                os.fsync(opened.fileno())
-            os.replace(aside, file)
-        except (OSError, RuntimeError) as error:
-            aside.unlink(missing_ok=True)
-            raise DataError(f"{file}: it cannot be written ({error}); what was saved before is as it was") from error
+        keep.write(file, state)
 
     def _resume(self) -> None:
         file = self.run.checkpoint
         if not file.exists():
+            if self.accelerator.is_main_process:
+                # Of a run that was here before, they would pass for those of this one.
+                self.run.best.unlink(missing_ok=True)
             return
         kept = read(file)
         if kept["facts"] != json.dumps(self.run.facts, sort_keys=True):
@@ -318,29 +289,12 @@ class Fit:
         self.step, self.looked, self.best = int(kept["step"]), int(kept["looked"]), Best(**kept["best"])
         if self.best.step == self.step and not self._has_best():
             self._save_best()
-        self.accelerator.print(f"{self.run.name}: going on from step {self.step}")
+        if self.accelerator.is_main_process:
+            print(f"{self.run.name}: going on from step {self.step}", file=sys.stderr)
 
     def _has_best(self) -> bool:
         """Whether the best weights are those that the checkpoint speaks of."""
         return self.run.best.exists() and read(self.run.best)["step"] == self.best.step
-
-
-def read(file: Path) -> dict[str, Any]:
-    """A checkpoint of this loop."""
-    try:
-        kept: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # the format has no exception of its own
-        raise DataError(f"{file}: it is no checkpoint that can be read ({error}); remove it to begin anew") from error
-    return kept
-
-
-def fill(trained: dict[str, nn.Parameter], kept: dict[str, Tensor], file: Path) -> None:
-    """Takes over the weights of a checkpoint."""
-    if kept.keys() != trained.keys() or any(kept[name].shape != p.shape for name, p in trained.items()):
-        raise DataError(f"{file} belongs to another model; name another --work")
-    with torch.no_grad():
-        for name, value in kept.items():
-            trained[name].copy_(value)
 
 
 def _adam(trained: dict[str, nn.Parameter], schedule: Schedule) -> torch.optim.Optimizer:
@@ -359,15 +313,6 @@ def _difference(kept: str, now: dict[str, Any] | None) -> str:
     before, after = json.loads(kept) or {}, now or {}
     keys = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
     return ", ".join(f"{option(key)}: {before.get(key)} then, {after.get(key)} now" for key in keys[:3])
-
-
-def _leave_signals(_: int) -> None:
-    """Signals reach all processes at once; those that make batches end when the one that asks for them does, or tells them to.
-
-    That is by SIGTERM too, if they do not end by themselves: it is the second that ends them.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 __all__ = ["Best", "Fit", "Run", "Schedule", "Task", "fill", "read"]

@@ -38,6 +38,7 @@ WRITTEN = ("cider", "bleu4")  # what captions have to be written for
 FEW_WRITTEN = 200  # pictures that captions are written of in a measurement
 CAPTIONS = 5  # of a picture, as retrieval on COCO and Flickr30k is measured
 _RERANKED = 8  # candidates of each query
+_TOGETHER = 64  # texts, or pairs of them with pictures, that go through the model at once
 _FEW = 200  # pictures up to which candidates are ranked anew by matching; their features stay in memory
 
 
@@ -140,8 +141,8 @@ class Gallery:
                     self.texts[caption] = len(self.texts)
                     new.append(caption)
                 self.pairs.add((self.keys[key], self.texts[caption]))
-        for i in range(0, len(new), 64):
-            ids, mask = (t.to(batch.ids.device) for t in model.encode(new[i : i + 64]))
+        for i in range(0, len(new), _TOGETHER):
+            ids, mask = (t.to(batch.ids.device) for t in model.encode(new[i : i + _TOGETHER]))
             hidden = model.qformer.text(ids, mask)[:, 0]
             self.vectors.append(nn.functional.normalize(model.qformer.text_projection(hidden), dim=-1).float().cpu())
 
@@ -172,12 +173,15 @@ class Gallery:
         """
         said, device = list(self.texts), model.qformer.query_tokens.device
         best, found = scores.topk(min(_RERANKED, scores.shape[1])).indices, scores - 1e4
-        for row, columns in enumerate(best.tolist()):
-            pairs = [pair(row, column) for column in columns]
+        candidates = [(row, column) for row, columns in enumerate(best.tolist()) for column in columns]
+        for first in range(0, len(candidates), _TOGETHER):
+            some = candidates[first : first + _TOGETHER]
+            pairs = [pair(row, column) for row, column in some]
             ids, mask = (t.to(device) for t in model.encode([said[text] for _, text in pairs]))
             seen = torch.stack([self.features[picture] for picture, _ in pairs]).to(device)
             logits = model.qformer.matching_logits(seen, ids, mask)[:, 1].float().cpu()
-            found[row, columns] = scores[row, columns] + logits
+            where = torch.tensor(some).unbind(1)
+            found[where] = scores[where] + logits
         return found
 
 

@@ -94,7 +94,8 @@ class Progress:
         """What the model says of a few pictures."""
         self._row({"samples": samples})
         for sample in samples:
-            self._say(f"  {sample['picture']}: {sample['said']}")
+            asked = f"{sample['asked']} " if "asked" in sample else ""
+            self._say(f"  {sample['picture']}: {asked}{sample['said']}")
 
     def draw(self) -> None:
         """The page, from the log."""
