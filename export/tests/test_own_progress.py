@@ -153,7 +153,10 @@ def recall(scores: dict[tuple[str, str], float], side: int, k: int) -> float:
 
 
 @torch.no_grad()
-def test_retrieval_is_that_of_pairs_one_by_one(bases: dict[str, Base], tmp_path: Path) -> None:
+def test_retrieval_is_that_of_pairs_one_by_one(
+    bases: dict[str, Base], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measures, "_TOGETHER", 20)  # of more texts and pairs
     model, held_out = stage1(bases["opt"], tmp_path), known()
     found = measures.of_stage1(model, held_out.parts(said_of(model)), lambda part: seen(model, part))
     features, texts = features_of(model, held_out), {clean(text) for said in SAID for text in said}
