@@ -47,7 +47,21 @@ from blip2_export.train.own.captions import clean
 from blip2_export.train.own.length import Length
 from blip2_export.train.own.loop import Schedule
 
-SHORT = ("--steps", "3", "--batch-size", "4", "--workers", "0", "--held-out", "0.2", "--samples", "1")
+SHORT = (
+    "--steps",
+    "3",
+    "--batch-size",
+    "4",
+    "--workers",
+    "0",
+    "--held-out",
+    "0.2",
+    "--measure-every",
+    "3",
+    "--samples",
+    "1",
+)
+UNMEASURED = (*SHORT, "--held-out", "0")
 FAMILIES = {"opt": "odd-3", "t5": "t5"}
 
 
@@ -357,9 +371,8 @@ def test_a_picture_that_json_cannot_name_is_shown_under_another(folder: Path, tm
 def test_questions_are_answered_through_the_engine_as_they_were_trained(
     folder: Path, second: dict[str, Path], tmp_path: Path, engine: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    typed = ["--data", folder / "data" / "plain.json", "--base", second["t5"], "--work", folder / "work-t5", *SHORT]
-    shutil.rmtree(folder / "answers-again", ignore_errors=True)
-    more = ["--seed", "1", "--qformer", second["t5"], "--work", tmp_path / "work", "--image-size", "28", "--force"]
+    typed = ["--data", folder / "data" / "plain.json", "--base", second["t5"], "--work", tmp_path / "work", *SHORT]
+    more = ["--qformer", second["t5"], "--image-size", "28"]
     out = ["--out", tmp_path / "out", "--convert", tmp_path / "bundle", "--engine", engine, "--evaluate-on", "2"]
     assert train("vqa", *typed, *more, *out) == 0
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -602,7 +615,7 @@ def test_a_disk_that_fills_up_is_said_and_nothing_is_lost(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
 
     work, out = tmp_path / "work", tmp_path / "out"
-    typed = [*places(folder, "opt", work), *SHORT, "--out", out]
+    typed = [*places(folder, "opt", work), *UNMEASURED, "--out", out]
     for where, name in (
         (PreTrainedTokenizerFast, "save_pretrained"),
         (torch, "save"),
@@ -621,17 +634,17 @@ def test_a_file_that_cannot_grow_ends_it_and_room_lets_it_go_on_bit_by_bit(
 ) -> None:
     """A bound on files stands for a disk that is full: whatever writes meets it, in Python or not."""
     work, whole = tmp_path / "work", tmp_path / "whole"
-    assert train("stage1", *places(folder, "opt", whole), *SHORT) == 0
+    assert train("stage1", *places(folder, "opt", whole), *UNMEASURED) == 0
     size = (whole / "stage1.pt").stat().st_size
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     for most, met in ((1000, "qformer_tokenizer"), (size - 1000, "stage1.pt")):
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
         try:
-            said = refused(capsys, "stage1", *places(folder, "opt", work), *SHORT, "--tensorboard")
+            said = refused(capsys, "stage1", *places(folder, "opt", work), *UNMEASURED, "--tensorboard")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         assert met in said and "it cannot be written" in said, said
         assert not list(work.rglob("*.part")) and not (work / "stage1.pt").exists()
-    assert train("stage1", *places(folder, "opt", work), *SHORT) == 0
+    assert train("stage1", *places(folder, "opt", work), *UNMEASURED) == 0
     one, other = (loop.read(place / "stage1.pt")["model"] for place in (work, whole))
     assert all(torch.equal(one[name], other[name]) for name in one)

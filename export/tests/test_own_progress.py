@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import os
-import random
 import struct
 from collections.abc import Callable
 from dataclasses import replace
@@ -154,7 +153,10 @@ def recall(scores: dict[tuple[str, str], float], side: int, k: int) -> float:
 
 
 @torch.no_grad()
-def test_retrieval_is_that_of_pairs_one_by_one(bases: dict[str, Base], tmp_path: Path) -> None:
+def test_retrieval_is_that_of_pairs_one_by_one(
+    bases: dict[str, Base], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measures, "_TOGETHER", 20)  # of more texts and pairs
     model, held_out = stage1(bases["opt"], tmp_path), known()
     found = measures.of_stage1(model, held_out.parts(said_of(model)), lambda part: seen(model, part))
     features, texts = features_of(model, held_out), {clean(text) for said in SAID for text in said}
@@ -643,7 +645,8 @@ def test_questions_are_answered_and_counted(folder: Path, tmp_path: Path, capsys
     said = setup(folder, "asked", data=[(folder / "data" / "asked.jsonl", 1.0)], qformer=folder / "opt", held_out=0.4)
     stages.train_questions(said, tmp_path / "answers", 42, 1)
     found = rows(said.work, "vqa")
-    assert all(0 <= row["held_out"]["accuracy"] <= 1 for row in found if "held_out" in row)
+    measured = [row["held_out"]["accuracy"] for row in found if "held_out" in row]
+    assert len(measured) == 3 and all(0 <= accuracy <= 1 for accuracy in measured)
     samples = next(row["samples"] for row in found if "samples" in row)
     assert samples[0]["asked"].startswith("what is it") and samples[0]["true"] == ["ring", "box"]
     assert found[0]["settings"]["better"] == "accuracy"
@@ -826,22 +829,12 @@ def lasted(clock: Clock, pace: Pace, steps: int, jitter: Callable[[int], float])
     return found
 
 
-def test_the_end_that_is_foreseen_holds() -> None:
-    clock, rng = Clock(), random.Random(1)
-    pace = Pace({"measure": 100}, {"save": 60}, clock)
-    found = lasted(clock, pace, 1000, lambda _: rng.uniform(0.7, 1.3))
-    end = clock.now
-    for step, (now, left) in enumerate(found[:-1], 1):
-        if step > 100:
-            assert left == pytest.approx(end - now, rel=0.1, abs=15), step
-    assert found[-1][1] == 0
-
-
 def test_a_change_of_speed_is_noticed() -> None:
     clock = Clock()
     pace = Pace({"measure": 100}, {"save": 60}, clock)
     found = lasted(clock, pace, 1000, lambda step: 1 if step < 500 else 2)
     assert found[620][1] == pytest.approx(clock.now - found[620][0], rel=0.1)
+    assert found[-1][1] == 0
 
 
 class Terminal(io.StringIO):
