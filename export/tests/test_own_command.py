@@ -38,6 +38,7 @@ from blip2_export.train.own import (
     questions,
     records,
     sources,
+    split,
     start,
     together,
 )
@@ -582,6 +583,18 @@ def test_a_work_folder_of_another_run_is_said_and_left(
     typed = [*places(folder, "opt", work), *SHORT]
     assert "--seed: 0 then, 5 now" in refused(capsys, "stage1", *typed, "--seed", "5")
     assert "--best-by: loss then, r1 now" in refused(capsys, "stage1", *typed, "--best-by", "r1")
+    learnt = loop.read(work / "stage1.pt")["facts"]
+    first = split.by_share(records.read(folder / "data", None, None, work), 0.2)[0][0].source
+    assert isinstance(first, sources.File)
+    picture = first.path
+    aside = picture.rename(tmp_path / "aside.png")
+    try:
+        said = refused(capsys, "stage1", *typed)
+    finally:
+        aside.rename(picture)
+    assert (
+        f"what --data holds: {json.loads(learnt)['records']} then, " in said and "pictures (" in said.split("then,")[1]
+    )
     (tmp_path / "b").symlink_to(folder / "t5")
     assert "other settings" in refused(capsys, "stage1", *typed, "--base", tmp_path / "b")
     assert (work / "stage1.pt").read_bytes() == before

@@ -168,7 +168,7 @@ class Ground:
             "tensorboard": setup.tensorboard,
             "machine": machine.facts(self.device),
         }
-        facts = _facts(setup, name)
+        facts = {**_facts(setup, name), "records": self.learnt.print()}
         return Run(name, setup.work, setup.schedule, setup.seed, setup.sizes.accumulate, facts=facts, **more)
 
     def _tell(self, run: Run, stage: Stage, out: Path | None) -> None:

@@ -30,7 +30,7 @@ class Precision:
             raise DataError(f"the precision `{name}` is none of {', '.join(PRECISIONS)}")
         self.name, self.device = name, device
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
-        self.skipped, self._in_a_row = 0, 0
+        self._in_a_row = 0
 
     @property
     def tolerates_overflow(self) -> bool:
@@ -40,23 +40,23 @@ class Precision:
         """For the forward pass."""
         return torch.autocast(self.device.type, _TYPES[self.name]) if self.name in _TYPES else nullcontext()
 
-    def step(self, optimiser: torch.optim.Optimizer, norm: float) -> None:
-        """After `scaler.unscale_`: the optimiser's step, unless the norm of the gradients is no number."""
+    def step(self, optimiser: torch.optim.Optimizer, norm: float) -> bool:
+        """After `scaler.unscale_`: the optimiser's step, unless the norm of the gradients is no number. Whether it was left out."""
         skips = self.tolerates_overflow and not norm < float("inf")
-        self.skipped += skips
         self._in_a_row = self._in_a_row + 1 if skips else 0
         if self._in_a_row >= _MOST_SKIPPED:
             raise FloatingPointError(f"{_MOST_SKIPPED} steps in a row overflow fp16; take --precision bf16 or no")
         self.scaler.step(optimiser)
         self.scaler.update()
+        return skips
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"scaler": self.scaler.state_dict(), "skipped": self.skipped, "in_a_row": self._in_a_row}
+        return {"scaler": self.scaler.state_dict(), "in_a_row": self._in_a_row}
 
     def take(self, state: dict[str, Any]) -> None:
         """Goes on from a checkpoint's."""
-        self.skipped, self._in_a_row = state["skipped"], state["in_a_row"]
+        self._in_a_row = state["in_a_row"]
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
 

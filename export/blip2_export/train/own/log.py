@@ -8,8 +8,9 @@
     {"step": 1000, "bad": {"b.jpg": "OSError: …"}}                 pictures that gave way to others, when first met
     {"step": 9000, "ended": "…", "best_step": 7000}               why, and where its best measurement was
 
-`steps`: how many steps a line is the mean of. `rate`: the learning rate. `gradient_norm`: before clipping. `left_s`: until the end,
-measuring and saving included. Every line has `at`, seconds since 1970. A value that is not finite is `null`.
+`steps`: how many steps a line is the mean of. `rate`: the learning rate. `gradient_norm`: before clipping. `skipped`: under fp16,
+the share of them that overflowed and was left out. `left_s`: until the end, measuring and saving included. Every line has `at`,
+seconds since 1970. A value that is not finite is `null`.
 """
 
 from __future__ import annotations

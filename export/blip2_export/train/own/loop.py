@@ -187,10 +187,10 @@ class Fit:
         self.precision.scaler.unscale_(self.optimiser)
         norm = nn.utils.clip_grad_norm_(self.trained.values(), schedule.clip)
         self._check(step, norm, "the norm of the gradients")
-        self.precision.step(self.optimiser, float(norm))
+        skips = self.precision.step(self.optimiser, float(norm))
         logged |= {"_gradient_norm": float(norm), "_rate": float(self.optimiser.param_groups[0]["lr"])}
         if self.precision.tolerates_overflow:
-            logged["_skipped"] = float(self.precision.skipped)
+            logged["_skipped"] = float(skips)
         return {key: value for key, value in logged.items() if math.isfinite(value)}
 
     def _shares(self, parts: list[Any]) -> list[float]:

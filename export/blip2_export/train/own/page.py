@@ -110,7 +110,7 @@ def _plots(steps: Sequence[Row], measured: Sequence[Row], best: float | None) ->
         "rate": "Learning rate",
         "gradient_norm": "Gradient norm",
         "temperature": "Temperature",
-        "skipped": "Steps that overflowed",
+        "skipped": "Share of steps that overflowed",
     }
     found += [figure(title, [Line(key, _points(steps, key))]) for key, title in single.items()]
     found.append(figure("Pictures per second", [Line("pictures/s", _points(steps, "pictures_per_s"))]))

@@ -16,6 +16,7 @@ _OPTIONS = {
     "floor": "--least-rate by --learning-rate",
     "pictures": "--augment and --cache-type",
     "precision": "--precision and --frozen-float32",
+    "records": "what --data holds",
     "start": "--bert, --qformer and --queries",
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,6 +40,14 @@ class Learnt:
     order: Order
     train: list[Record]
     held_out: list[Record]
+
+    def print(self) -> str:
+        """What is learnt, in short: a run goes on with the same alone."""
+        said = ([record.key, record.captions, [(q.text, q.answers) for q in record.questions]] for record in self.train)
+        digest = hashlib.sha256()
+        for one in said:
+            digest.update(json.dumps(one).encode())
+        return f"{len(self.train)} pictures ({digest.hexdigest()[:12]})"
 
 
 def learnt(setup: Setup, usable: Usable) -> Learnt:
