@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -80,3 +82,10 @@ def test_processors_are_counted_in_one_place() -> None:
     counted = ("sched_getaffinity", "cpu_count")
     found = [path.stem for path in ROOT.rglob("*.py") if any(name in path.read_text() for name in counted)]
     assert found == ["processors"]
+
+
+def test_convert_can_be_read_about_without_waiting_for_torch() -> None:
+    """Its packages take seconds to load, and are wanted where a checkpoint is."""
+    said = "import sys, blip2_export.convert; print(*({'torch', 'transformers'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-from transformers import Blip2QFormerConfig, InstructBlipQFormerConfig
 
 from blip2_export.graphs.builder import Graph, Mask
 from blip2_export.graphs.heads import Heads
 from blip2_export.read.checkpoint import Checkpoint
 
+if TYPE_CHECKING:
+    from transformers import Blip2QFormerConfig, InstructBlipQFormerConfig
+
+    Config = Blip2QFormerConfig | InstructBlipQFormerConfig
+
 _END = (1 << 63) - 1
 QUERY, TEXT = "_query", ""  # queries and text have their own feed-forward networks
-Config = Blip2QFormerConfig | InstructBlipQFormerConfig
 
 
 class Layers:
@@ -21,7 +26,7 @@ class Layers:
         self.g, self.checkpoint, self.cfg = graph, checkpoint, cfg
         self.width, n = cfg.hidden_size, cfg.num_attention_heads
         self.heads, self.cached_heads = (Heads(n, n, self.width // n, multiple) for multiple in (1, 8))
-        own = isinstance(cfg, InstructBlipQFormerConfig)
+        own = type(cfg).model_type == "instructblip_qformer"
         self.embeddings = "qformer.embeddings." if own else "embeddings."
         self.first_norm = "qformer.embeddings.layernorm" if own else "qformer.layernorm"
 

@@ -5,12 +5,15 @@ Text positions see all queries and the text up to themselves; with the queries i
 
 from __future__ import annotations
 
-from transformers import Blip2QFormerConfig
+from typing import TYPE_CHECKING
 
 from blip2_export.graphs.bert import TEXT, Layers
 from blip2_export.graphs.builder import Data, Output, UnsupportedError
 from blip2_export.graphs.decoding import Cached, Decoder, Head, declare_inputs, finish, own_head, select
 from blip2_export.read.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from transformers import Blip2QFormerConfig
 
 _HEAD = "cls.predictions."
 WORDS, HEAD = "embeddings.word_embeddings.weight", _HEAD + "decoder.weight"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from blip2_export.graphs import llama, opt, t5
 from blip2_export.graphs.builder import Graph, Output
@@ -11,7 +11,9 @@ from blip2_export.graphs.decoding import Decoder
 from blip2_export.graphs.precision import Precision
 from blip2_export.read import tokenizers
 from blip2_export.read.checkpoint import Checkpoint, CheckpointError
-from blip2_export.read.configuration import Config
+
+if TYPE_CHECKING:
+    from blip2_export.read.configuration import Config
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-from transformers import LlamaConfig
 
 from blip2_export.graphs.builder import Graph, Output, UnsupportedError
 from blip2_export.graphs.decoding import Cached, Decoder, Head, declare_inputs, finish, own_head, select
 from blip2_export.graphs.heads import Heads, pad_groups
 from blip2_export.read.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
 
 _PREFIX = "language_model.model."
 _ROTARY_MULTIPLE = 16  # GroupQueryAttention rotates heads of no other width

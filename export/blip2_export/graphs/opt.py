@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-from transformers import OPTConfig
 
 from blip2_export.graphs.builder import Graph, Output
 from blip2_export.graphs.decoding import Cached, Decoder, Head, declare_inputs, finish, own_head, select
 from blip2_export.graphs.heads import Heads
 from blip2_export.read.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from transformers import OPTConfig
 
 _PREFIX = "language_model.model.decoder."
 _HEAD = "language_model.lm_head.weight"

@@ -6,13 +6,16 @@ Where it is conditioned on a question (InstructBLIP, BLIP-2 fine-tuned for VQA),
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import InstructBlipQFormerConfig
 
-from blip2_export.graphs.bert import QUERY, TEXT, Config, Layers
+from blip2_export.graphs.bert import QUERY, TEXT, Layers
 from blip2_export.graphs.builder import Graph, Output
 from blip2_export.read.checkpoint import Checkpoint, CheckpointError
+
+if TYPE_CHECKING:
+    from blip2_export.graphs.bert import Config
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Shape:
 
 def reads_text(cfg: Config) -> bool:
     """Whether a question goes into the Q-Former; InstructBLIP's always reads one."""
-    return isinstance(cfg, InstructBlipQFormerConfig) or cfg.use_qformer_text_input
+    return type(cfg).model_type == "instructblip_qformer" or cfg.use_qformer_text_input
 
 
 def build(out: Output, checkpoint: Checkpoint, cfg: Config, shape: Shape) -> Graph:

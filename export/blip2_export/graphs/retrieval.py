@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
-from transformers import Blip2Config
 
 from blip2_export.graphs import itg
 from blip2_export.graphs.bert import QUERY, TEXT, Layers
 from blip2_export.graphs.builder import Data, Graph, Output
 from blip2_export.read import tokenizers
 from blip2_export.read.checkpoint import Checkpoint, CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import Blip2Config
 
 TOKENIZER = "qformer_tokenizer.json"
 MAX_TOKENS = 32  # what ITC and ITM of the reference cut text to, special tokens included

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
 from onnx import TensorProto
-from transformers import T5Config
 
 from blip2_export.graphs.builder import Graph, Output, UnsupportedError
 from blip2_export.graphs.decoding import Cached, Decoder, Head, declare_inputs, embed, finish, own_head, select
 from blip2_export.graphs.heads import Heads
 from blip2_export.graphs.precision import Precision
 from blip2_export.read.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from transformers import T5Config
 
 _PREFIX = "language_model."
 _TABLE = _PREFIX + "decoder.embed_tokens.weight"

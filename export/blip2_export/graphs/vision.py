@@ -7,14 +7,17 @@ EVA's ViT-g and CLIP's ViT-L are one network here. CLIP's has a layer norm in fr
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import Blip2VisionConfig
 
 from blip2_export.graphs.builder import Graph, Output, UnsupportedError
 from blip2_export.graphs.heads import Heads
 from blip2_export.graphs.positions import resize
 from blip2_export.read.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from transformers import Blip2VisionConfig
 
 _PREFIX = "vision_model."
 

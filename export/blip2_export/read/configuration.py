@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
-
-from transformers import Blip2Config, InstructBlipConfig
+from typing import TYPE_CHECKING, Any
 
 from blip2_export.read.checkpoint import Checkpoint, CheckpointError
 from blip2_export.read.guarded import in_one_sentence
 
-Config = Blip2Config | InstructBlipConfig
+if TYPE_CHECKING:
+    from transformers import Blip2Config, InstructBlipConfig
+
+    Config = Blip2Config | InstructBlipConfig
+
 _LAYERS, _WIDTH, _POSITIONS, _IDS = 1 << 12, 1 << 18, 1 << 20, 1 << 24
 _LARGEST = {  # of what sizes a tensor or counts a loop; each is 1 at least
     "image_size": 1 << 12,
@@ -32,6 +34,8 @@ _DIVIDED = (("hidden_size", "num_attention_heads"), ("num_attention_heads", "num
 
 def read(checkpoint: Checkpoint) -> Config:
     """The reference's configuration of a checkpoint."""
+    from transformers import Blip2Config, InstructBlipConfig
+
     kind = InstructBlipConfig if checkpoint.config["model_type"] == "instructblip" else Blip2Config
     with in_one_sentence(f"{checkpoint.folder}: config.json is not understood"):
         cfg = kind(**checkpoint.config)

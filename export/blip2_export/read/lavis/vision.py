@@ -6,8 +6,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from transformers import Blip2VisionConfig
-
 from blip2_export.read.checkpoint import CheckpointError, Source, TensorFiles, read_json
 from blip2_export.read.lavis.state import Reader, Renamed, State, heads, read_state
 
@@ -39,6 +37,8 @@ def vision_source(file: Path, state: State, other: Path | None) -> tuple[Source,
 
 def _vision_folder(folder: Path) -> tuple[Source, dict[str, Any]]:
     """The image encoder of a Hugging Face BLIP-2 folder. Its last norm is not taken: that is trained with the Q-Former."""
+    from transformers import Blip2VisionConfig
+
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: config.json is missing; expected a Hugging Face BLIP-2 folder")
     said = read_json(folder / "config.json").get("vision_config") or {}
