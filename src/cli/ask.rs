@@ -24,7 +24,7 @@ pub(super) fn run(command: &Ask) -> Result<(), Failure> {
     if sound.is_empty() {
         return texts.failures.end();
     }
-    let asked = sound.into_iter().map(|sound| Asked { task: sound.read, question: Some((sound.index, sound.text.to_owned())) });
+    let asked = sound.into_iter().map(Asked::question);
     let labels = Labels { pictures: texts.are_many(), questions: questions.len() > 1 };
     texts.write(&Asking::Same(asked.collect()), labels)
 }

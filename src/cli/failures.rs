@@ -38,15 +38,25 @@ impl Failures {
         check: impl Fn(&str) -> Result<T, Error>,
         failed: impl Fn(usize, Failure) -> Failure,
     ) -> Vec<Sound<'t, T>> {
-        let mut sound = Vec::with_capacity(texts.len());
-        for (index, text) in texts.iter().enumerate() {
-            match check(text) {
-                Ok(read) => sound.push(Sound { index, text, read }),
-                Err(source) => self.note(failed(index, of_text(kind, index, text, source))),
-            }
-        }
-        sound
+        sift(kind, texts, check, |index, failure| self.note(failed(index, failure)))
     }
+}
+
+/// The texts that pass `check`; `kind` is what messages call them, and `failed` hears of the others.
+pub(super) fn sift<'t, T>(
+    kind: &'static str,
+    texts: &'t [String],
+    check: impl Fn(&str) -> Result<T, Error>,
+    mut failed: impl FnMut(usize, Failure),
+) -> Vec<Sound<'t, T>> {
+    let mut sound = Vec::with_capacity(texts.len());
+    for (index, text) in texts.iter().enumerate() {
+        match check(text) {
+            Ok(read) => sound.push(Sound { index, text, read }),
+            Err(source) => failed(index, of_text(kind, index, text, source)),
+        }
+    }
+    sound
 }
 
 /// What is wrong with a text.

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::Failure;
 use super::args;
-use super::failures::{Failures, of_text};
+use super::failures::{Failures, sift};
 use super::output::Printer;
 use super::pictures::{Known, Looked, Pictures, Sources};
 use super::progress::Progress;
@@ -72,13 +72,8 @@ impl Texts {
             how.accept(&reading.warnings)?;
             Ok(reading.warnings)
         };
-        let mut checked = Vec::with_capacity(texts.len());
-        for (index, text) in texts.iter().enumerate() {
-            match check(text) {
-                Ok(warnings) => checked.push((text.clone(), warnings)),
-                Err(error) => failed(of_text("text", index, text, error)),
-            }
-        }
+        let sound = sift("text", texts, check, |_, failure| failed(failure));
+        let checked: Vec<_> = sound.into_iter().map(|sound| (sound.text.to_owned(), sound.read)).collect();
         let read = engine.seer().read_texts(&checked.iter().map(|(text, _)| text.as_str()).collect::<Vec<_>>())?;
         Ok(Self { checked, read })
     }

@@ -6,7 +6,7 @@ use std::rc::Rc;
 
 use super::Failure;
 use super::args::{Model, Write};
-use super::failures::{Failures, of_text};
+use super::failures::{Failures, Sound, of_text, sift};
 use super::output::{self, Printer};
 use super::pictures::{Known, Looked, Pictures, Sources};
 use super::progress::Progress;
@@ -198,19 +198,16 @@ impl Asking<'_> {
     /// What is asked about a picture, if it was seen, and what of it cannot be.
     fn about(&self, looked: Looked, engine: &Engine, generation: &Generation) -> (Option<Sight>, Pending) {
         let Looked { picture, sight } = looked;
-        let (mut failures, mut own) = (Vec::new(), Vec::new());
+        let mut failures = Vec::new();
         let sight = sight.map_err(|failure| failures.push(failure)).ok();
         let asked = match self {
             _ if sight.is_none() => Rc::default(),
             Self::Same(asked) => asked.clone(),
             Self::Own(task) => {
-                for (index, text) in picture.texts.iter().flatten().enumerate() {
-                    match task(engine, generation, text) {
-                        Ok(task) => own.push(Asked { task, question: Some((index, text.clone())) }),
-                        Err(error) => failures.push(picture.about(of_text("question", index, text, error))),
-                    }
-                }
-                own.into()
+                let own = picture.texts.as_deref().unwrap_or_default();
+                let check = |text: &str| task(engine, generation, text);
+                let sound = sift("question", own, check, |_, failure| failures.push(picture.about(failure)));
+                sound.into_iter().map(Asked::question).collect()
             }
         };
         (sight, Pending { picture, failures, asked, answers: Vec::new() })
@@ -244,6 +241,11 @@ impl Line {
 }
 
 impl Asked {
+    /// One that can be asked.
+    pub fn question(Sound { index, text, read }: Sound<'_, Task>) -> Self {
+        Self { task: read, question: Some((index, text.to_owned())) }
+    }
+
     fn failure(&self, error: Error) -> Failure {
         match &self.question {
             Some((index, question)) => of_text("question", *index, question, error),
